@@ -1,0 +1,57 @@
+"""Low-rank adaptation (LoRA) for any JAX model that is a function of a parameter pytree."""
+
+from jlora.adapter import (
+    LoRALayer,
+    init_lora_adapter,
+    is_adapter,
+    lora_delta,
+    lora_linear,
+    lora_singular_values,
+    merge_lora_weight,
+    tree_lora_delta,
+    unmerge_lora_weight,
+)
+from jlora.config import LoraConfig
+from jlora.contraction import Factorization
+from jlora.errors import AdapterError, ConfigError, DataError, JloraError, TargetError
+from jlora.tree import (
+    combine_params,
+    count_params,
+    init_lora,
+    lora_labels,
+    lora_mask,
+    merge_params,
+    split_params,
+    summary,
+    unmerge_params,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "Factorization",
+    "JloraError",
+    "LoRALayer",
+    "LoraConfig",
+    "TargetError",
+    "combine_params",
+    "count_params",
+    "init_lora",
+    "init_lora_adapter",
+    "is_adapter",
+    "lora_delta",
+    "lora_labels",
+    "lora_linear",
+    "lora_mask",
+    "lora_singular_values",
+    "merge_lora_weight",
+    "merge_params",
+    "split_params",
+    "summary",
+    "tree_lora_delta",
+    "unmerge_lora_weight",
+    "unmerge_params",
+]

@@ -1,0 +1,27 @@
+"""One adapter: pure functions on `{'A': (*batch, *in, r), 'B': (*batch, r, *out)}`, and a layer that wraps them."""
+
+from jlora.adapter._functions import (
+    Adapter,
+    init_lora_adapter,
+    is_adapter,
+    lora_delta,
+    lora_linear,
+    lora_singular_values,
+    merge_lora_weight,
+    tree_lora_delta,
+    unmerge_lora_weight,
+)
+from jlora.adapter._layer import LoRALayer
+
+__all__ = [
+    "Adapter",
+    "LoRALayer",
+    "init_lora_adapter",
+    "is_adapter",
+    "lora_delta",
+    "lora_linear",
+    "lora_singular_values",
+    "merge_lora_weight",
+    "tree_lora_delta",
+    "unmerge_lora_weight",
+]

@@ -1,0 +1,257 @@
+"""The static configuration of an adaptation: what is adapted, and how."""
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import tomli_w
+
+from jlora.contraction import Factorization
+from jlora.errors import AdapterError, ConfigError
+from jlora.fields import check_keys, choice, number, refusal, whole
+from jlora.paths import matched_depths
+
+__all__ = ["INITS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
+
+SCALINGS = ("standard", "rslora")
+INITS = ("gaussian", "kaiming_uniform", "normal")
+
+Pairs = tuple[tuple[str, Any], ...]
+
+
+def effective_alpha(alpha: Any, rank: int, scaling: str) -> Any:
+    """The alpha for which alpha / rank is the scaling of the update.
+
+    "standard" is alpha / rank (Hu et al. 2021, arXiv 2106.09685), "rslora" alpha / sqrt(rank) (Kalajdzievski 2023,
+    arXiv 2312.03732).
+    """
+    choice("scaling", scaling, SCALINGS)
+    return alpha if scaling == "standard" else alpha * math.sqrt(rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LoraConfig:
+    """What is adapted and how; frozen, hashable, and so a static argument of jit.
+
+    Attributes:
+      rank: the rank r of every adapter, at least 1.
+      alpha: the update is scaling * A@B with scaling = alpha / rank, or alpha / sqrt(rank) for "rslora".
+      dropout: the share of the adapter's input that is dropped in training, 0 <= dropout < 1.
+      target_modules: glob patterns on paths; `*` stays within a level, `**` spans levels. One that names a module
+        adapts the weights inside it, one that names a leaf adapts that leaf.
+      exclude_modules: patterns of what is left alone although a target matches it.
+      seed: gives the key of `init_lora` when none is passed.
+      scaling: "standard" or "rslora".
+      init: how A begins; B begins at zero. "gaussian" is N(0, init_std^2), "kaiming_uniform" U(-b, b) with
+        b = 1/sqrt(in) (PEFT's default), "normal" N(0, 1/rank^2) (PEFT's "gaussian").
+      init_std: the standard deviation of the "gaussian" init.
+      rank_pattern: pattern -> rank, alpha_pattern: pattern -> alpha, for paths that differ; the first that matches
+        wins.
+      dtype: the adapters' dtype, such as "float32"; None for that of each weight.
+      factorizations: pattern -> one letter per axis of the weight, b (batch), i (in), o (out), such as "ioo"; the
+        first that matches wins over what is known of Flax's parameters.
+
+    >>> config = LoraConfig(rank=4, target_modules=("**/query", "**/value"))
+    >>> config.replace(alpha=32)
+    LoraConfig(rank=4, alpha=32.0, target_modules=('**/query', '**/value'))
+
+    Raises:
+      ConfigError: an unknown key, or a value that is not allowed.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("**",)
+    exclude_modules: tuple[str, ...] = ()
+    seed: int = 0
+    scaling: str = "standard"
+    init: str = "gaussian"
+    init_std: float = 0.01
+    rank_pattern: Mapping[str, int] | Pairs = ()
+    alpha_pattern: Mapping[str, float] | Pairs = ()
+    dtype: str | None = None
+    factorizations: Mapping[str, str] | Pairs = ()
+
+    def __new__(cls, *_: Any, **fields: Any) -> "LoraConfig":
+        check_keys(fields, field_names(cls), cls.__name__)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("rank", whole("rank", self.rank, 1))
+        put("alpha", number("alpha", self.alpha))
+        put("dropout", number("dropout", self.dropout, 0.0, 1.0, "0 <= dropout < 1"))
+        put("target_modules", _patterns("target_modules", self.target_modules))
+        if not self.target_modules:
+            raise refusal("target_modules", (), "at least one path pattern, such as '**/attention'")
+        put("exclude_modules", _patterns("exclude_modules", self.exclude_modules))
+        put("seed", whole("seed", self.seed, 0))
+        choice("scaling", self.scaling, SCALINGS)
+        choice("init", self.init, INITS)
+        put("init_std", number("init_std", self.init_std, 0.0, wanted="a finite number of at least 0"))
+        put("rank_pattern", _pairs("rank_pattern", self.rank_pattern, lambda name, value: whole(name, value, 1)))
+        put("alpha_pattern", _pairs("alpha_pattern", self.alpha_pattern, number))
+        put("dtype", _dtype_name(self.dtype))
+        put("factorizations", _pairs("factorizations", self.factorizations, _roles))
+
+    def __repr__(self) -> str:
+        return f"LoraConfig({', '.join(f'{name}={value!r}' for name, value in self._changed().items())})"
+
+    def _changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, patterns as dicts where that loses nothing."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                changed[field.name] = dict(value) if field.name in _PATTERN_FIELDS else value
+        return changed
+
+    def replace(self, **changes: Any) -> "LoraConfig":
+        """A copy with these fields changed."""
+        check_keys(changes, field_names(type(self)), "LoraConfig.replace")
+        return dataclasses.replace(self, **changes)
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the adapter at `path`."""
+        return _first_match(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the adapter at `path`."""
+        return _first_match(self.alpha_pattern, path, self.alpha)
+
+    def roles_of(self, path: str) -> str | None:
+        """The factorization given for the weight at `path`, if one is."""
+        return _first_match(self.factorizations, path, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for TOML and JSON: every field, but for a dtype of None."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data = {name: dict(value) if name in _PATTERN_FIELDS else value for name, value in data.items()}
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+        return {name: value for name, value in data.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LoraConfig":
+        """The configuration that `to_dict` wrote, or one that a person did."""
+        if not isinstance(data, Mapping):
+            raise refusal("LoraConfig", data, "a mapping of field names to values")
+        return cls(**data)
+
+    def write(self, path: str | Path) -> None:
+        """Writes a `.toml` or `.json` file."""
+        write_mapping(path, self.to_dict())
+
+    @classmethod
+    def read(cls, path: str | Path) -> "LoraConfig":
+        """Reads a `.toml` or `.json` file."""
+        data = read_mapping(path)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "factorizations")
+
+
+def field_names(cls: Any) -> tuple[str, ...]:
+    """The names of a dataclass's fields."""
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The contents of a `.toml` or `.json` file.
+
+    Raises:
+      ConfigError: no such file, another ending, or a text that does not parse; the message names the file.
+    """
+    file = Path(path)
+    suffix = _suffix(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_unique)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid {suffix[1:].upper()}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: wanted a table of field names and values, found {type(data).__name__}")
+    return data
+
+
+def write_mapping(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Writes plain data as a `.toml` or `.json` file."""
+    file = Path(path)
+    text = tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def _suffix(file: Path) -> str:
+    if file.suffix not in (".toml", ".json"):
+        raise ConfigError(f"{file}: wanted a file that ends in .toml or .json")
+    return file.suffix
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(items)
+    if len(data) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return data
+
+
+def _pattern(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not all(value.split("/")):
+        raise refusal(field, value, "a path pattern such as 'encoder/**/query', no leading, trailing or double slash")
+    return value
+
+
+def _patterns(field: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise refusal(field, value, "a path pattern or a list of them")
+    return tuple(_pattern(field, item) for item in value)
+
+
+def _pairs(field: str, value: Any, check: Any) -> Pairs:
+    if not isinstance(value, Mapping | tuple | list):
+        raise refusal(field, value, "a mapping from path patterns to values")
+    items = list(value.items() if isinstance(value, Mapping) else value)
+    if any(not isinstance(item, tuple | list) or len(item) != 2 for item in items):
+        raise refusal(field, value, "a mapping from path patterns to values")
+    pairs = tuple((_pattern(field, pattern), check(f"{field}[{pattern!r}]", item)) for pattern, item in items)
+    if len(dict(pairs)) < len(pairs):
+        raise refusal(field, value, "each pattern once")
+    return pairs
+
+
+def _roles(field: str, value: Any) -> str:
+    try:
+        return Factorization(value).roles
+    except AdapterError as error:
+        raise ConfigError(f"{field}: {error}") from None
+
+
+def _dtype_name(value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise refusal("dtype", value, "a floating dtype such as 'float32' or 'bfloat16', or None for the weight's")
+    return dtype.name
+
+
+def _first_match(pairs: Any, path: str, default: Any) -> Any:
+    return next((value for pattern, value in pairs if matched_depths(pattern, path)), default)

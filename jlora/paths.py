@@ -1,0 +1,76 @@
+"""Paths of a pytree as strings, glob patterns on them, and the nearest names for an error message."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jlora.errors import TargetError
+
+__all__ = ["format_nearest", "leaves_by_path", "matched_depths", "names_leaf", "nearest", "path_string"]
+
+
+def path_string(key_path: Sequence[Any]) -> str:
+    """`encoder/layers/0/query/kernel`, the same for dicts, lists, dataclasses and Flax trees."""
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a pytree by their path, in the order of the tree.
+
+    Raises:
+      TargetError: two leaves have the same path, as `{'a/b': x, 'a': {'b': y}}`.
+    """
+    leaves: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        path = path_string(key_path)
+        if path in leaves:
+            raise TargetError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
+        leaves[path] = leaf
+    return leaves
+
+
+def matched_depths(pattern: str, path: str) -> set[int]:
+    """How many leading segments of `path` the glob `pattern` can match.
+
+    Within a segment `*`, `?` and `[...]` work as in `fnmatch`; a segment `**` spans any number of levels,
+    none included.
+
+    >>> sorted(matched_depths("**/attention", "encoder/attention/query"))
+    [2]
+    >>> sorted(matched_depths("encoder/**", "encoder/attention/query"))
+    [1, 2, 3]
+    """
+    parts = path.split("/") if path else []
+    depths = {0}
+    for segment in pattern.split("/"):
+        if not depths:
+            break
+        if segment == "**":
+            depths = set(range(min(depths), len(parts) + 1))
+        else:
+            depths = {d + 1 for d in depths if d < len(parts) and fnmatch.fnmatchcase(parts[d], segment)}
+    return depths
+
+
+def names_leaf(pattern: str, path: str) -> bool:
+    """Whether `pattern` names the leaf at `path` itself, and does not only span it with a last `*` or `**`."""
+    last = pattern.rsplit("/", 1)[-1]
+    return last not in ("*", "**") and len(path.split("/")) in matched_depths(pattern, path)
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The `count` names of `known` that are spelled most like `name`, wildcards left aside."""
+    plain = name.replace("*", "").strip("/").replace("//", "/")
+    return difflib.get_close_matches(plain, list(known), n=count, cutoff=0.0)
+
+
+def format_nearest(pattern: str, paths: Iterable[str]) -> str:
+    """`nearest paths: a/b, a/c`, over the leaves and the modules that hold them."""
+    known: dict[str, None] = {}
+    for path in paths:
+        parts = path.split("/")
+        known.update(dict.fromkeys("/".join(parts[:depth]) for depth in range(1, len(parts) + 1)))
+    return "nearest paths: " + ", ".join(nearest(pattern, known)) if known else "the tree has no leaves"

@@ -1,0 +1,185 @@
+"""Which leaves of a params tree a configuration adapts, and how each: the one place where patterns meet paths."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora.adapter import is_adapter
+from jlora.config import LoraConfig, effective_alpha
+from jlora.contraction import Factorization, factorization_from_shapes
+from jlora.errors import AdapterError, JloraError, TargetError
+from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
+from jlora.tree._flax_rules import flax_factorization
+
+_MOST_PROBLEMS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One weight that is adapted."""
+
+    path: str
+    shape: tuple[int, ...]
+    factorization: Factorization
+    rank: int
+    alpha: float
+    scaling: str
+
+    @property
+    def effective_alpha(self) -> float:
+        """The alpha with which the functions of one adapter, which divide by the rank, give the scaling."""
+        return effective_alpha(self.alpha, self.rank, self.scaling)
+
+
+def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
+    """The weights of `params` that `config` adapts, by path.
+
+    A pattern that ends at a module, or in a last `*` or `**`, adapts the weights inside it: those with a
+    factorization, never biases, scales or vectors. One that names a leaf adapts that leaf or fails.
+
+    Raises:
+      TargetError: with every problem at once: a pattern that matches or adapts nothing, a named leaf that is no
+        weight, a weight whose factorization is not known, a rank larger than the smaller side.
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    targets: dict[str, Target] = {}
+    failed: dict[str, str] = {}
+    for path in shapes:
+        if not _covers(config.target_modules, path) or _covers(config.exclude_modules, path):
+            continue
+        try:
+            target = _target(path, shapes, config)
+        except JloraError as error:
+            failed[path] = str(error)
+        else:
+            if target is not None:
+                targets[path] = target
+    _raise_all([*failed.values(), *_unused_patterns(config, list(shapes), [*targets, *failed])])
+    return targets
+
+
+def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Target]:
+    """What the adapters at hand adapt, by path, with `config` for rank, alpha, scaling and factorization.
+
+    Raises:
+      TargetError: with every problem at once: an adapter where params has no leaf, a leaf that is no adapter, an
+        adapter whose rank is not the configuration's, shapes that do not fit.
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    problems: list[str] = []
+    targets: dict[str, Target] = {}
+    for path, adapter in leaves_by_path(adapters, is_leaf=is_adapter).items():
+        if not is_adapter(adapter):
+            problems.append(f"{path}: found {type(adapter).__name__}, wanted an adapter {{'A', 'B'}} or None")
+        elif path not in shapes:
+            problems.append(f"{path}: an adapter where params has no leaf; {format_nearest(path, shapes)}")
+        else:
+            try:
+                targets[path] = _adapted(path, shapes[path], adapter, config)
+            except JloraError as error:
+                problems.append(f"{path}: {error}")
+    _raise_all(problems)
+    return targets
+
+
+def _covers(patterns: tuple[str, ...], path: str) -> bool:
+    return any(matched_depths(pattern, path) for pattern in patterns)
+
+
+def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Target | None:
+    """The target at a path that the patterns match, or None where they only span something that is no weight."""
+    shape = shapes[path]
+    named = next((pattern for pattern in config.target_modules if names_leaf(pattern, path)), None)
+    if named is not None and len(shape) < 2:
+        raise TargetError(f"{path} {shape}, named by {named!r}, has fewer than two axes: name weights only")
+    factorization = _factorization(path, shapes, config)
+    if factorization is None:
+        if named is None:
+            return None
+        raise TargetError(
+            f"{path} {shape}, named by {named!r}, is a bias, a scale or a vector; "
+            f"to adapt it all the same, give factorizations={{{path!r}: '...'}}"
+        )
+    rank, most = config.rank_of(path), factorization.max_rank(shape)
+    if rank > most:
+        raise TargetError(
+            f"{path} {shape}: rank {rank} is larger than the smaller side {most}; lower it, give "
+            f"rank_pattern={{{path!r}: {most}}}, or leave the weight out with exclude_modules"
+        )
+    return Target(path, shape, factorization, rank, config.alpha_of(path), config.scaling)
+
+
+def _factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
+    """The factorization from the configuration, else from Flax's names; None where the leaf is no weight."""
+    shape = shapes[path]
+    for pattern, roles in dict(config.factorizations).items():
+        if matched_depths(pattern, path) and (names_leaf(pattern, path) or _is_weight(path, shapes)):
+            if len(roles) != len(shape):
+                raise TargetError(
+                    f"{path} {shape}: the factorization {roles!r} given by {pattern!r} has {len(roles)} axes"
+                )
+            return Factorization(roles)
+    try:
+        return flax_factorization(path, shapes)
+    except TargetError as error:
+        raise TargetError(
+            f"{error}: give one letter per axis, b (batch), i (in) or o (out), as "
+            f"factorizations={{{path!r}: 'i...o'}}, or leave it out with exclude_modules"
+        ) from None
+
+
+def _is_weight(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    try:
+        return flax_factorization(path, shapes) is not None
+    except TargetError:
+        return True
+
+
+def _adapted(path: str, shape: tuple[int, ...], adapter: Mapping[str, Any], config: LoraConfig) -> Target:
+    a_shape, b_shape = jnp.shape(adapter["A"]), jnp.shape(adapter["B"])
+    rank, roles = config.rank_of(path), config.roles_of(path)
+    if a_shape[-1:] != (rank,):
+        raise AdapterError(f"A {a_shape} does not have the rank {rank} of the configuration")
+    if roles is None:
+        factorization = factorization_from_shapes(shape, a_shape, b_shape)
+    else:
+        factorization = Factorization(roles)
+        if (a_shape, b_shape) != (wanted := factorization.adapter_shapes(shape, rank)):
+            raise AdapterError(
+                f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {roles!r}: "
+                f"wanted A {wanted[0]} and B {wanted[1]}"
+            )
+    return Target(path, shape, factorization, rank, config.alpha_of(path), config.scaling)
+
+
+def _unused_patterns(config: LoraConfig, paths: list[str], targets: list[str]) -> Iterator[str]:
+    """A problem for every pattern of the configuration that has no effect."""
+
+    def without(patterns: Any, among: list[str]) -> list[str]:
+        return [pattern for pattern in patterns if not any(matched_depths(pattern, path) for path in among)]
+
+    for pattern in without(config.target_modules, targets):
+        if without([pattern], paths):
+            yield f"target_modules: {pattern!r} matches nothing; {format_nearest(pattern, paths)}"
+        else:
+            found = [path for path in paths if matched_depths(pattern, path)][:3]
+            yield (
+                f"target_modules: {pattern!r} adapts nothing: what it matches is excluded, or is a bias, a scale or a "
+                f"vector ({', '.join(found)})"
+            )
+    for pattern in without(config.exclude_modules, paths):
+        yield f"exclude_modules: {pattern!r} matches nothing; {format_nearest(pattern, paths)}"
+    for field in ("rank_pattern", "alpha_pattern", "factorizations"):
+        for pattern in without(dict(getattr(config, field)), targets):
+            yield f"{field}: {pattern!r} matches nothing that is adapted; {format_nearest(pattern, targets or paths)}"
+
+
+def _raise_all(problems: list[str]) -> None:
+    if not problems:
+        return
+    shown = problems[:_MOST_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    raise TargetError("\n  ".join(shown) if len(shown) == 1 else "\n  ".join([f"{len(problems)} problems:", *shown]))

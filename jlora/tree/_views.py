@@ -1,0 +1,105 @@
+"""Labels and masks for optax, the two halves of a Linen tree that holds both, and counts."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapter import is_adapter
+from jlora.errors import TargetError
+
+_WEIGHTS = ("kernel", "embedding")
+
+
+def _mark(tree: Any, adapter: Any, other: Any) -> Any:
+    def mark(node: Any) -> Any:
+        return jax.tree.map(lambda _: adapter, node) if is_adapter(node) else other
+
+    return jax.tree.map(mark, tree, is_leaf=is_adapter)
+
+
+def lora_labels(tree: Any) -> Any:
+    """`"lora"` at every A and B of a tree, `"frozen"` elsewhere, for `optax.partition`.
+
+    >>> lora_labels({'kernel': jnp.ones((2, 3)), 'lora': {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}})
+    {'kernel': 'frozen', 'lora': {'A': 'lora', 'B': 'lora'}}
+    """
+    return _mark(tree, "lora", "frozen")
+
+
+def lora_mask(tree: Any) -> Any:
+    """`True` at every A and B of a tree, `False` elsewhere.
+
+    `optax.masked` alone does not freeze: it passes the gradients of the other leaves through. Use `lora_labels` with
+    `optax.partition`, or take gradients of the adapters alone.
+    """
+    return _mark(tree, True, False)
+
+
+def split_params(params: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A Linen tree that holds both into `(base, adapters)`, as the functions of a params tree take them.
+
+    The adapter that stands under `lora` beside a `kernel` or an `embedding` becomes the adapter of that weight. One
+    that stands anywhere else keeps its place; the base has nothing there.
+
+    >>> both = {'kernel': jnp.ones((2, 3)), 'lora': {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}}
+    >>> base, adapters = split_params(both)
+    >>> sorted(base), sorted(adapters), sorted(adapters['kernel'])
+    (['kernel'], ['kernel'], ['A', 'B'])
+    """
+    base: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
+    for name, node in params.items():
+        weight = _weight_beside(params) if name == "lora" else None
+        if is_adapter(node):
+            adapters[weight or name] = node
+        elif isinstance(node, Mapping):
+            base[name], adapters[name] = split_params(node)
+        else:
+            base[name] = node
+            adapters.setdefault(name, None)
+    return _like(params, base), _like(params, adapters)
+
+
+def combine_params(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Any:
+    """The Linen tree that holds both: what `split_params` took apart.
+
+    Raises:
+      TargetError: an adapter stands at a weight that is no `kernel` and no `embedding`, or at a module.
+    """
+    return _combine(base, adapters, "")
+
+
+def _combine(base: Mapping[str, Any], adapters: Mapping[str, Any], at: str) -> Any:
+    combined = dict(base)
+    for name, node in adapters.items():
+        path = f"{at}{name}"
+        if is_adapter(node):
+            if name in base and name != _weight_beside(base):
+                raise TargetError(f"{path}: a Linen module holds adapters beside a {' or an '.join(_WEIGHTS)} only")
+            combined["lora" if name in base else name] = node
+        elif isinstance(node, Mapping):
+            combined[name] = _combine(base.get(name, {}), node, f"{path}/")
+        elif node is not None:
+            raise TargetError(f"{path}: found {type(node).__name__}, wanted an adapter {{'A', 'B'}} or None")
+    return _like(base, combined)
+
+
+def _weight_beside(module: Mapping[str, Any]) -> str | None:
+    return next((name for name in _WEIGHTS if name in module), None)
+
+
+def _like(original: Any, content: dict[str, Any]) -> Any:
+    make: Callable[[dict[str, Any]], Any] = type(original)
+    return make(content)
+
+
+def count_params(tree: Any) -> int:
+    """The number of scalars in a pytree of arrays or shapes.
+
+    >>> count_params({'kernel': jnp.ones((5, 7)), 'bias': jnp.ones(7), 'lora': None})
+    42
+    """
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
