@@ -127,6 +127,10 @@ class LoraConfig:
         """The alpha of the adapter at `path`."""
         return _first_match(self.alpha_pattern, path, self.alpha)
 
+    def effective_alpha_of(self, path: str) -> float:
+        """The alpha that, divided by the rank, is the scaling of the update at `path`."""
+        return effective_alpha(self.alpha_of(path), self.rank_of(path), self.scaling)
+
     def roles_of(self, path: str) -> str | None:
         """The factorization given for the weight at `path`, if one is."""
         return _first_match(self.factorizations, path, None)

@@ -2,6 +2,7 @@
 
 from jlora.adapter._functions import (
     Adapter,
+    draw_a,
     init_lora_adapter,
     is_adapter,
     lora_delta,
@@ -16,6 +17,7 @@ from jlora.adapter._layer import LoRALayer
 __all__ = [
     "Adapter",
     "LoRALayer",
+    "draw_a",
     "init_lora_adapter",
     "is_adapter",
     "lora_delta",

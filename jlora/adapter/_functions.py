@@ -49,6 +49,25 @@ _INITS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+def draw_a(
+    key: chex.PRNGKey,
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    init: str = "gaussian",
+    std: float = 0.01,
+    batch_dims: int = 0,
+) -> jax.Array:
+    """A of an adapter, `(*batch, *in, r)`: drawn in float32 at least and rounded once to `dtype`.
+
+    "gaussian" is N(0, std^2), "kaiming_uniform" U(+-1/sqrt(in)), "normal" N(0, 1/rank^2); the batch axes do not count
+    to the fan-in.
+    """
+    choice("init", init, tuple(_INITS))
+    fan_in = math.prod(shape[batch_dims:-1])
+    return _INITS[init](key, shape, _sum_dtype(dtype), fan_in, std).astype(dtype)
+
+
 def init_lora_adapter(
     key: chex.PRNGKey,
     weight: chex.Array | jax.ShapeDtypeStruct,
@@ -85,7 +104,6 @@ def init_lora_adapter(
     """
     rank = whole("rank", rank, 1)
     init_std = number("init_std", init_std, 0.0, wanted="a finite number of at least 0")
-    choice("init", init, tuple(_INITS))
     shape = tuple(weight.shape)
     split = _factorization(shape, factorization)
     if rank > split.max_rank(shape):
@@ -94,8 +112,8 @@ def init_lora_adapter(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise AdapterError(f"dtype {dtype} of the adapter of a weight {shape}: wanted a floating dtype; pass dtype=")
     a_shape, b_shape = split.adapter_shapes(shape, rank)
-    drawn = _INITS[init](key, a_shape, _sum_dtype(dtype), math.prod(split.sizes(shape, "i")), init_std)
-    return {"A": drawn.astype(dtype), "B": jnp.zeros(b_shape, dtype)}
+    a = draw_a(key, a_shape, dtype, init=init, std=init_std, batch_dims=split.roles.count("b"))
+    return {"A": a, "B": jnp.zeros(b_shape, dtype)}
 
 
 def lora_delta(adapter: Adapter, alpha: Any = 1.0, *, batch_dims: int | None = None) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.adapter import is_adapter
-from jlora.config import LoraConfig, effective_alpha
+from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes
 from jlora.errors import AdapterError, JloraError, TargetError
 from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
@@ -18,19 +18,14 @@ _MOST_PROBLEMS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One weight that is adapted."""
+    """One weight that is adapted; `effective_alpha` / rank is the scaling of its update."""
 
     path: str
     shape: tuple[int, ...]
     factorization: Factorization
     rank: int
     alpha: float
-    scaling: str
-
-    @property
-    def effective_alpha(self) -> float:
-        """The alpha with which the functions of one adapter, which divide by the rank, give the scaling."""
-        return effective_alpha(self.alpha, self.rank, self.scaling)
+    effective_alpha: float
 
 
 def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
@@ -47,7 +42,7 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     failed: dict[str, str] = {}
     for path in shapes:
-        if not _covers(config.target_modules, path) or _covers(config.exclude_modules, path):
+        if not is_targeted(config, path):
             continue
         try:
             target = _target(path, shapes, config)
@@ -84,8 +79,18 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
     return targets
 
 
-def _covers(patterns: tuple[str, ...], path: str) -> bool:
-    return any(matched_depths(pattern, path) for pattern in patterns)
+def is_targeted(config: LoraConfig, path: str) -> bool:
+    """Whether the patterns take in the leaf at `path`; whether it is a weight is another question."""
+    target, exclude = (
+        any(matched_depths(pattern, path) for pattern in patterns)
+        for patterns in (config.target_modules, config.exclude_modules)
+    )
+    return target and not exclude
+
+
+def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str]) -> None:
+    """Raises a TargetError for the patterns that have no effect on a tree with leaves at `paths`, some adapted."""
+    _raise_all(list(_unused_patterns(config, paths, adapted)))
 
 
 def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Target | None:
@@ -108,7 +113,7 @@ def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig
             f"{path} {shape}: rank {rank} is larger than the smaller side {most}; lower it, give "
             f"rank_pattern={{{path!r}: {most}}}, or leave the weight out with exclude_modules"
         )
-    return Target(path, shape, factorization, rank, config.alpha_of(path), config.scaling)
+    return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 
 def _factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
@@ -151,7 +156,7 @@ def _adapted(path: str, shape: tuple[int, ...], adapter: Mapping[str, Any], conf
                 f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {roles!r}: "
                 f"wanted A {wanted[0]} and B {wanted[1]}"
             )
-    return Target(path, shape, factorization, rank, config.alpha_of(path), config.scaling)
+    return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 
 def _unused_patterns(config: LoraConfig, paths: list[str], targets: list[str]) -> Iterator[str]:

@@ -1,0 +1,130 @@
+"""Flax's own layers with an adapter beside them: the layer's scope is shared, A and B stand under `lora`."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import chex
+import flax.linen as nn
+
+from jlora.errors import AdapterError
+from jlora.linen._adapters import (
+    Initializer,
+    LoRAAdapter,
+    LoRAConvAdapter,
+    LoRADenseAdapter,
+    LoRADenseGeneralAdapter,
+    LoRAEinsumAdapter,
+    LoRAEmbedAdapter,
+)
+
+_ADAPTERS: dict[type[nn.Module], tuple[type[LoRAAdapter], tuple[str, ...]]] = {
+    nn.Dense: (LoRADenseAdapter, ("features", "precision")),
+    nn.DenseGeneral: (LoRADenseGeneralAdapter, ("features", "axis", "batch_dims", "precision")),
+    nn.Einsum: (LoRAEinsumAdapter, ("shape", "einsum_str", "precision")),
+    nn.Conv: (LoRAConvAdapter, ("precision",)),
+    nn.Embed: (LoRAEmbedAdapter, ("num_embeddings", "features")),
+}
+
+
+def layer_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """Which of Flax's layers this is or is derived from, if it is one that can be adapted."""
+    return next((kind for kind in _ADAPTERS if isinstance(layer, kind)), None)
+
+
+def weight_name(layer: nn.Module) -> str:
+    """The name of the one weight of a layer that can be adapted."""
+    return "embedding" if isinstance(layer, nn.Embed) else "kernel"
+
+
+def adapter_of(layer: nn.Module, rank: int, *, parent: Any = None, **options: Any) -> LoRAAdapter:
+    """The adapter that fits a layer of Flax's; dtype, param_dtype and precision are the layer's unless given."""
+    kind = layer_kind(layer)
+    if kind is None:
+        known = ", ".join(f"nn.{known.__name__}" for known in _ADAPTERS)
+        raise AdapterError(f"found {type(layer).__name__}: wanted one of {known}")
+    adapter, names = _ADAPTERS[kind]
+    fields = {name: getattr(layer, name) for name in (*names, "dtype", "param_dtype")}
+    if kind is nn.Conv:
+        fields["conv"] = layer.clone(parent=None, name=None)
+    given = {name: value for name, value in options.items() if value is not None}
+    return adapter(rank, **fields | given, parent=parent)
+
+
+class LoRALinenLayer(nn.Module):
+    """What the layers share.
+
+    Attributes:
+      rank: the rank of A and B.
+      wrapped: the layer; its parameters keep their paths, so that an existing checkpoint loads.
+      alpha: the update is scaled by alpha / rank; not at all where None.
+      dropout: the share of the adapter's input that is dropped, where the module is called with a `dropout` rng.
+      param_dtype: of A and B; the layer's where None.
+      a_init, b_init: Flax initializers of A and B; N(0, 0.01^2) and zero where None.
+
+    The output has the dtype of the layer's.
+    """
+
+    rank: int
+    _: dataclasses.KW_ONLY
+    wrapped: nn.Module
+    alpha: float | None = None
+    dropout: float = 0.0
+    param_dtype: Any = None
+    a_init: Initializer | None = None
+    b_init: Initializer | None = None
+
+    kind: ClassVar[type[nn.Module]]
+
+    def setup(self) -> None:
+        if not isinstance(self.wrapped, self.kind):
+            raise AdapterError(
+                f"{type(self).__name__}: found wrapped={type(self.wrapped).__name__}, wanted nn.{self.kind.__name__}"
+            )
+        nn.share_scope(self, self.wrapped)
+        options = {name: getattr(self, name) for name in ("alpha", "dropout", "param_dtype", "a_init", "b_init")}
+        self.lora = adapter_of(self.wrapped, self.rank, **options)
+
+    def __call__(self, x: chex.Array, *args: Any, **kwargs: Any) -> chex.Array:
+        y = self.wrapped(x, *args, **kwargs)
+        return y + self.lora(x, *args, **kwargs).astype(y.dtype)
+
+
+class LoRADense(LoRALinenLayer):
+    """An `nn.Dense` and its adapter, `y = wrapped(x) + scaling * (x@A)@B`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> layer = LoRADense(rank=2, wrapped=nn.Dense(5), alpha=4.0)
+    >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), jnp.ones((7, 3)))['params'])
+    {'bias': (5,), 'kernel': (3, 5), 'lora': {'A': (3, 2), 'B': (2, 5)}}
+    """
+
+    kind = nn.Dense
+
+
+class LoRADenseGeneral(LoRALinenLayer):
+    """An `nn.DenseGeneral` and its adapter; any features, axis and batch_dims."""
+
+    kind = nn.DenseGeneral
+
+
+class LoRAEinsum(LoRALinenLayer):
+    """An `nn.Einsum` and its adapter; any equation with an in and an out axis."""
+
+    kind = nn.Einsum
+
+
+class LoRAConv(LoRALinenLayer):
+    """An `nn.Conv` and its adapter; any window, strides, padding, dilation and groups."""
+
+    kind = nn.Conv
+
+
+class LoRAEmbed(LoRALinenLayer):
+    """An `nn.Embed` and its adapter, for the rows and for `attend`."""
+
+    kind = nn.Embed
+
+    def attend(self, query: chex.Array) -> chex.Array:
+        """query @ (table + update).T, `(..., num_embeddings)`."""
+        y = self.wrapped.attend(query)
+        return y + self.lora.attend(query).astype(y.dtype)
