@@ -199,7 +199,7 @@ class LoRAConvAdapter(LoRAAdapter):
         narrow = conv.clone(
             features=self.rank * groups, use_bias=False, dtype=x.dtype, precision=self.precision, parent=None, name=None
         )
-        hidden = narrow.apply({"params": {"kernel": jnp.tile(a, groups)}}, x) * self._scale()
+        hidden = jnp.asarray(narrow.apply({"params": {"kernel": jnp.tile(a, groups)}}, x)) * self._scale()
         hidden = hidden.reshape(*hidden.shape[:-1], groups, self.rank)
         per_group = b.reshape(self.rank, groups, -1)
         y = jnp.einsum("...gr,rgo->...go", hidden, per_group, precision=self.precision)

@@ -120,7 +120,8 @@ def resolve_config(model: nn.Module, config: LoraConfig, *args: Any, **kwargs: A
         variables = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
     weights = leaves_by_path(variables["params"])
     stacked = {path: "b" * (len(weights[path].shape) - len(roles)) + roles for path, roles in found.items()}
-    return config.replace(factorizations=stacked | dict(reversed(config.factorizations)))
+    given = dict(config.factorizations)
+    return config.replace(factorizations=given | {path: stacked[path] for path in stacked if path not in given})
 
 
 def _interceptor(config: LoraConfig, depth: int) -> Callable[..., Any]:
@@ -150,6 +151,7 @@ def _interceptor(config: LoraConfig, depth: int) -> Callable[..., Any]:
 
 def _bound_adapter(layer: nn.Module, config: LoraConfig, path: str) -> LoRAAdapter:
     """The adapter of a layer, in the scope `lora` of the layer's scope."""
+    assert layer.scope is not None
     return adapter_of(
         layer,
         config.rank_of(path),
@@ -168,6 +170,7 @@ def _scope_flag(module: nn.Module, config: LoraConfig) -> Iterator[None]:
     nn.jit keys its cache on the module and the flags of its scope, and knows nothing of interceptors.
     """
     scope = module.scope
+    assert scope is not None
     before = scope.flags
     scope.flags = freeze({**before, "jlora": config})
     try:
