@@ -1,0 +1,96 @@
+"""Arguments, exit codes and messages of the command `jlora`."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from jlora.errors import JloraError
+
+_INTERRUPTED = 130
+
+_TRAIN = """\
+Adapts a model with LoRA, as a TOML or JSON file says, and compares with the frozen base and full fine-tuning.
+
+The file has the sections
+  [model]      function = "module:function" that returns (Linen module, base params); other keys are its arguments
+  [data]       function = "module:function" that returns (train, test), each a mapping of arrays with "inputs"
+  [lora]       rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init, init_std, rank_pattern,
+               alpha_pattern, dtype, factorizations
+  [optimizer]  name (adamw, adam, lion, sgd), learning_rate, weight_decay, schedule (constant, cosine, linear),
+               warmup_steps, clip_norm
+  [train]      steps, batch_size, accumulate, seed, loss = "module:function", log_every, eval_every, checkpoint_every
+  [full]       enabled, learning_rate: the full fine-tuning to compare with
+  [output]     folder
+Only the two functions have to be given.
+"""
+
+_TRAIN_END = """\
+examples:
+  jlora train configs/digits.toml
+  jlora train configs/digits.toml lora.rank=2 train.steps=200 output.folder=runs/rank2
+  jlora train configs/digits.toml --resume
+
+The output folder holds config.toml, adapters/ and checkpoints/ (Orbax), metrics.jsonl, curve.png and results.json.
+Ctrl-C saves after the step at hand. Exit codes: 0 done, 2 something in the call or its files is wrong, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments and returns its exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest  # argparse leaves those that stand behind an option
+    try:
+        return arguments.run(arguments)
+    except JloraError as error:
+        print(f"jlora: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if error.name not in ("orbax", "sklearn", "matplotlib"):
+            raise
+        print(f"jlora: {error.name} is not installed: pip install 'jlora[train]'", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from jlora import __version__
+
+    parser = argparse.ArgumentParser(prog="jlora", description="Low-rank adaptation (LoRA) for JAX.")
+    parser.add_argument("--version", action="version", version=f"jlora {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="adapt a model with LoRA, as a file says",
+        description=_TRAIN,
+        epilog=_TRAIN_END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", metavar="CONFIG", help="the .toml or .json file of the job")
+    train.add_argument(
+        "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="a value of the file, changed for this run"
+    )
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
+    again.add_argument("--force", action="store_true", help="replace the run that the output folder holds")
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from jlora.recipes import JobConfig, run_job
+    from jlora.train import Interrupted
+
+    sys.path.insert(0, "")  # a user's own module:function, from the folder of the call
+    job = JobConfig.read(arguments.config, arguments.overrides)
+    try:
+        run_job(job, resume=arguments.resume, force=arguments.force)
+    except Interrupted as error:
+        again = shlex.join(["jlora", "train", arguments.config, *arguments.overrides, "--resume"])
+        print(f"\njlora: {error}; go on with: {again}", file=sys.stderr)
+        return _INTERRUPTED
+    except KeyboardInterrupt:
+        print("\njlora: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0

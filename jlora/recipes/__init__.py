@@ -1,0 +1,19 @@
+"""Whole jobs: a model, its data, its loss, and the run that adapts one to the other."""
+
+from jlora.recipes._config import FullConfig, FunctionConfig, JobConfig, OptimizerConfig, OutputConfig, TrainConfig
+from jlora.recipes._job import Result, run_job
+from jlora.recipes._losses import cross_entropy
+from jlora.recipes._plot import write_curve
+
+__all__ = [
+    "FullConfig",
+    "FunctionConfig",
+    "JobConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "Result",
+    "TrainConfig",
+    "cross_entropy",
+    "run_job",
+    "write_curve",
+]

@@ -1,0 +1,230 @@
+"""The configuration of a whole job: what a TOML file says, each section a frozen dataclass."""
+
+import dataclasses
+import importlib
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import optax
+
+from jlora.config import LoraConfig, field_names, read_mapping, write_mapping
+from jlora.errors import ConfigError
+from jlora.fields import check_keys, choice, number, refusal, whole
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
+    "adam": lambda rate, decay: optax.adam(rate),
+    "lion": lambda rate, decay: optax.lion(rate, weight_decay=decay),
+    "sgd": lambda rate, decay: optax.sgd(rate, momentum=0.9),
+}
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionConfig:
+    """A function as `module:name`, and its keyword arguments: the other keys of its section."""
+
+    function: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def load(self, section: str) -> Callable[..., Any]:
+        """The function.
+
+        Raises:
+          ConfigError: no such module or name, or options that the function does not take.
+        """
+        field = f"{section}.function"
+        module_name, colon, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
+        if not (module_name and colon and name):
+            raise refusal(field, self.function, "'module:function'")
+        try:
+            function = getattr(importlib.import_module(module_name), name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{field} = {self.function!r}: no module {error.name!r} can be imported") from None
+        except AttributeError:
+            raise ConfigError(f"{field} = {self.function!r}: {module_name} has no {name!r}") from None
+        parameters = inspect.signature(function).parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            check_keys(self.options, tuple(parameters), f"[{section}] for {self.function}")
+        return function
+
+    def call(self, section: str, *args: Any) -> Any:
+        """What the function returns for these arguments and the options."""
+        return self.load(section)(*args, **self.options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optax optimizer and its learning rate over the steps, in a warm-up and a schedule."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        choice("optimizer.name", self.name, tuple(OPTIMIZERS))
+        choice("optimizer.schedule", self.schedule, SCHEDULES)
+        number("optimizer.learning_rate", self.learning_rate, 0.0, wanted="a finite number of at least 0")
+        number("optimizer.weight_decay", self.weight_decay, 0.0, wanted="a finite number of at least 0")
+        number("optimizer.clip_norm", self.clip_norm, 0.0, wanted="a finite number of at least 0")
+        whole("optimizer.warmup_steps", self.warmup_steps, 0)
+        if self.weight_decay and self.name in ("adam", "sgd"):
+            raise refusal("optimizer.weight_decay", self.weight_decay, f"0, as {self.name} has none; adamw and lion do")
+
+    def make(self, steps: int) -> optax.GradientTransformation:
+        """The optimizer for a run of this many steps."""
+        rest = max(steps - self.warmup_steps, 1)
+        after = {
+            "constant": lambda: optax.constant_schedule(self.learning_rate),
+            "cosine": lambda: optax.cosine_decay_schedule(self.learning_rate, rest),
+            "linear": lambda: optax.linear_schedule(self.learning_rate, 0.0, rest),
+        }[self.schedule]()
+        if self.warmup_steps:
+            warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+            after = optax.join_schedules([warmup, after], [self.warmup_steps])
+        return OPTIMIZERS[self.name](after, self.weight_decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which batches, and how often something is written."""
+
+    steps: int = 500
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    loss: str = "jlora.recipes:cross_entropy"
+    log_every: int = 10
+    eval_every: int = 50
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every"):
+            whole(f"train.{name}", getattr(self, name), 1)
+        whole("train.seed", self.seed, 0)
+        if self.batch_size % self.accumulate:
+            raise refusal("train.accumulate", self.accumulate, f"a divisor of batch_size = {self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """The full fine-tuning that LoRA is compared with; the rest is as for LoRA."""
+
+    enabled: bool = True
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise refusal("full.enabled", self.enabled, "true or false")
+        number("full.learning_rate", self.learning_rate, 0.0, wanted="a finite number of at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where a run writes."""
+
+    folder: str = "runs/job"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str) or not self.folder:
+            raise refusal("output.folder", self.folder, "the path of a folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """A whole job: the sections of its file.
+
+    `model` is a function that returns `(module, params)`: a Linen module, called as `module(inputs)`, and its base
+    parameters. `data` is one that returns `(train, test)`: two mappings of arrays with `inputs` and what the loss
+    needs, such as `labels`.
+    """
+
+    model: FunctionConfig
+    data: FunctionConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    full: FullConfig = dataclasses.field(default_factory=FullConfig)
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The job of a mapping of sections.
+
+        Raises:
+          ConfigError: an unknown section or key, a missing function, or a value that is not allowed.
+        """
+        check_keys(data, field_names(cls), "the job")
+        for name, section in data.items():
+            if not isinstance(section, Mapping):
+                raise refusal(name, section, f"a section, [{name}]")
+        for name in ("model", "data"):
+            if "function" not in data.get(name, {}):
+                raise ConfigError(f"{name}.function is missing: wanted [{name}] with function = 'module:function'")
+        sections: dict[str, Any] = {}
+        for name, section in data.items():
+            if name in ("model", "data"):
+                options = {key: value for key, value in section.items() if key != "function"}
+                sections[name] = FunctionConfig(function=section["function"], options=options)
+            elif name == "lora":
+                try:
+                    sections[name] = LoraConfig.from_dict(section)
+                except ConfigError as error:
+                    raise ConfigError(f"[lora]: {error}") from None
+            else:
+                kind = _SECTIONS[name]
+                check_keys(section, field_names(kind), f"[{name}]")
+                sections[name] = kind(**section)
+        return cls(**sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every value written out."""
+        data: dict[str, Any] = {name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS}
+        functions = {name: getattr(self, name) for name in ("model", "data")}
+        called = {name: {"function": found.function, **found.options} for name, found in functions.items()}
+        return {**called, "lora": self.lora.to_dict(), **data}
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Reads a `.toml` or `.json` file, and puts `section.key=value` overrides over it."""
+        data = read_mapping(path)
+        for override in overrides:
+            _override(data, override)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def write(self, path: str | Path) -> None:
+        """Writes a `.toml` or `.json` file."""
+        write_mapping(path, self.to_dict())
+
+
+_SECTIONS: dict[str, Any] = {
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "full": FullConfig,
+    "output": OutputConfig,
+}
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Puts one `section.key=value` into the data; the value is TOML, or else a string."""
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and section and dot and name):
+        raise ConfigError(f"override {override!r}: wanted section.key=value, such as lora.rank=4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = data.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"override {override!r}: {section} is no section")
+    table[name] = value

@@ -1,0 +1,24 @@
+"""Training as a library: a jitted step over adapters alone, batches, a loop, metrics and checkpoints."""
+
+from jlora.train._checkpoint import Checkpoints, restore_tree, save_tree
+from jlora.train._data import Batches, Examples, count_examples
+from jlora.train._loop import Interrupted, MetricsLog, fit
+from jlora.train._step import Loss, Metrics, Step, TrainState, init_state, make_train_step
+
+__all__ = [
+    "Batches",
+    "Checkpoints",
+    "Examples",
+    "Interrupted",
+    "Loss",
+    "Metrics",
+    "MetricsLog",
+    "Step",
+    "TrainState",
+    "count_examples",
+    "fit",
+    "init_state",
+    "make_train_step",
+    "restore_tree",
+    "save_tree",
+]

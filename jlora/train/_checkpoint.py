@@ -1,0 +1,68 @@
+"""Checkpoints of the training state through Orbax, each written whole or not at all."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from jlora.errors import DataError
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest two kept; a context manager.
+
+    Orbax writes each under a temporary name and renames it: a run that is killed leaves the earlier one readable.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, `None` where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes the state at a step, unless it is there already."""
+        if self.latest_step != step:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: Any) -> Any:
+        """The newest state, with the structure, shapes and dtypes of `like`.
+
+        Raises:
+          DataError: there is none, or it does not fit.
+        """
+        step = self.latest_step
+        if step is None:
+            raise DataError(f"{self.folder}: no checkpoint to resume from")
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{self.folder}: the checkpoint of step {step} does not fit this run: {reason}") from None
+
+
+def save_tree(folder: str | Path, tree: Any) -> None:
+    """Writes a pytree of arrays as an Orbax checkpoint, in place of one that is there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder).absolute(), tree, force=True)
+
+
+def restore_tree(folder: str | Path, like: Any) -> Any:
+    """The pytree that `save_tree` wrote, with the structure, shapes and dtypes of `like`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(folder).absolute(), jax.tree.map(_abstract, like))
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
