@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class LoraConfig:
       target_modules: glob patterns on paths; `*` stays within a level, `**` spans levels. One that names a module
         adapts the weights inside it, one that names a leaf adapts that leaf.
       exclude_modules: patterns of what is left alone although a target matches it.
-      seed: gives the key of `init_lora` when none is passed.
+      seed: gives the key of `init_lora` when none is passed, 0 <= seed < 2^32.
       scaling: "standard" or "rslora".
       init: how A begins; B begins at zero. "gaussian" is N(0, init_std^2), "kaiming_uniform" U(-b, b) with
         b = 1/sqrt(in) (PEFT's default), "normal" N(0, 1/rank^2) (PEFT's "gaussian").
@@ -93,7 +93,7 @@ class LoraConfig:
         if not self.target_modules:
             raise refusal("target_modules", (), "at least one path pattern, such as '**/attention'")
         put("exclude_modules", _patterns("exclude_modules", self.exclude_modules))
-        put("seed", whole("seed", self.seed, 0))
+        put("seed", whole("seed", self.seed, 0, 2**32))
         choice("scaling", self.scaling, SCALINGS)
         choice("init", self.init, INITS)
         put("init_std", number("init_std", self.init_std, 0.0, wanted="a finite number of at least 0"))
@@ -106,7 +106,7 @@ class LoraConfig:
         return f"LoraConfig({', '.join(f'{name}={value!r}' for name, value in self._changed().items())})"
 
     def _changed(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, patterns as dicts where that loses nothing."""
+        """The fields that differ from their defaults, pairs of patterns as dicts."""
         changed = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -131,10 +131,6 @@ class LoraConfig:
         """The alpha that, divided by the rank, is the scaling of the update at `path`."""
         return effective_alpha(self.alpha_of(path), self.rank_of(path), self.scaling)
 
-    def roles_of(self, path: str) -> str | None:
-        """The factorization given for the weight at `path`, if one is."""
-        return _first_match(self.factorizations, path, None)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for TOML and JSON: every field, but for a dtype of None."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -147,6 +143,7 @@ class LoraConfig:
         """The configuration that `to_dict` wrote, or one that a person did."""
         if not isinstance(data, Mapping):
             raise refusal("LoraConfig", data, "a mapping of field names to values")
+        check_keys(data, field_names(cls), cls.__name__)
         return cls(**data)
 
     def write(self, path: str | Path) -> None:
@@ -195,7 +192,10 @@ def write_mapping(path: str | Path, data: Mapping[str, Any]) -> None:
     """Writes plain data as a `.toml` or `.json` file."""
     file = Path(path)
     text = tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2) + "\n"
-    file.write_text(text, encoding="utf-8")
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 def _suffix(file: Path) -> str:
@@ -221,7 +221,7 @@ def _pattern(field: str, value: Any) -> str:
 def _patterns(field: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
-    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+    if not isinstance(value, list | tuple):
         raise refusal(field, value, "a path pattern or a list of them")
     return tuple(_pattern(field, item) for item in value)
 
@@ -250,7 +250,7 @@ def _dtype_name(value: Any) -> str | None:
         return None
     try:
         dtype = jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise refusal("dtype", value, "a floating dtype such as 'float32' or 'bfloat16', or None for the weight's")

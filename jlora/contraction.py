@@ -5,10 +5,10 @@ every einsum string of jlora is computed here and nowhere else.
 """
 
 import dataclasses
-import itertools
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ __all__ = [
     "EinsumFactors",
     "Factorization",
     "canonical",
+    "common_dtype",
     "contract",
     "dense_delta",
     "einsum_factors",
@@ -110,24 +111,22 @@ def split_batch_axes(a_shape: Shape, b_shape: Shape, batch_dims: int | None = No
 def factorization_from_shapes(weight_shape: Shape, a_shape: Shape, b_shape: Shape) -> Factorization:
     """The factorization of a weight of which the adapter is known.
 
-    The order batch, in, out is taken where it fits; another order only where it is the one order that fits.
+    The order batch, in, out is taken where it fits; another order only where the weight has more than two axes and
+    it is the one order that fits. A weight of two axes is always in, out: a square one would fit both ways.
     """
     batch = len(a_shape) + len(b_shape) - 2 - len(weight_shape)
-    counts = (batch, len(a_shape) - 1 - batch, len(b_shape) - 1 - batch)
-    if batch >= 0 and min(counts[1:]) >= 1:
-        first = canonical(*counts)
-        rank = a_shape[-1]
-        wanted = (a_shape, b_shape)
-        if first.adapter_shapes(weight_shape, rank) == wanted:
+    ins, outs = a_shape[max(batch, 0) : -1], b_shape[max(batch, 0) + 1 :]
+    if batch >= 0 and ins and outs and (*a_shape[:batch], a_shape[-1]) == b_shape[: batch + 1]:
+        orders = sorted(_orders(weight_shape, a_shape[:batch], ins, outs))
+        first = canonical(batch, len(ins), len(outs))
+        if first.roles in orders:
             return first
-        orders = {"".join(order) for order in itertools.permutations(first.roles)}
-        others = [f for f in map(Factorization, sorted(orders)) if f.adapter_shapes(weight_shape, rank) == wanted]
-        if len(others) == 1 and len(weight_shape) > 2:
-            return others[0]
-        if len(others) > 1:
+        if len(orders) == 1 and len(weight_shape) > 2:
+            return Factorization(orders[0])
+        if len(orders) > 1:
             raise AdapterError(
-                f"A {a_shape} and B {b_shape} fit the weight {weight_shape} in several ways: "
-                f"{', '.join(f.roles for f in others)}; give the factorization"
+                f"A {a_shape} and B {b_shape} fit the weight {weight_shape} in several ways: {', '.join(orders)}; "
+                "give the factorization"
             )
     raise AdapterError(
         f"A {a_shape} and B {b_shape} do not fit the weight {weight_shape}: "
@@ -135,11 +134,27 @@ def factorization_from_shapes(weight_shape: Shape, a_shape: Shape, b_shape: Shap
     )
 
 
+def _orders(shape: Shape, *groups: Shape) -> Iterator[str]:
+    """The roles that give the axes of `shape` to the batch, in and out sizes, each group in its order."""
+    if not shape:
+        yield ""
+    for position, sizes in enumerate(groups):
+        if shape and sizes[:1] == shape[:1]:
+            rest = (*groups[:position], sizes[1:], *groups[position + 1 :])
+            yield from ("bio"[position] + roles for roles in _orders(shape[1:], *rest))
+
+
+def common_dtype(*dtypes: Any) -> Any:
+    """The dtype that holds all of these, also where JAX is set to strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def dense_delta(a: jax.Array, b: jax.Array, factorization: Factorization) -> jax.Array:
     """A@B in the order of the weight's axes, unscaled; float32 at least."""
     roles = factorization.roles
     n = roles.count("b")
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = common_dtype(a.dtype, b.dtype, jnp.float32)
     batch = tuple(range(n))
     product = lax.dot_general(
         a.astype(dtype), b.astype(dtype), (((a.ndim - 1,), (n,)), (batch, batch)), precision=lax.Precision.HIGHEST
@@ -174,9 +189,10 @@ def factored_product(
 ) -> jax.Array:
     """scale * (x@A)@B over the axes `axis` of x, never building A@B.
 
-    The first `batch_dims` axes of x are A's and B's batch axes. Returns `(*batch, *rest, *out)` in x's dtype. All
-    other axes of x are flattened to one before the products: otherwise the gradients of A and B, contracted over
-    several axes, become transposed copies of whole activations (twice the time of the step on CPU, JAX 0.10).
+    The first `batch_dims` axes of x are A's and B's batch axes; `axis` counts from 0. Returns `(*batch, *rest, *out)`
+    in the common dtype of x, A and B. All other axes of x are flattened to one before the products: otherwise the
+    gradients of A and B, contracted over several axes, become transposed copies of whole activations (twice the time
+    of the step on CPU, JAX 0.10).
     """
     rest = [d for d in range(batch_dims, x.ndim) if d not in axis]
     order = [*range(batch_dims), *rest, *axis]
@@ -232,10 +248,11 @@ def einsum_factors(equation: str, x_ndim: int, weight_ndim: int) -> EinsumFactor
 
 def _parse_einsum(equation: str, x_ndim: int, weight_ndim: int) -> tuple[str, str, str]:
     """The letters of the input, the weight and the output, with every `...` written out."""
-    text = equation.replace(" ", "")
+    text = "".join(equation.split())
     operands, arrow, y = text.partition("->")
     names = operands.split(",")
-    if not arrow or len(names) != 2:
+    plain = "".join(name.replace("...", "", 1) for name in (*names, y))
+    if not arrow or len(names) != 2 or not set(plain) <= set(string.ascii_letters):
         raise AdapterError(f"einsum {equation!r}: wanted two operands and '->', as in 'btd,dhk->bthk'")
     free = [c for c in string.ascii_letters if c not in text]
     spans = []

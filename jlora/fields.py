@@ -1,8 +1,11 @@
 """Checks of the fields of a configuration: each error names the field, the value and what is allowed."""
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from jlora.errors import ConfigError
 from jlora.paths import nearest
@@ -19,26 +22,35 @@ def check_keys(found: Iterable[str], known: Sequence[str], where: str) -> None:
     """Refuses keys that are not known, each with the known one that is spelled most like it."""
     unknown = [key for key in found if key not in known]
     if unknown:
-        named = ", ".join(f"{key!r} (did you mean {nearest(key, known, 1)[0]!r}?)" for key in unknown)
+        named = ", ".join(f"{key!r} (did you mean {nearest(str(key), known, 1)[0]!r}?)" for key in unknown)
         raise ConfigError(f"{where}: unknown key {named}; known keys: {', '.join(known)}")
 
 
-def whole(field: str, value: Any, least: int) -> int:
-    """A whole number, a numpy one too, of at least `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
-        raise refusal(field, value, f"a whole number of at least {least}")
-    return int(value)
+def whole(field: str, value: Any, least: int, below: int | None = None) -> int:
+    """A whole number, a NumPy one too, with least <= value < below."""
+    try:
+        result = operator.index(value)
+    except TypeError:
+        result = least - 1
+    if _is_bool(value) or result < least or (below is not None and result >= below):
+        wanted = f"a whole number of at least {least}" + ("" if below is None else f" and below {below}")
+        raise refusal(field, value, wanted)
+    return result
 
 
 def number(field: str, value: Any, low: float = -math.inf, high: float = math.inf, wanted: str = "") -> float:
     """A finite number with low <= value < high."""
     try:
-        result = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
+        result = math.nan if _is_bool(value) or isinstance(value, str | bytes | bytearray) else float(value)
+    except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result) or not low <= result < high:
         raise refusal(field, value, wanted or "a finite number")
     return result
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
 
 
 def choice(field: str, value: Any, allowed: Sequence[str]) -> str:

@@ -73,4 +73,6 @@ def format_nearest(pattern: str, paths: Iterable[str]) -> str:
     for path in paths:
         parts = path.split("/")
         known.update(dict.fromkeys("/".join(parts[:depth]) for depth in range(1, len(parts) + 1)))
-    return "nearest paths: " + ", ".join(nearest(pattern, known)) if known else "the tree has no leaves"
+    if not known:
+        return "the tree has no leaves"
+    return "nearest paths: " + ", ".join(name or "the root" for name in nearest(pattern, known))

@@ -11,6 +11,7 @@ from jax import lax
 
 from jlora.contraction import (
     Factorization,
+    common_dtype,
     contract,
     dense_delta,
     factored_product,
@@ -65,7 +66,7 @@ def draw_a(
     """
     choice("init", init, tuple(_INITS))
     fan_in = math.prod(shape[batch_dims:-1])
-    return _INITS[init](key, shape, _sum_dtype(dtype), fan_in, std).astype(dtype)
+    return _INITS[init](key, shape, common_dtype(dtype, jnp.float32), fan_in, std).astype(dtype)
 
 
 def init_lora_adapter(
@@ -108,7 +109,7 @@ def init_lora_adapter(
     split = _factorization(shape, factorization)
     if rank > split.max_rank(shape):
         raise AdapterError(f"rank {rank} is larger than the smaller side {split.max_rank(shape)} of the weight {shape}")
-    dtype = jnp.dtype(weight.dtype if dtype is None else dtype)
+    dtype = jax.dtypes.canonicalize_dtype(weight.dtype if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise AdapterError(f"dtype {dtype} of the adapter of a weight {shape}: wanted a floating dtype; pass dtype=")
     a_shape, b_shape = split.adapter_shapes(shape, rank)
@@ -125,7 +126,8 @@ def lora_delta(adapter: Adapter, alpha: Any = 1.0, *, batch_dims: int | None = N
       batch_dims: the number of batch axes, for the rare shapes that can be read in two ways.
 
     Returns:
-      `(*batch, *in, *out)` in the common dtype of A and B; the product is formed in float32 and rounded once.
+      `(*batch, *in, *out)` in the common dtype of A and B (float32 for integers); the product is formed in float32 and
+      rounded once.
 
     Raises:
       AdapterError: A and B do not fit each other, or fit in two ways.
@@ -137,7 +139,8 @@ def lora_delta(adapter: Adapter, alpha: Any = 1.0, *, batch_dims: int | None = N
     a, b = _parts(adapter)
     batch = split_batch_axes(a.shape, b.shape, batch_dims)
     roles = "b" * batch + "i" * (a.ndim - 1 - batch) + "o" * (b.ndim - 1 - batch)
-    return _scaled_delta(a, b, alpha, Factorization(roles)).astype(jnp.promote_types(a.dtype, b.dtype))
+    delta, dtype = _scaled_delta(a, b, alpha, Factorization(roles)), common_dtype(a.dtype, b.dtype)
+    return delta.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else delta
 
 
 def lora_linear(x: chex.Array, frozen_weight: chex.Array, adapter: Adapter, alpha: Any = 1.0) -> jax.Array:
@@ -162,19 +165,19 @@ def lora_linear(x: chex.Array, frozen_weight: chex.Array, adapter: Adapter, alph
     a, b = _parts(adapter)
     x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
     split = _canonical_split(weight.shape, a, b)
-    batch, ins = split.roles.count("b"), split.sizes(weight.shape, "i")
-    leading = split.sizes(weight.shape, "b")
-    if x.ndim < batch + len(ins) or x.shape[:batch] != leading or x.shape[x.ndim - len(ins) :] != ins:
-        wanted = ", ".join(map(str, (*leading, "...", *ins)))
-        raise AdapterError(f"x {x.shape} does not fit the weight {weight.shape}: wanted ({wanted})")
-    axis = range(x.ndim - len(ins), x.ndim)
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
-    base = contract(x.astype(dtype), weight.astype(dtype), axis, batch)
-    low = jnp.promote_types(x.dtype, jnp.promote_types(a.dtype, b.dtype))
-    update = factored_product(
-        x.astype(low), a.astype(low), b.astype(low), axis, batch, scale=_scaling(alpha, a.shape[-1])
-    )
-    return base + update.astype(dtype)
+    base = linear(x, weight, split)
+    axis, batch = _input_axes(x, weight, split)
+    dtype = common_dtype(x.dtype, a.dtype, b.dtype)
+    scale = _scaling(alpha, a.shape[-1])
+    update = factored_product(x.astype(dtype), a.astype(dtype), b.astype(dtype), axis, batch, scale=scale)
+    return base + update.astype(base.dtype)
+
+
+def linear(x: jax.Array, weight: jax.Array, split: Factorization) -> jax.Array:
+    """x@W for a weight in the order batch, in, out, in their common dtype."""
+    axis, batch = _input_axes(x, weight, split)
+    dtype = common_dtype(x.dtype, weight.dtype)
+    return contract(x.astype(dtype), weight.astype(dtype), axis, batch)
 
 
 def merge_lora_weight(
@@ -266,7 +269,8 @@ def lora_singular_values(adapter: Adapter, alpha: Any = 1.0, *, batch_dims: int 
     A = Q_a R_a and B^T = Q_b R_b, so that A@B has the singular values of the r x r matrix R_a R_b^T.
 
     Returns:
-      `(*batch, r)`, float32 at least.
+      `(*batch, r)`, float32 at least; as many as the smaller side where that is less than r. Not differentiable where
+      the delta is zero.
 
     >>> adapter = {'A': jnp.array([[3., 0.], [0., 1.]]), 'B': jnp.eye(2)}
     >>> lora_singular_values(adapter, alpha=2.0).round(4).tolist()
@@ -274,14 +278,14 @@ def lora_singular_values(adapter: Adapter, alpha: Any = 1.0, *, batch_dims: int 
     """
     a, b = _parts(adapter)
     n, rank = split_batch_axes(a.shape, b.shape, batch_dims), a.shape[-1]
-    dtype = _sum_dtype(jnp.promote_types(a.dtype, b.dtype))
+    dtype = common_dtype(a.dtype, b.dtype, jnp.float32)
     batch = a.shape[:n]
     tall_a = a.astype(dtype).reshape(*batch, math.prod(a.shape[n:-1]), rank)
     wide_b = b.astype(dtype).reshape(*batch, rank, math.prod(b.shape[n + 1 :]))
     r_a = jnp.linalg.qr(tall_a, mode="r")
     r_b = jnp.linalg.qr(wide_b.mT, mode="r")
     values = jnp.linalg.svd(jnp.matmul(r_a, r_b.mT, precision=lax.Precision.HIGHEST), compute_uv=False)
-    return abs(_scaling(alpha, rank)) * values
+    return jnp.abs(jnp.asarray(_scaling(alpha, rank), dtype)) * values
 
 
 def _parts(adapter: Any) -> tuple[jax.Array, jax.Array]:
@@ -292,18 +296,25 @@ def _parts(adapter: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _scaling(alpha: Any, rank: int) -> Any:
-    if jnp.ndim(alpha) != 0:
-        raise AdapterError(f"alpha of shape {jnp.shape(alpha)}: wanted a number or a scalar array")
+    if not isinstance(alpha, int | float) and getattr(alpha, "shape", None) != ():
+        found = f"of shape {alpha.shape}" if hasattr(alpha, "shape") else repr(alpha)
+        raise AdapterError(f"alpha {found}: wanted a number or a scalar array")
     return alpha / rank
-
-
-def _sum_dtype(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _scaled_delta(a: jax.Array, b: jax.Array, alpha: Any, split: Factorization) -> jax.Array:
     product = dense_delta(a, b, split)
     return product * jnp.asarray(_scaling(alpha, a.shape[-1]), product.dtype)
+
+
+def _input_axes(x: jax.Array, weight: jax.Array, split: Factorization) -> tuple[range, int]:
+    """The axes of x that are contracted with the weight, and the number of batch axes."""
+    leading, ins = split.sizes(weight.shape, "b"), split.sizes(weight.shape, "i")
+    batch, first = len(leading), x.ndim - len(ins)
+    if first < batch or x.shape[:batch] != leading or x.shape[first:] != ins:
+        wanted = ", ".join(map(str, (*leading, "...", *ins)))
+        raise AdapterError(f"x {x.shape} does not fit the weight {weight.shape}: wanted ({wanted})")
+    return range(first, x.ndim), batch
 
 
 def _factorization(shape: tuple[int, ...], given: Factorization | str | None) -> Factorization:
@@ -331,6 +342,8 @@ def _canonical_split(shape: tuple[int, ...], a: jax.Array, b: jax.Array) -> Fact
 
 def _add(weight: chex.Array, adapter: Adapter, alpha: Any, given: Factorization | str | None, sign: int) -> jax.Array:
     a, b = _parts(adapter)
+    if (wide := jnp.dtype(weight.dtype)) != jax.dtypes.canonicalize_dtype(wide):
+        raise AdapterError(f"a weight of dtype {wide}: set jax_enable_x64, or cast it first")
     weight = jnp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise AdapterError(f"a weight of dtype {weight.dtype}: wanted a floating dtype; cast or dequantize it first")
@@ -344,7 +357,7 @@ def _add(weight: chex.Array, adapter: Adapter, alpha: Any, given: Factorization 
                 f"{split.roles!r}: wanted A {wanted[0]} and B {wanted[1]}"
             )
     delta = _scaled_delta(a, b, alpha, split)
-    total = jnp.promote_types(delta.dtype, weight.dtype)
+    total = common_dtype(delta.dtype, weight.dtype)
     return (weight.astype(total) + sign * delta.astype(total)).astype(weight.dtype)
 
 
@@ -357,7 +370,10 @@ def _broadcast_prefix(alpha: Any, adapters: Any, stop: Callable[[Any], bool]) ->
 
     try:
         jax.tree.map(spread, alpha, adapters)
+        fits = len(alphas) == len(jax.tree.leaves(adapters, is_leaf=stop))
     except (ValueError, TypeError, KeyError):
+        fits = False
+    if not fits:
         wanted, found = jax.tree.structure(adapters, is_leaf=stop), jax.tree.structure(alpha)
-        raise AdapterError(f"alpha is no prefix of the adapters: found {found}, wanted a prefix of {wanted}") from None
+        raise AdapterError(f"alpha is no prefix of the adapters: found {found}, wanted a prefix of {wanted}")
     return alphas

@@ -10,15 +10,16 @@ from jax import lax
 
 from jlora.adapter._functions import (
     init_lora_adapter,
+    linear,
     lora_linear,
     lora_singular_values,
     merge_lora_weight,
     unmerge_lora_weight,
 )
-from jlora.config import effective_alpha
-from jlora.contraction import contract, factorization_from_shapes
+from jlora.config import SCALINGS, effective_alpha
+from jlora.contraction import Factorization, factorization_from_shapes
 from jlora.errors import AdapterError
-from jlora.fields import check_keys, number
+from jlora.fields import check_keys, choice, number
 
 _WEIGHTS = ("base_weight", "lora_a", "lora_b")
 _STATIC = ("alpha", "scaling_mode", "is_base_frozen", "is_merged")
@@ -64,7 +65,7 @@ class LoRALayer:
         scaling_mode: str = "standard",
         init_std: float = 0.01,
         dtype: Any = None,
-        factorization: str | None = None,
+        factorization: Factorization | str | None = None,
         init: str = "gaussian",
         is_base_frozen: bool = True,
     ) -> None:
@@ -73,19 +74,23 @@ class LoRALayer:
         )
         weight = jnp.asarray(base_weight)
         split = factorization_from_shapes(weight.shape, adapter["A"].shape, adapter["B"].shape)
-        if factorization not in (None, split.roles):
+        if not split.is_canonical or factorization not in (None, split, split.roles):
             raise AdapterError(f"factorization {factorization!r}: wanted the weight's axes in the order batch, in, out")
         alpha = number("alpha", alpha)
-        effective_alpha(alpha, rank, scaling_mode)
+        choice("scaling_mode", scaling_mode, SCALINGS)
         values = (weight, adapter["A"], adapter["B"], alpha, scaling_mode, bool(is_base_frozen), False)
         self.__dict__.update(zip((*_WEIGHTS, *_STATIC), values, strict=True))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"LoRALayer is immutable: layer.set({name!r}, value) returns a changed layer")
+        raise AttributeError(f"{name}: LoRALayer is immutable; set(), load() and freeze_base() return a changed layer")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name}: LoRALayer is immutable")
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in _STATIC)
-        return f"LoRALayer(base_weight={jnp.shape(self.base_weight)}, rank={self.rank}, {fields})"
+        shapes = ", ".join(f"{name}={getattr(getattr(self, name), 'shape', None)}" for name in _WEIGHTS)
+        return f"LoRALayer({shapes}, {fields})"
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _WEIGHTS)
@@ -121,22 +126,23 @@ class LoRALayer:
     def _alpha(self) -> float:
         return effective_alpha(self.alpha, self.rank, self.scaling_mode)
 
+    @property
+    def _unmerged_base(self) -> jax.Array:
+        """The base without the update, through which no gradient passes while it is frozen."""
+        return lax.stop_gradient(self.base_weight) if self.is_base_frozen else self.base_weight
+
     def __call__(self, x: chex.Array) -> jax.Array:
         """x@W + scaling (x@A)@B; x@W once merged. x is `(..., in)`, or `(*batch, ..., *in)`."""
-        weight = lax.stop_gradient(self.base_weight) if self.is_base_frozen else self.base_weight
         if not self.is_merged:
-            return lora_linear(x, weight, self.adapter, self._alpha)
-        x = jnp.asarray(x)
-        roles = factorization_from_shapes(weight.shape, self.lora_a.shape, self.lora_b.shape).roles
-        axis = range(x.ndim - roles.count("i"), x.ndim)
-        dtype = jnp.promote_types(x.dtype, weight.dtype)
-        return contract(x.astype(dtype), weight.astype(dtype), axis, roles.count("b"))
+            return lora_linear(x, self._unmerged_base, self.adapter, self._alpha)
+        split = factorization_from_shapes(self.base_weight.shape, self.lora_a.shape, self.lora_b.shape)
+        return linear(jnp.asarray(x), self.base_weight, split)
 
     def merge(self) -> Self:
         """The layer with the update folded into its base weight."""
         if self.is_merged:
             raise AdapterError("the layer is merged already: unmerge() it first, or keep it as it is")
-        return self._replace(base_weight=merge_lora_weight(self.base_weight, self.adapter, self._alpha), is_merged=True)
+        return self._replace(base_weight=merge_lora_weight(self._unmerged_base, self.adapter, self._alpha), is_merged=True)
 
     def unmerge(self) -> Self:
         """The layer with the update taken out of its base weight again; see `unmerge_lora_weight` for rounding."""

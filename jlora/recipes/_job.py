@@ -92,7 +92,7 @@ def run_job(
     _check_folder(folder, job, resume, force)
     task = _load(job)
     adapters = init_lora(None, task.params, task.config)
-    console.print(summary(task.params, adapters, task.config))
+    console.out(str(summary(task.params, adapters, task.config)), highlight=False)
     _prepare_folder(folder, job, resume)
 
     results = [Result("frozen base", _evaluator(task, _base(task), task.params)(None), 0, 0, 0.0)]

@@ -5,16 +5,19 @@ A leaf that is a weight is one of
   embedding   the last two axes are in (the vocabulary) and out
   two axes    in and out, whatever the name
   kernel      the axes are batch, in, out; how many of each is read off, in this order, until one reading is left:
-              1. Flax's automatic name of the module
+              1. its bias, which has the kernel's batch and out axes
+              2. Flax's automatic name of the module
                  `Dense_0`   one in, one out
-                 `Conv_0`    one out, the rest in; leading axes are batch only where the bias has them too
-                 `Einsum_0`  no batch
-              2. the kernels beside it: `query`, `key`, `value` (in, heads, head_dim) and `out` (heads, head_dim, out)
+                 `Conv_0`    one out, the rest in; batch axes are those of a stack: as many as its bias, or the scale
+                             of a norm beside it, has beyond one
+              3. the kernels beside it: `query`, `key`, `value` (in, heads, head_dim) and `out` (heads, head_dim, out)
                  of MultiHeadDotProductAttention
-              3. its bias, which has the kernel's batch and out axes
               Leading axes beyond these are batch: stacks made by nn.scan and nn.vmap.
+              The equation of an Einsum is not in its params: by its bias, an out axis that stands before the in axes
+              counts as batch. `jlora.linen.resolve_config` asks the module instead.
 
-A bias, a scale and a vector are no weights. For anything else the configuration has to say.
+No weights are a bias, a scale, a vector, and what a first axis of size 1 shows to be added with broadcasting, such as
+position embeddings (1, tokens, width). For anything else the configuration has to say.
 """
 
 import re
@@ -28,7 +31,7 @@ Test = Callable[[Factorization], bool]
 
 _NOT_WEIGHTS = ("bias", "scale")
 _ATTENTION = ("query", "key", "value", "out")
-_AUTOMATIC = re.compile(r"(Dense|Conv|Einsum)_\d+")
+_AUTOMATIC = re.compile(r"(Dense|Conv)_\d+")
 
 
 def flax_factorization(path: str, shapes: Mapping[str, Shape]) -> Factorization | None:
@@ -41,7 +44,7 @@ def flax_factorization(path: str, shapes: Mapping[str, Shape]) -> Factorization 
     ndim = len(shape)
     if name in _NOT_WEIGHTS or ndim < 2:
         return None
-    if name not in ("kernel", "embedding") and sum(size != 1 for size in shape) < 2:
+    if name not in ("kernel", "embedding") and (sum(size != 1 for size in shape) < 2 or (ndim > 2 and shape[0] == 1)):
         return None
     if ndim == 2 or name == "embedding":
         return canonical(ndim - 2, 1, 1)
@@ -61,23 +64,33 @@ def _kernel_readings(path: str, shapes: Mapping[str, Shape]) -> list[Factorizati
     readings = [canonical(n, ins, ndim - n - ins) for n in range(ndim - 1) for ins in range(1, ndim - n)]
     if bias is not None:
         readings = [f for f in readings if f.sizes(shape, "b") + f.sizes(shape, "o") == bias]
-    for narrow in (_by_automatic_name(module, bias), _by_attention(module, shapes)):
-        if len(readings) > 1 and narrow is not None:
-            readings = [f for f in readings if narrow(f)]
+    named = _by_automatic_name(module, shapes)
+    if named is not None:
+        readings = [f for f in readings if named(f)]
+    beside = _by_attention(module, shapes)
+    if beside is not None and len(readings) > 1:
+        readings = [f for f in readings if beside(f)]
     return readings
 
 
-def _by_automatic_name(module: str, bias: Shape | None) -> Test | None:
+def _by_automatic_name(module: str, shapes: Mapping[str, Shape]) -> Test | None:
     name = _AUTOMATIC.fullmatch(module.rsplit("/", 1)[-1])
     if name is None:
         return None
-    batch = 0 if bias is None else len(bias) - 1
+    batch = _stack_axes(module, shapes)
     tests: dict[str, Test] = {
         "Dense": lambda f: f.roles.count("i") == f.roles.count("o") == 1,
         "Conv": lambda f: f.roles.count("b") == batch and f.roles.count("o") == 1,
-        "Einsum": lambda f: f.roles.count("b") == 0,
     }
     return tests[name[1]]
+
+
+def _stack_axes(module: str, shapes: Mapping[str, Shape]) -> int:
+    """How many axes of a stack the vectors of a module, or of a norm beside it, show."""
+    parent = module.rpartition("/")[0]
+    beside = re.compile((re.escape(parent) + "/" if parent else "") + "[^/]+/scale")
+    vectors = [shapes.get(f"{module}/bias"), *(shape for path, shape in shapes.items() if beside.fullmatch(path))]
+    return next((len(shape) - 1 for shape in vectors if shape is not None), 0)
 
 
 def _by_attention(module: str, shapes: Mapping[str, Shape]) -> Test | None:

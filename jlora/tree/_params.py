@@ -11,7 +11,7 @@ from jlora.adapter import init_lora_adapter, is_adapter, merge_lora_weight, unme
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, TargetError
 from jlora.paths import leaves_by_path, path_string
-from jlora.tree._targets import adapted_targets, find_targets
+from jlora.tree._targets import adapted_targets, find_targets, is_floating, raise_all
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
@@ -41,18 +41,15 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
         target = targets.get(path)
         if target is None:
             return None
-        try:
-            return init_lora_adapter(
-                jax.random.fold_in(root, _path_number(path)),
-                weight,
-                target.rank,
-                init_std=config.init_std,
-                dtype=config.dtype,
-                factorization=target.factorization,
-                init=config.init,
-            )
-        except AdapterError as error:
-            raise TargetError(f"{path}: {error}") from None
+        return init_lora_adapter(
+            jax.random.fold_in(root, _path_number(path)),
+            weight,
+            target.rank,
+            init_std=config.init_std,
+            dtype=config.dtype,
+            factorization=target.factorization,
+            init=config.init,
+        )
 
     return jax.tree_util.tree_map_with_path(adapter_at, params)
 
@@ -62,7 +59,8 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
 
     Args:
       params: the base.
-      adapters: adapters at the paths of their weights, `None` or nothing elsewhere.
+      adapters: adapters at the paths of their weights, `None` or nothing elsewhere. Every pattern of the configuration
+        must have one.
       config: the configuration that the adapters were made with; it holds alpha and the scaling.
 
     Returns:
@@ -96,6 +94,12 @@ def _path_number(path: str) -> int:
 
 def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., jax.Array]) -> Any:
     targets = adapted_targets(params, adapters, config)
+    leaves = leaves_by_path(params)
+    raise_all(
+        f"{path}: dtype {leaves[path].dtype} is not floating; cast or dequantize the weight first"
+        for path in targets
+        if not is_floating(leaves[path])
+    )
     by_path = leaves_by_path(adapters, is_leaf=is_adapter)
 
     def folded(key_path: Any, weight: Any) -> Any:

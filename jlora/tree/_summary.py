@@ -1,22 +1,16 @@
 """The table of what is adapted."""
 
 import dataclasses
-import html
-import io
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from jlora.adapter import is_adapter
 from jlora.config import LoraConfig
 from jlora.paths import leaves_by_path
+from jlora.tables import html_table, text_table
 from jlora.tree._targets import Target, adapted_targets
 from jlora.tree._views import count_params
 
 _COLUMNS = ("path", "shape", "factorization", "rank", "alpha", "parameters", "share")
-_WIDEST = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,30 +39,15 @@ class Summary:
     def _share(self, parameters: int) -> tuple[str, str]:
         return f"{parameters:,}", f"{parameters / self.total:.2%}" if self.total else "-"
 
-    def __rich__(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-        *rows, total = self.rows()
-        for position, name in enumerate(_COLUMNS):
-            numeric = position >= _COLUMNS.index("rank")
-            table.add_column(name, total[position], justify="right" if numeric else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        return table
-
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=_WIDEST, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+        *rows, total = self.rows()
+        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("rank"))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
         *rows, total = self.rows()
-        body = "".join(row(cells, "td") for cells in rows)
-        return f"<table><thead>{row(_COLUMNS, 'th')}</thead><tbody>{body}{row(total, 'th')}</tbody></table>"
+        return html_table(_COLUMNS, rows, total)
 
 
 def summary(params: Any, adapters: Any, config: LoraConfig) -> Summary:

@@ -1,7 +1,7 @@
 """Which leaves of a params tree a configuration adapts, and how each: the one place where patterns meet paths."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +38,8 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
       TargetError: with every problem at once: a pattern that matches or adapts nothing, a named leaf that is no
         weight, a weight whose factorization is not known, a rank larger than the smaller side.
     """
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    leaves = leaves_by_path(params)
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
     targets: dict[str, Target] = {}
     failed: dict[str, str] = {}
     for path in shapes:
@@ -49,9 +50,12 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
         except JloraError as error:
             failed[path] = str(error)
         else:
-            if target is not None:
-                targets[path] = target
-    _raise_all([*failed.values(), *_unused_patterns(config, list(shapes), [*targets, *failed])])
+            if target is None:
+                continue
+            targets[path] = target
+            if config.dtype is None and not is_floating(leaves[path]):
+                failed[path] = f"{path}: dtype {leaves[path].dtype} is not floating; give the adapters one with dtype"
+    raise_all([*failed.values(), *_unused_patterns(config, list(shapes), [*targets, *failed])])
     return targets
 
 
@@ -60,7 +64,8 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
 
     Raises:
       TargetError: with every problem at once: an adapter where params has no leaf, a leaf that is no adapter, an
-        adapter whose rank is not the configuration's, shapes that do not fit.
+        adapter whose rank is not the configuration's, shapes that do not fit, a pattern of the configuration of which
+        there is no adapter.
     """
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
     problems: list[str] = []
@@ -72,11 +77,16 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
             problems.append(f"{path}: an adapter where params has no leaf; {format_nearest(path, shapes)}")
         else:
             try:
-                targets[path] = _adapted(path, shapes[path], adapter, config)
+                targets[path] = _adapted(path, shapes, adapter, config)
             except JloraError as error:
                 problems.append(f"{path}: {error}")
-    _raise_all(problems)
+    raise_all(problems or _unused_patterns(config, list(shapes), list(targets)))
     return targets
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf can be adapted: its dtype is a floating one."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def is_targeted(config: LoraConfig, path: str) -> bool:
@@ -90,7 +100,7 @@ def is_targeted(config: LoraConfig, path: str) -> bool:
 
 def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str]) -> None:
     """Raises a TargetError for the patterns that have no effect on a tree with leaves at `paths`, some adapted."""
-    _raise_all(list(_unused_patterns(config, paths, adapted)))
+    raise_all(_unused_patterns(config, paths, adapted))
 
 
 def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Target | None:
@@ -118,14 +128,9 @@ def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig
 
 def _factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
     """The factorization from the configuration, else from Flax's names; None where the leaf is no weight."""
-    shape = shapes[path]
-    for pattern, roles in dict(config.factorizations).items():
-        if matched_depths(pattern, path) and (names_leaf(pattern, path) or _is_weight(path, shapes)):
-            if len(roles) != len(shape):
-                raise TargetError(
-                    f"{path} {shape}: the factorization {roles!r} given by {pattern!r} has {len(roles)} axes"
-                )
-            return Factorization(roles)
+    given = _given_factorization(path, shapes, config)
+    if given is not None:
+        return given
     try:
         return flax_factorization(path, shapes)
     except TargetError as error:
@@ -135,6 +140,18 @@ def _factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: Lor
         ) from None
 
 
+def _given_factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
+    """The first factorization of the configuration that names the leaf, or a module of which it is a weight."""
+    for pattern, roles in dict(config.factorizations).items():
+        if matched_depths(pattern, path) and (names_leaf(pattern, path) or _is_weight(path, shapes)):
+            if len(roles) != len(shapes[path]):
+                raise TargetError(
+                    f"{path} {shapes[path]}: the factorization {roles!r} given by {pattern!r} has {len(roles)} axes"
+                )
+            return Factorization(roles)
+    return None
+
+
 def _is_weight(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     try:
         return flax_factorization(path, shapes) is not None
@@ -142,20 +159,19 @@ def _is_weight(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return True
 
 
-def _adapted(path: str, shape: tuple[int, ...], adapter: Mapping[str, Any], config: LoraConfig) -> Target:
-    a_shape, b_shape = jnp.shape(adapter["A"]), jnp.shape(adapter["B"])
-    rank, roles = config.rank_of(path), config.roles_of(path)
+def _adapted(
+    path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, Any], config: LoraConfig
+) -> Target:
+    shape, a_shape, b_shape = shapes[path], jnp.shape(adapter["A"]), jnp.shape(adapter["B"])
+    rank, given = config.rank_of(path), _given_factorization(path, shapes, config)
     if a_shape[-1:] != (rank,):
         raise AdapterError(f"A {a_shape} does not have the rank {rank} of the configuration")
-    if roles is None:
-        factorization = factorization_from_shapes(shape, a_shape, b_shape)
-    else:
-        factorization = Factorization(roles)
-        if (a_shape, b_shape) != (wanted := factorization.adapter_shapes(shape, rank)):
-            raise AdapterError(
-                f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {roles!r}: "
-                f"wanted A {wanted[0]} and B {wanted[1]}"
-            )
+    if given is not None and (a_shape, b_shape) != (wanted := given.adapter_shapes(shape, rank)):
+        raise AdapterError(
+            f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {given.roles!r}: "
+            f"wanted A {wanted[0]} and B {wanted[1]}"
+        )
+    factorization = given or factorization_from_shapes(shape, a_shape, b_shape)
     return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 
@@ -181,7 +197,9 @@ def _unused_patterns(config: LoraConfig, paths: list[str], targets: list[str]) -
             yield f"{field}: {pattern!r} matches nothing that is adapted; {format_nearest(pattern, targets or paths)}"
 
 
-def _raise_all(problems: list[str]) -> None:
+def raise_all(found: Iterable[str]) -> None:
+    """Raises one TargetError for all problems, if there are any."""
+    problems = list(found)
     if not problems:
         return
     shown = problems[:_MOST_PROBLEMS]

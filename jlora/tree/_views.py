@@ -51,6 +51,8 @@ def split_params(params: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     base: dict[str, Any] = {}
     adapters: dict[str, Any] = {}
+    if is_adapter(params):
+        return _like(params, base), params
     for name, node in params.items():
         weight = _weight_beside(params) if name == "lora" else None
         if is_adapter(node):
@@ -67,20 +69,26 @@ def combine_params(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Any:
     """The Linen tree that holds both: what `split_params` took apart.
 
     Raises:
-      TargetError: an adapter stands at a weight that is no `kernel` and no `embedding`, or at a module.
+      TargetError: an adapter stands where a Linen tree has no place for it; the message names the path.
     """
     return _combine(base, adapters, "")
 
 
 def _combine(base: Mapping[str, Any], adapters: Mapping[str, Any], at: str) -> Any:
+    if is_adapter(adapters) and not base:
+        return adapters
     combined = dict(base)
     for name, node in adapters.items():
         path = f"{at}{name}"
         if is_adapter(node):
-            if name in base and name != _weight_beside(base):
-                raise TargetError(f"{path}: a Linen module holds adapters beside a {' or an '.join(_WEIGHTS)} only")
-            combined["lora" if name in base else name] = node
-        elif isinstance(node, Mapping):
+            place = "lora" if name in _WEIGHTS else name
+            if (name in _WEIGHTS and name != _weight_beside(base)) or place in base:
+                raise TargetError(
+                    f"{path}: no place for an adapter; a Linen module holds one, under 'lora' beside its "
+                    f"{' or '.join(_WEIGHTS)}"
+                )
+            combined[place] = node
+        elif isinstance(node, Mapping) and isinstance(base.get(name, {}), Mapping):
             combined[name] = _combine(base.get(name, {}), node, f"{path}/")
         elif node is not None:
             raise TargetError(f"{path}: found {type(node).__name__}, wanted an adapter {{'A', 'B'}} or None")
