@@ -1,0 +1,11 @@
+"""Prints the floor of every dependency that pyproject.toml gives, as constraints for pip."""
+
+import re
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+wanted = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+floors = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups() for requirement in wanted)
+print("\n".join(f"{name}=={version}" for name, version in floors.items()))
+print(f"jaxlib=={floors['jax']}")

@@ -1,0 +1,61 @@
+"""The README does what it shows: its code runs, its tables are printed, its commands are those of the tests."""
+
+import re
+from pathlib import Path
+
+import jax
+
+from jlora import init_lora, summary
+from jlora.linen import resolve_config
+from jlora.recipes import JobConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def blocks(language):
+    return [code for found, code in BLOCKS if found == language]
+
+
+def test_every_python_block_runs_in_order_and_prints_what_is_shown(capsys, tmp_path):
+    names = {}
+    for number, code in enumerate(blocks("python")):
+        exec(compile(code.replace("/tmp/", f"{tmp_path}/"), f"README block {number}", "exec"), names)
+        if number == 0:
+            assert capsys.readouterr().out == blocks("text")[0]
+
+
+def test_the_first_code_stands_before_line_40():
+    assert TEXT[: TEXT.index("```python")].count("\n") < 40
+
+
+def test_the_job_section_is_a_valid_job(tmp_path):
+    (tmp_path / "job.toml").write_text(blocks("toml")[0])
+    assert JobConfig.read(tmp_path / "job.toml").lora.target_modules == ("**/attention",)
+
+
+def test_the_commands_install_what_they_run():
+    demo, tests = blocks("sh")
+    assert demo.endswith(".venv/bin/jlora train configs/digits.toml\n")
+    assert '".[train]"' in demo
+    assert tests.endswith(".venv/bin/python -m pytest\n")
+    assert '".[test]"' in tests
+
+
+def test_the_table_of_the_digits_job_is_the_one_shown():
+    job = JobConfig.read(ROOT / "configs" / "digits.toml")
+    module = job.model.load("model").__globals__["VisionTransformer"]()
+    images = jax.ShapeDtypeStruct((1, 8, 8), "float32")
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    config = resolve_config(module, job.lora, images)
+    table = str(summary(params, jax.eval_shape(lambda p: init_lora(None, p, config), params), config))
+    shown = blocks("text")[1]
+    assert table in shown
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    trained = int(table.splitlines()[-1].split()[-2].replace(",", ""))
+    for name, count in (("LoRA", trained), ("full fine-tuning", total)):
+        row = next(line for line in reversed(shown.splitlines()) if line.strip().startswith(name))
+        assert f"{count:,} " in row
+
+
