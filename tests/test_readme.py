@@ -57,5 +57,3 @@ def test_the_table_of_the_digits_job_is_the_one_shown():
     for name, count in (("LoRA", trained), ("full fine-tuning", total)):
         row = next(line for line in reversed(shown.splitlines()) if line.strip().startswith(name))
         assert f"{count:,} " in row
-
-

@@ -142,7 +142,9 @@ class LoRALayer:
         """The layer with the update folded into its base weight."""
         if self.is_merged:
             raise AdapterError("the layer is merged already: unmerge() it first, or keep it as it is")
-        return self._replace(base_weight=merge_lora_weight(self._unmerged_base, self.adapter, self._alpha), is_merged=True)
+        return self._replace(
+            base_weight=merge_lora_weight(self._unmerged_base, self.adapter, self._alpha), is_merged=True
+        )
 
     def unmerge(self) -> Self:
         """The layer with the update taken out of its base weight again; see `unmerge_lora_weight` for rounding."""

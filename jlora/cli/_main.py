@@ -18,7 +18,7 @@ The file has the sections
   [lora]       rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init, init_std, rank_pattern,
                alpha_pattern, dtype, factorizations
   [optimizer]  name (adamw, adam, lion, sgd), learning_rate, weight_decay, schedule (constant, cosine, linear),
-               warmup_steps, clip_norm
+               warmup_steps, clip_norm (0 for none)
   [train]      steps, batch_size, accumulate, seed, loss = "module:function", log_every, eval_every, checkpoint_every
   [full]       enabled, learning_rate: the full fine-tuning to compare with
   [output]     folder
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except JloraError as error:
         print(f"jlora: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"jlora: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         if error.name not in ("orbax", "sklearn", "matplotlib"):
             raise
@@ -69,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG", help="the .toml or .json file of the job")
     train.add_argument(
-        "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="a value of the file, changed for this run"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="a value of the file, changed for this run",
     )
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
@@ -91,6 +97,6 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"\njlora: {error}; go on with: {again}", file=sys.stderr)
         return _INTERRUPTED
     except KeyboardInterrupt:
-        print("\njlora: interrupted", file=sys.stderr)
+        print("\njlora: interrupted before the run began; give the same command again", file=sys.stderr)
         return _INTERRUPTED
     return 0

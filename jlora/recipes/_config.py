@@ -30,15 +30,14 @@ class FunctionConfig:
     function: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def load(self, section: str) -> Callable[..., Any]:
-        """The function.
+    def load(self, field: str) -> Callable[..., Any]:
+        """The function, of which `field` of the file speaks.
 
         Raises:
           ConfigError: no such module or name, or options that the function does not take.
         """
-        field = f"{section}.function"
         module_name, colon, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
-        if not (module_name and colon and name):
+        if not (module_name.strip(".") == module_name != "" and colon and name):
             raise refusal(field, self.function, "'module:function'")
         try:
             function = getattr(importlib.import_module(module_name), name)
@@ -46,14 +45,24 @@ class FunctionConfig:
             raise ConfigError(f"{field} = {self.function!r}: no module {error.name!r} can be imported") from None
         except AttributeError:
             raise ConfigError(f"{field} = {self.function!r}: {module_name} has no {name!r}") from None
+        if not callable(function):
+            raise ConfigError(f"{field} = {self.function!r}: is a {type(function).__name__}, wanted a function")
         parameters = inspect.signature(function).parameters
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            check_keys(self.options, tuple(parameters), f"[{section}] for {self.function}")
+            check_keys(self.options, tuple(parameters), f"the options of {self.function}")
         return function
 
-    def call(self, section: str, *args: Any) -> Any:
-        """What the function returns for these arguments and the options."""
-        return self.load(section)(*args, **self.options)
+    def call(self, field: str, **offered: Any) -> Any:
+        """What the function returns for the options, and those of the offered arguments that it has parameters for."""
+        function = self.load(field)
+        signature = inspect.signature(function)
+        arguments = {name: value for name, value in offered.items() if name in signature.parameters}
+        arguments |= self.options
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"{field} = {self.function!r}: {error}") from None
+        return function(**arguments)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     schedule: str = "cosine"
     warmup_steps: int = 0
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # 0 for none
 
     def __post_init__(self) -> None:
         choice("optimizer.name", self.name, tuple(OPTIMIZERS))
@@ -142,7 +151,7 @@ class JobConfig:
 
     `model` is a function that returns `(module, params)`: a Linen module, called as `module(inputs)`, and its base
     parameters. `data` is one that returns `(train, test)`: two mappings of arrays with `inputs` and what the loss
-    needs, such as `labels`.
+    needs, such as `labels`. A parameter `console` of theirs is given the console of the run.
     """
 
     model: FunctionConfig
@@ -171,6 +180,8 @@ class JobConfig:
         for name, section in data.items():
             if name in ("model", "data"):
                 options = {key: value for key, value in section.items() if key != "function"}
+                if empty := [key for key, value in options.items() if value is None]:
+                    raise ConfigError(f"{name}.{empty[0]} is null: leave the key out")
                 sections[name] = FunctionConfig(function=section["function"], options=options)
             elif name == "lora":
                 try:

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from jlora.train import (
     Batches,
     Checkpoints,
     Examples,
+    Interrupted,
     Metrics,
     MetricsLog,
     count_examples,
@@ -90,10 +92,13 @@ def run_job(
     console = console or Console()
     folder = Path(job.output.folder)
     _check_folder(folder, job, resume, force)
-    task = _load(job)
+    try:
+        task = _load(job, console)
+    except Interrupted:  # training of its own, of which the folder of this run knows nothing
+        raise KeyboardInterrupt from None
     adapters = init_lora(None, task.params, task.config)
-    console.out(str(summary(task.params, adapters, task.config)), highlight=False)
     _prepare_folder(folder, job, resume)
+    console.out(str(summary(task.params, adapters, task.config)), highlight=False)
 
     results = [Result("frozen base", _evaluator(task, _base(task), task.params)(None), 0, 0, 0.0)]
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -142,37 +147,46 @@ def _check_folder(folder: Path, job: JobConfig, resume: bool, force: bool) -> No
 
 
 def _prepare_folder(folder: Path, job: JobConfig, resume: bool) -> None:
-    if not resume:
+    if resume:
+        return
+    try:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        job.write(folder / "config.toml")
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {error.strerror}; give output.folder another path") from None
+    job.write(folder / "config.toml")
 
 
-def _load(job: JobConfig) -> _Task:
+def _load(job: JobConfig, console: Console) -> _Task:
     loss = FunctionConfig(function=job.train.loss).load("train.loss")
-    functions = [(section, getattr(job, section)) for section in ("data", "model")]
-    for section, function in functions:
-        function.load(section)
-    train, test = _pair(job.data, "data", "(train, test)")
-    for name, part in (("train", train), ("test", test)):
+    job.model.load("model.function")
+    train, test = _pair(job.data, "data.function", "(train, test)", console)
+    for name, part in (("training", train), ("test", test)):
+        if not isinstance(part, Mapping) or not all(isinstance(array, np.ndarray) for array in part.values()):
+            raise DataError(f"{job.data.function}: wanted the {name} set as a mapping of NumPy arrays")
         if "inputs" not in part:
             raise DataError(
                 f"{job.data.function}: the {name} set has no 'inputs', found {', '.join(part) or 'nothing'}"
             )
-        count_examples(part)
+        count_examples(part, f"the {name} set")
     Batches(train, job.train.batch_size, job.train.seed)
-    module, params = _pair(job.model, "model", "(module, params)")
+    module, params = _pair(job.model, "model.function", "(module, params)", console)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{job.model.function}: wanted a Linen module, found {type(module).__name__}")
     config = resolve_config(module, job.lora, jax.ShapeDtypeStruct(train["inputs"][:1].shape, train["inputs"].dtype))
-    return _Task(job, module, params, config, train, test, loss)
+    task = _Task(job, module, params, config, train, test, loss)
+    try:
+        jax.eval_shape(lambda batch: loss(_base(task)(None, params, batch["inputs"]), batch), dict(test))
+    except KeyError as error:
+        raise DataError(f"{job.train.loss} needs {error}; {job.data.function} gives {', '.join(test)}") from None
+    return task
 
 
-def _pair(function: FunctionConfig, section: str, wanted: str) -> tuple[Any, Any]:
-    found = function.call(section)
+def _pair(function: FunctionConfig, field: str, wanted: str, console: Console) -> tuple[Any, Any]:
+    found = function.call(field, console=console)
     if not isinstance(found, tuple) or len(found) != 2:
-        raise ConfigError(f"{section}.function = {function.function!r}: wanted it to return {wanted}")
+        raise ConfigError(f"{field} = {function.function!r}: wanted it to return {wanted}")
     return found
 
 
@@ -230,7 +244,7 @@ def _train(
 
     gradient_transform = optimizer.make(train.steps)
     step = make_train_step(
-        loss, gradient_transform, accumulate=train.accumulate, clip_norm=optimizer.clip_norm, seed=train.seed
+        loss, gradient_transform, accumulate=train.accumulate, clip_norm=optimizer.clip_norm or None, seed=train.seed
     )
     state = init_state(trained, gradient_transform)
     if checkpoints is not None and checkpoints.latest_step is not None:

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 _COLORS = {"loss": "tab:blue", "accuracy": "tab:orange"}
 
 
@@ -14,9 +17,6 @@ def write_curve(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
       path: of the PNG file.
       rows: the metrics of a run, as `MetricsLog` writes them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left = figure.add_subplot()

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 
-from jlora.errors import ConfigError, DataError
-from jlora.fields import whole
+from jlora.errors import DataError
+from jlora.fields import refusal, whole
 from jlora.paths import leaves_by_path
 from jlora.recipes._losses import cross_entropy
 from jlora.train import Batches, Examples, fit, init_state, make_train_step
@@ -68,26 +69,28 @@ class VisionTransformer(nn.Module):
         return nn.Dense(_CLASSES, name="head")(nn.LayerNorm()(x).mean(axis=1))
 
 
-def data(rotate: int = 90, invert: bool = True, seed: int = 0) -> tuple[Examples, Examples]:
+def data(rotate: int = 90, invert: bool = True) -> tuple[Examples, Examples]:
     """The digits, turned and inverted, as `(train, test)`.
 
     Args:
       rotate: degrees, a multiple of 90, counter-clockwise.
       invert: whether dark and bright change places.
-      seed: of the split; three quarters are for training.
 
     Returns:
-      Two mappings of `inputs` (n, 8, 8), float32 in [0, 1], and `labels` (n,), int32.
+      Two mappings of `inputs` (n, 8, 8), float32 in [0, 1], and `labels` (n,), int32; three quarters are for training,
+      always the same ones.
     """
     from sklearn.datasets import load_digits
 
-    if rotate % 90:
-        raise ConfigError(f"rotate = {rotate!r}: wanted a multiple of 90")
+    if whole("data.rotate", rotate, -360) % 90:
+        raise refusal("data.rotate", rotate, "a multiple of 90")
+    if not isinstance(invert, bool):
+        raise refusal("data.invert", invert, "true or false")
     digits = load_digits()
     images = (digits.images / _BRIGHTEST).astype(np.float32)
     images = np.rot90(images, rotate // 90, axes=(1, 2))
     images = np.ascontiguousarray(1 - images if invert else images)
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(0).permutation(len(images))
     tests = int(len(order) * _TEST_SHARE)
     parts = order[tests:], order[:tests]
     train, test = ({"inputs": images[i], "labels": digits.target[i].astype(np.int32)} for i in parts)
@@ -103,48 +106,55 @@ def model(
     steps: int = 600,
     seed: int = 0,
     cache: str = "~/.cache/jlora",
+    console: Console | None = None,
 ) -> tuple[nn.Module, Any]:
     """The ViT and its base parameters, trained on upright digits once and cached.
 
     Args:
       width, depth, heads, hidden, patch: of the model.
       steps: of its training, with AdamW.
-      seed: of its init, its training and the split of the data.
+      seed: of its init and its training.
       cache: the folder of the cache.
+      console: where the progress of its training goes.
     """
     sizes = {"width": width, "depth": depth, "heads": heads, "hidden": hidden, "patch": patch}
     for name, value in (*sizes.items(), ("steps", steps)):
-        whole(name, value, 1)
-    if width % heads or _SIDE % patch:
-        raise ConfigError(f"width = {width}, heads = {heads}, patch = {patch}: heads must divide width, and patch 8")
+        whole(f"model.{name}", value, 1)
+    whole("model.seed", seed, 0, 2**32)
+    if width % heads:
+        raise refusal("model.heads", heads, f"a divisor of width = {width}")
+    if _SIDE % patch:
+        raise refusal("model.patch", patch, "a divisor of 8, the side of the images")
+    if not isinstance(cache, str):
+        raise refusal("model.cache", cache, "the path of a folder")
     module = VisionTransformer(width=width, depth=depth, heads=heads, hidden=hidden, patch=patch)
     settings = json.dumps({**sizes, "steps": steps, "seed": seed, "jax": jax.__version__, "recipe": 1})
     file = Path(cache).expanduser() / f"digits-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
-    params = module.init(jax.random.key(seed), jnp.zeros((1, _SIDE, _SIDE)))["params"]
-    cached = _read(file, params)
+    init = jax.jit(lambda: module.init(jax.random.key(seed), jnp.zeros((1, _SIDE, _SIDE)))["params"])
+    cached = _read(file, jax.eval_shape(init))
     if cached is not None:
         return module, cached
-    trained = _pretrain(module, params, steps, seed)
+    trained = _pretrain(module, init(), steps, seed, console)
     _write(file, trained)
     return module, trained
 
 
-def _pretrain(module: nn.Module, params: Any, steps: int, seed: int) -> Any:
-    train, _ = data(rotate=0, invert=False, seed=seed)
+def _pretrain(module: nn.Module, params: Any, steps: int, seed: int, console: Console | None) -> Any:
+    train, _ = data(rotate=0, invert=False)
 
     def loss(params: Any, _: Any, batch: Examples, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         return cross_entropy(jnp.asarray(module.apply({"params": params}, batch["inputs"])), batch)
 
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-2)
     step = make_train_step(loss, optimizer, clip_norm=1.0, seed=seed)
-    state = fit(step, init_state(params, optimizer), None, Batches(train, 64, seed), steps=steps, title="base")
-    return state.trained
+    batches = Batches(train, 64, seed)
+    return fit(step, init_state(params, optimizer), None, batches, steps=steps, title="base", console=console).trained
 
 
 def _read(file: Path, like: Any) -> Any:
     """The cached parameters, or None where there are none that can be used."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             leaves = [arrays[path] for path in leaves_by_path(like)]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jlora.errors import DataError
+from jlora.paths import leaves_by_path
 
 
 class Checkpoints:
@@ -34,7 +35,8 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Writes the state at a step, unless it is there already."""
         if self.latest_step != step:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            layout = ocp.args.JsonSave(_layout(state))
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), layout=layout))
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the structure, shapes and dtypes of `like`.
@@ -45,11 +47,17 @@ class Checkpoints:
         step = self.latest_step
         if step is None:
             raise DataError(f"{self.folder}: no checkpoint to resume from")
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_abstract, like)))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{self.folder}: the checkpoint of step {step} does not fit this run: {reason}") from None
+        found = self._manager.restore(step, args=ocp.args.Composite(layout=ocp.args.JsonRestore()))["layout"]
+        wanted = _layout(like)
+        if found != wanted:
+            different = [path for path in found | wanted if found.get(path) != wanted.get(path)]
+            first = ", ".join(f"{p} (found {found.get(p)}, wanted {wanted.get(p)})" for p in different[:3])
+            raise DataError(
+                f"{self.folder}: the checkpoint of step {step} does not fit this run in {len(different)} arrays, "
+                f"such as {first}"
+            )
+        restore = ocp.args.StandardRestore(jax.tree.map(_abstract, like))
+        return self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
 
 
 def save_tree(folder: str | Path, tree: Any) -> None:
@@ -59,9 +67,24 @@ def save_tree(folder: str | Path, tree: Any) -> None:
 
 
 def restore_tree(folder: str | Path, like: Any) -> Any:
-    """The pytree that `save_tree` wrote, with the structure, shapes and dtypes of `like`."""
+    """The pytree that `save_tree` wrote, with the structure, shapes and dtypes of `like`.
+
+    Raises:
+      DataError: there is none, or it does not fit.
+    """
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(folder).absolute(), jax.tree.map(_abstract, like))
+        try:
+            return checkpointer.restore(path, jax.tree.map(_abstract, like))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise DataError(f"{path}: cannot be read as this tree: {str(error).strip()}") from None
+
+
+def _layout(tree: Any) -> dict[str, str]:
+    """The shape and dtype of every array by its path."""
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
 
 
 def _abstract(leaf: Any) -> Any:

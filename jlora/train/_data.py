@@ -1,6 +1,7 @@
 """Batches as a function of the step, so that a resumed run sees the same ones."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,21 +35,31 @@ class Batches:
 
     def __post_init__(self) -> None:
         whole("batch_size", self.size, 1)
+        whole("seed", self.seed, 0)
         if count_examples(self.examples) < self.size:
             raise DataError(f"{count_examples(self.examples)} examples are fewer than a batch of {self.size}")
 
     def __call__(self, step: int) -> Examples:
         epoch, position = divmod(step, count_examples(self.examples) // self.size)
-        order = np.random.default_rng((self.seed, epoch)).permutation(count_examples(self.examples))
+        order = _order(self.seed, epoch, count_examples(self.examples))
         chosen = order[position * self.size : (position + 1) * self.size]
         return {name: array[chosen] for name, array in self.examples.items()}
 
 
-def count_examples(examples: Examples) -> int:
-    """The common length of the arrays of a dataset."""
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def count_examples(examples: Examples, name: str = "the dataset") -> int:
+    """The common length of the arrays of a dataset.
+
+    Raises:
+      DataError: it is empty, or its arrays differ in length.
+    """
     lengths = {name: len(array) for name, array in examples.items()}
     if not lengths or 0 in lengths.values():
-        raise DataError(f"the dataset is empty: found {lengths or 'no arrays'}")
+        raise DataError(f"{name} is empty: found {lengths or 'no arrays'}")
     if len(set(lengths.values())) > 1:
-        raise DataError(f"the arrays of the dataset differ in length: {lengths}")
+        raise DataError(f"the arrays of {name} differ in length: {lengths}")
     return next(iter(lengths.values()))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from jlora.fields import whole
@@ -80,7 +81,7 @@ def fit(
       frozen: what is passed to the loss beside the trained tree.
       batches: `batches(step)` gives the batch of a step, as `Batches` does.
       evaluate: `evaluate(trained)` gives metrics, logged as `test_...` every `eval_every` steps and after the last.
-      log: where the metrics go every `log_every` steps.
+      log: where the metrics go every `log_every` steps, and at every evaluation.
       checkpoints: where the state goes every `checkpoint_every` steps, at the end, and on Ctrl-C.
       console: where the progress bar goes; one that is quiet shows none.
 
@@ -95,9 +96,10 @@ def fit(
         while done < steps and not interrupted.is_set():
             state, metrics = step(state, frozen, batches(done))
             done += 1
-            if done % log_every == 0 or done == steps:
+            tested = evaluate is not None and (done % eval_every == 0 or done == steps)
+            if tested or done % log_every == 0 or done == steps:
                 row = {name: float(value) for name, value in metrics.items()}
-                if evaluate is not None and (done % eval_every == 0 or done == steps):
+                if evaluate is not None and tested:
                     row |= {f"test_{name}": float(value) for name, value in evaluate(state.trained).items()}
                 shown |= row
                 if log is not None:
@@ -147,10 +149,11 @@ class _MetricsColumn(ProgressColumn):
 def _progress(console: Console | None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        _MetricsColumn(),
-        _SpeedColumn(),
+        _MetricsColumn(Column(no_wrap=True)),
+        _SpeedColumn(Column(no_wrap=True)),
         TimeRemainingColumn(),
         console=console,
+        expand=True,
     )

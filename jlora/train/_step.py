@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.contraction import common_dtype
 from jlora.errors import DataError
 from jlora.fields import number, whole
 
 Metrics = dict[str, chex.Array]
 Loss = Callable[[Any, Any, Any, chex.PRNGKey], tuple[chex.Array, Metrics]]
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 Step = Callable[["TrainState", Any, Any], tuple["TrainState", Metrics]]
 
 
@@ -53,8 +55,9 @@ def make_train_step(
       loss: `loss(trained, frozen, batch, key) -> (scalar, metrics)`; gradients are of `trained` alone, the key is
         another one at every step.
       optimizer: any optax optimizer; it sees the trained tree alone, so that weight decay cannot reach the base.
-      accumulate: each batch is split into this many along its leading axis, and the gradients are averaged.
-      clip_norm: the global norm of the gradients of the trained tree beyond which they are scaled down.
+      accumulate: each batch is split into this many along its leading axis, and the gradients are averaged, in float32
+        at least.
+      clip_norm: the global norm, above 0, of the gradients of the trained tree beyond which they are scaled down.
       seed: of the keys.
 
     Returns:
@@ -66,11 +69,11 @@ def make_train_step(
     accumulate = whole("accumulate", accumulate, 1)
     clip = optax.identity()
     if clip_norm is not None:
-        clip = optax.clip_by_global_norm(number("clip_norm", clip_norm, 0.0, wanted="a finite number of at least 0"))
+        clip = optax.clip_by_global_norm(number("clip_norm", clip_norm, _TINY, wanted="a number above 0, or None"))
 
     def gradients(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey) -> tuple[Any, Metrics]:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, key)
-        return grads, {"loss": value, **metrics}
+        return grads, jax.tree.map(_at_least_float32, {"loss": value, **metrics})
 
     def averaged(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey) -> tuple[Any, Metrics]:
         if accumulate == 1:
@@ -78,15 +81,16 @@ def make_train_step(
 
         def add(total: Any, item: Any) -> tuple[Any, None]:
             part, part_key = item
-            return jax.tree.map(jnp.add, total, gradients(trained, frozen, part, part_key)), None
+            found = jax.tree.map(_at_least_float32, gradients(trained, frozen, part, part_key))
+            return jax.tree.map(jnp.add, total, found), None
 
         parts = jax.tree.map(lambda leaf: _split(leaf, accumulate), batch)
         keys = jax.random.split(key, accumulate)
         first = jax.tree.map(lambda leaf: leaf[0], parts)
         shapes = jax.eval_shape(gradients, trained, frozen, first, keys[0])
-        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, common_dtype(like.dtype, jnp.float32)), shapes)
         total, _ = jax.lax.scan(add, zeros, (parts, keys))
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return jax.tree.map(lambda leaf, like: (leaf / accumulate).astype(like.dtype), total, shapes)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -98,6 +102,10 @@ def make_train_step(
         return TrainState(state.step + 1, trained, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _at_least_float32(leaf: chex.Array) -> chex.Array:
+    return jnp.asarray(leaf, common_dtype(jnp.result_type(leaf), jnp.float32))
 
 
 def _split(leaf: chex.Array, parts: int) -> chex.Array:

@@ -1,0 +1,265 @@
+"""The command: help, exit codes and messages, and runs that are interrupted or killed and go on."""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.cli import main
+from jlora.recipes import JobConfig, digits
+from jlora.train import Batches, restore_tree
+
+MINE = """
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+def model():
+    module = nn.Sequential([nn.Dense(7), nn.relu, nn.Dense(3)])
+    return module, module.init(jax.random.key(0), jnp.zeros((1, 5)))["params"]
+
+def data(train=40):
+    x = np.random.default_rng(0).standard_normal((train + 20, 5)).astype(np.float32)
+    examples = {"inputs": x, "labels": x[:, :3].argmax(-1).astype(np.int32)}
+    return tuple({name: a[part] for name, a in examples.items()} for part in (slice(train), slice(train, None)))
+
+def without_sklearn():
+    raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+"""
+JOB = """
+[model]
+function = "mine_of_test_train:model"
+[data]
+function = "mine_of_test_train:data"
+[lora]
+rank = 2
+dropout = 0.25
+[train]
+steps = 12
+batch_size = 8
+accumulate = 2
+log_every = 2
+eval_every = 4
+checkpoint_every = 4
+[full]
+enabled = false
+"""
+# `jlora` that sends itself a signal at a step: after a row of metrics, in the middle of one, or while it saves.
+SIGNALLED = """
+import os, sys, threading, time
+from jlora.cli import main
+from jlora.train import Checkpoints, MetricsLog
+
+moment, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+write, save = MetricsLog.write, Checkpoints.save
+
+def strike():
+    os.kill(os.getpid(), number)
+
+def write_and_strike(log, row):
+    if moment == "half a row" and row["step"] == at:
+        with log.path.open("a") as file:
+            file.write('{"step": ')
+        strike()
+    write(log, row)
+    if moment == "a row" and row["step"] == at:
+        strike()
+
+def save_and_strike(checkpoints, step, state):
+    if moment == "saving" and step == at:
+        threading.Timer(0.01, strike).start()
+        save(checkpoints, step, state)
+        time.sleep(9)
+    save(checkpoints, step, state)
+
+MetricsLog.write, Checkpoints.save = write_and_strike, save_and_strike
+raise SystemExit(main(sys.argv[4:]))
+"""
+SIGINT, SIGKILL = 2, 9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """The folder that the command is called in, with the user's module and job."""
+    folder = tmp_path_factory.mktemp("called in")
+    (folder / "mine_of_test_train.py").write_text(MINE)
+    (folder / "job.toml").write_text(JOB)
+    (folder / "folder.toml").mkdir()
+    (folder / "broken.toml").write_text("[model\n")
+    (folder / "broken.json").write_text("{")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that was not interrupted."""
+    assert call("train", "job.toml", "output.folder=whole") == 0
+    return folder / "whole"
+
+
+def call(*arguments):
+    """The exit code of the command."""
+    try:
+        return main(arguments)
+    except SystemExit as exit:
+        return exit.code
+
+
+def signalled(moment, at, number, *arguments):
+    """The command in a process of its own, that gets a signal."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(jlora.__file__).parents[1])}
+    words = [sys.executable, "-c", SIGNALLED, moment, str(at), str(number), *arguments]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def adapters_of(run):
+    shapes = {"layers_0": ((5, 2), (2, 7)), "layers_2": ((7, 2), (2, 3))}
+    like = {layer: {"bias": None, "kernel": {"A": jnp.zeros(a), "B": jnp.zeros(b)}} for layer, (a, b) in shapes.items()}
+    return restore_tree(run / "adapters", like)
+
+
+def assert_bitwise(run, whole):
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, adapters_of(run), adapters_of(whole))
+
+
+def way_out(stderr):
+    """The arguments of the command that the message gives."""
+    return shlex.split(re.search(r"go on with: jlora (.*)", stderr)[1])
+
+
+def test_a_run_prints_its_tables_and_returns_zero(whole, capsys):
+    assert call("train", "job.toml", "output.folder=printed", "train.steps=2") == 0
+    out, err = capsys.readouterr()
+    assert [text for text in ("layers_0/kernel", "frozen base", "LoRA", "written to printed") if text not in out] == []
+    assert err == ""
+
+
+def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_bitwise_the_same(whole, folder):
+    arguments = ("train", "job.toml", "output.folder=a run")
+    stopped = signalled("a row", 6, SIGINT, *arguments)
+    assert stopped.returncode == 130
+    message = "jlora: interrupted after step 6; go on with: jlora train job.toml 'output.folder=a run' --resume"
+    assert stopped.stderr.strip() == message
+    assert (folder / "a run" / "checkpoints" / "6").is_dir()
+    assert call(*way_out(stopped.stderr)) == 0
+    assert_bitwise(folder / "a run", whole)
+
+
+def test_a_run_killed_again_and_again_ends_bitwise_the_same(whole, folder):
+    arguments = ("train", "job.toml", "output.folder=killed")
+    checkpoints = folder / "killed" / "checkpoints"
+    for moment, at, left, *again in [
+        ("a row", 2, set()),
+        ("half a row", 6, {"4"}, "--resume"),
+        ("saving", 8, {"4"}, "--resume"),
+    ]:
+        killed = signalled(moment, at, SIGKILL, *arguments, *again)
+        assert killed.returncode == -SIGKILL, killed.stderr
+        assert left <= {path.name for path in checkpoints.iterdir()}
+    assert call(*arguments, "--resume") == 0
+    assert_bitwise(folder / "killed", whole)
+
+
+def test_an_interrupt_while_the_base_is_trained_names_no_way_that_fails(folder, monkeypatch, capsys):
+    def interrupting(*arguments):
+        batches = Batches(*arguments)
+        return lambda step: os.kill(os.getpid(), SIGINT) or batches(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digits, "Batches", interrupting)
+        sizes = {"width": 4, "depth": 1, "heads": 1, "hidden": 2, "steps": 2, "cache": "cache"}
+        options = ["model.function=jlora.recipes.digits:model", *(f"model.{key}={sizes[key]}" for key in sizes)]
+        assert (
+            call("train", "job.toml", "output.folder=base", "data.function=jlora.recipes.digits:data", *options) == 130
+        )
+    err = capsys.readouterr().err
+    assert "interrupted" in err
+    assert "go on with" not in err or call(*way_out(err)) == 0
+
+
+@pytest.mark.parametrize("words", [["--resume", "job.toml"], ["job.toml", "--resume"]])
+def test_options_and_overrides_stand_in_any_order(whole, words, capsys):
+    assert call("train", *words, "output.folder=whole") == 0
+    assert call("train", *words, "output.folder=whole", "train.seed=1") == 2
+    assert "to resume, give the same configuration; changed: train.seed" in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys):
+    assert call("--help") == 0
+    out, _ = capsys.readouterr()
+    assert re.search(r"train +adapt a model with LoRA", out)
+    assert "--version" in out
+
+
+def test_help_of_train_names_every_section_key_option_and_exit_code(capsys):
+    assert call("train", "--help") == 0
+    out, _ = capsys.readouterr()
+    words = ["CONFIG", "SECTION.KEY=VALUE", "--resume", "--force", "0 done", "2 ", "130 interrupted", "module:function"]
+    job = JobConfig.from_dict({name: {"function": "m:f"} for name in ("model", "data")})
+    for field in dataclasses.fields(job):
+        section = getattr(job, field.name)
+        words += [f"[{field.name}]", *(key.name for key in dataclasses.fields(section) if key.name != "options")]
+    assert [word for word in words if word not in out] == []
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"jlora {jlora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("trian", "invalid choice: 'trian'"),
+        ("train", "the following arguments are required: CONFIG\n"),
+        ("train job.toml --reusme", "unrecognized arguments: --reusme"),
+        ("train job.toml --resume --force", "--force: not allowed with argument --resume"),
+        ("train none.toml", "jlora: none.toml: cannot be read: No such file or directory"),
+        ("train folder.toml", "jlora: folder.toml: cannot be read: Is a directory"),
+        ("train mine_of_test_train.py", "wanted a file that ends in .toml or .json"),
+        ("train broken.toml", "jlora: broken.toml: not valid TOML: "),
+        ("train broken.json", "jlora: broken.json: not valid JSON: "),
+        ("train job.toml rank=3", "override 'rank=3': wanted section.key=value, such as lora.rank=4"),
+        ("train job.toml lora.rnk=3", "job.toml: [lora]: LoraConfig: unknown key 'rnk' (did you mean 'rank'?)"),
+        ("train job.toml trian.steps=3", "unknown key 'trian' (did you mean 'train'?)"),
+        ("train job.toml train.steps=many", "train.steps = 'many': wanted a whole number of at least 1"),
+        ("train job.toml full.enabled=False", "full.enabled = 'False': wanted true or false"),
+        ("train job.toml lora.target_modules=layer_0", "'layer_0' matches nothing; nearest paths: layers_0"),
+        ("train job.toml data.function=nowhere:data", "no module 'nowhere' can be imported"),
+        ("train job.toml data.function=mine_of_test_train:dat", "mine_of_test_train has no 'dat'"),
+        ("train job.toml data.trian=3", "unknown key 'trian' (did you mean 'train'?)"),
+        ("train job.toml data.train=0", "the training set is empty"),
+        ("train job.toml data.train=7", "7 examples are fewer than a batch of 8"),
+        ("train job.toml data.function=mine_of_test_train:without_sklearn", "sklearn is not installed: pip install"),
+        ("train job.toml output.folder=job.toml", "job.toml: is a file; give output.folder another path"),
+        ("train job.toml output.folder=job.toml/under", "give output.folder another path"),
+        ("train job.toml output.folder=folder.toml/none --resume", "nothing to resume: it holds no run"),
+        ("train job.toml output.folder=whole", "is not empty: --resume goes on with it, --force begins anew"),
+        ("train job.toml output.folder=. --force", "is not empty: it holds no run of jlora"),
+    ],
+)
+def test_a_wrong_call_gets_a_clear_error_on_stderr_and_exit_code_two(whole, folder, capsys, arguments, message):
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    assert call(*arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts and path not in before] == []
