@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import chex
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jlora.adapter import draw_a
-from jlora.contraction import Factorization, canonical, einsum_factors, factored_product
+from jlora.contraction import EinsumFactors, Factorization, canonical, einsum_factors, factored_product
 from jlora.errors import AdapterError
 from jlora.fields import number, whole
 
@@ -57,8 +58,7 @@ class LoRAAdapter(nn.Module):
         """A and B of a weight of this shape."""
         rank, most = whole("rank", self.rank, 1), factorization.max_rank(shape)
         if rank > most:
-            where = "/".join(self.path)
-            raise AdapterError(f"{where}: rank {rank} is larger than the smaller side {most} of {tuple(shape)}")
+            raise self._error(f"rank {rank} is larger than the smaller side {most} of {tuple(shape)}")
         a_shape, b_shape = factorization.adapter_shapes(shape, rank)
         a_init = self.a_init or AInit()
         if isinstance(a_init, AInit):
@@ -66,6 +66,10 @@ class LoRAAdapter(nn.Module):
         a = self.param("A", a_init, a_shape, self.param_dtype)
         b = self.param("B", self.b_init, b_shape, self.param_dtype)
         return a, b
+
+    def _error(self, message: str) -> AdapterError:
+        where = "/".join(self.path)
+        return AdapterError(f"{where}: {message}" if where else message)
 
     def _scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
@@ -103,25 +107,30 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
 
     features: int | Sequence[int]
     axis: int | Sequence[int] = -1
-    batch_dims: Sequence[int] = ()
+    batch_dims: int | Sequence[int] = ()
 
-    def factorization(self, x: chex.Array) -> Factorization:
+    def factorization(self, inputs: chex.Array) -> Factorization:
         """How the axes of the weight of such a layer split."""
-        return canonical(len(self.batch_dims), len(_axes(self.axis, x.ndim)), len(_sizes(self.features)))
+        return canonical(*(len(_sizes(sizes)) for sizes in (self.batch_dims, self.axis, self.features)))
 
     @nn.compact
-    def __call__(self, x: chex.Array) -> chex.Array:
-        axis = _axes(self.axis, x.ndim)
-        batch = _axes(self.batch_dims, x.ndim)
+    def __call__(self, inputs: chex.Array) -> chex.Array:
+        axis, batch = self._axes(self.axis, inputs), self._axes(self.batch_dims, inputs)
         if batch != tuple(range(len(batch))) or set(batch) & set(axis):
-            raise AdapterError(
-                f"batch_dims {tuple(self.batch_dims)}: wanted consecutive leading axes from 0, apart from axis "
-                f"{self.axis}"
+            raise self._error(
+                f"batch_dims {self.batch_dims}: wanted consecutive leading axes from 0, apart from axis {self.axis}"
             )
-        shape = (*x.shape[: len(batch)], *(x.shape[d] for d in axis), *_sizes(self.features))
-        a, b = self._adapter(self.factorization(x), shape)
-        x, a, b = self._promote(self._drop(x), a, b)
+        shape = (*inputs.shape[: len(batch)], *(inputs.shape[d] for d in axis), *_sizes(self.features))
+        a, b = self._adapter(self.factorization(inputs), shape)
+        x, a, b = self._promote(self._drop(inputs), a, b)
         return factored_product(x, a, b, axis, len(batch), scale=self._scale(), precision=self.precision)
+
+    def _axes(self, axis: int | Sequence[int], inputs: chex.Array) -> tuple[int, ...]:
+        """The axes of the input, sorted, as Flax takes them for the order of the kernel's axes."""
+        axes = sorted(d + inputs.ndim if d < 0 else d for d in _sizes(axis))
+        if len(set(axes)) != len(axes) or any(not 0 <= d < inputs.ndim for d in axes):
+            raise self._error(f"axis {axis}: wanted different axes of an input of {inputs.ndim} axes")
+        return tuple(axes)
 
 
 class LoRADenseAdapter(LoRADenseGeneralAdapter):
@@ -152,23 +161,26 @@ class LoRAEinsumAdapter(LoRAAdapter):
     shape: Sequence[int]
     einsum_str: str | None = None
 
-    def factorization(self, x: chex.Array, einsum_str: str | None = None) -> Factorization:
+    def factorization(self, inputs: chex.Array, einsum_str: str | None = None) -> Factorization:
         """How the axes of the weight of such a layer split."""
-        return einsum_factors(self._equation(einsum_str), x.ndim, len(self.shape)).factorization
+        return self._factors(inputs, einsum_str).factorization
 
     @nn.compact
-    def __call__(self, x: chex.Array, einsum_str: str | None = None) -> chex.Array:
-        factors = einsum_factors(self._equation(einsum_str), x.ndim, len(self.shape))
+    def __call__(self, inputs: chex.Array, einsum_str: str | None = None) -> chex.Array:
+        factors = self._factors(inputs, einsum_str)
         a, b = self._adapter(factors.factorization, self.shape)
-        x, a, b = self._promote(self._drop(x), a, b)
+        x, a, b = self._promote(self._drop(inputs), a, b)
         hidden = jnp.einsum(factors.first, x, a, precision=self.precision)
         return jnp.einsum(factors.second, hidden * self._scale(), b, precision=self.precision)
 
-    def _equation(self, einsum_str: str | None) -> str:
+    def _factors(self, inputs: chex.Array, einsum_str: str | None) -> EinsumFactors:
         given = [equation for equation in (self.einsum_str, einsum_str) if equation is not None]
         if len(given) != 1:
-            raise AdapterError("einsum_str: wanted it once, in the constructor or in the call")
-        return given[0]
+            raise self._error("einsum_str: wanted it once, in the constructor or in the call")
+        try:
+            return einsum_factors(given[0], inputs.ndim, len(self.shape))
+        except AdapterError as error:
+            raise self._error(str(error)) from None
 
 
 class LoRAConvAdapter(LoRAAdapter):
@@ -182,20 +194,20 @@ class LoRAConvAdapter(LoRAAdapter):
 
     conv: nn.Conv
 
-    def factorization(self, x: chex.Array) -> Factorization:
+    def factorization(self, inputs: chex.Array) -> Factorization:
         """How the axes of the kernel split."""
         return canonical(0, len(_sizes(self.conv.kernel_size)) + 1, 1)
 
     @nn.compact
-    def __call__(self, x: chex.Array) -> chex.Array:
+    def __call__(self, inputs: chex.Array) -> chex.Array:
         conv = self.conv
         if conv.mask is not None:
-            raise AdapterError("a convolution with a mask: its update is masked too, and so has no low rank")
+            raise self._error("a convolution with a mask: its update is masked too, and so has no low rank")
         groups = conv.feature_group_count
         window = tuple(_sizes(conv.kernel_size))
-        shape = (*window, x.shape[-1] // groups, conv.features)
-        a, b = self._adapter(self.factorization(x), shape)
-        x, a, b = self._promote(self._drop(x), a, b)
+        shape = (*window, inputs.shape[-1] // groups, conv.features)
+        a, b = self._adapter(self.factorization(inputs), shape)
+        x, a, b = self._promote(self._drop(inputs), a, b)
         narrow = conv.clone(
             features=self.rank * groups, use_bias=False, dtype=x.dtype, precision=self.precision, parent=None, name=None
         )
@@ -220,19 +232,19 @@ class LoRAEmbedAdapter(LoRAAdapter):
     num_embeddings: int
     features: int
 
-    def factorization(self, x: chex.Array) -> Factorization:
+    def factorization(self, inputs: chex.Array) -> Factorization:
         """How the axes of the table split."""
         return canonical(0, 1, 1)
 
     def setup(self) -> None:
         self.adapter = self._adapter(canonical(0, 1, 1), (self.num_embeddings, self.features))
 
-    def __call__(self, indices: chex.Array) -> chex.Array:
+    def __call__(self, inputs: chex.Array) -> chex.Array:
         a, b = self._promote(*self.adapter)
-        flat = indices.reshape(math.prod(indices.shape))
+        flat = inputs.reshape(math.prod(inputs.shape))
         rows = jnp.broadcast_to(a, (*flat.shape, self.rank)) if len(a) == 1 else jnp.take(a, flat, axis=0)
         y = jnp.matmul(rows * self._scale(), b, precision=self.precision)
-        return y.reshape(*indices.shape, self.features)
+        return y.reshape(*inputs.shape, self.features)
 
     def attend(self, query: chex.Array) -> chex.Array:
         """query @ (A@B).T, `(..., num_embeddings)`."""
@@ -242,11 +254,4 @@ class LoRAEmbedAdapter(LoRAAdapter):
 
 
 def _sizes(sizes: int | Sequence[int]) -> tuple[int, ...]:
-    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
-
-
-def _axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    axes = tuple(d + ndim if d < 0 else d for d in _sizes(axis))
-    if len(set(axes)) != len(axes) or any(not 0 <= d < ndim for d in axes):
-        raise AdapterError(f"axis {axis}: wanted different axes of an input of {ndim} axes")
-    return axes
+    return tuple(map(operator.index, sizes)) if isinstance(sizes, Iterable) else (operator.index(sizes),)

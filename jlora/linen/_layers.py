@@ -16,6 +16,7 @@ from jlora.linen._adapters import (
     LoRAEinsumAdapter,
     LoRAEmbedAdapter,
 )
+from jlora.linen._scope import InPlace
 
 _ADAPTERS: dict[type[nn.Module], tuple[type[LoRAAdapter], tuple[str, ...]]] = {
     nn.Dense: (LoRADenseAdapter, ("features", "precision")),
@@ -50,12 +51,19 @@ def adapter_of(layer: nn.Module, rank: int, *, parent: Any = None, **options: An
     return adapter(rank, **fields | given, parent=parent)
 
 
-class LoRALinenLayer(nn.Module):
+def bound_adapter(layer: nn.Module, rank: int, **options: Any) -> LoRAAdapter:
+    """The adapter of a layer, in the scope `lora` of the layer's scope."""
+    assert layer.scope is not None
+    return adapter_of(layer, rank, parent=layer.scope.push("lora", reuse=True), **options)
+
+
+class LoRALinenLayer(InPlace):
     """What the layers share.
 
     Attributes:
       rank: the rank of A and B.
-      wrapped: the layer; its parameters keep their paths, so that an existing checkpoint loads.
+      wrapped: the layer; its parameters keep their paths, so that an existing checkpoint loads. In a compact method it
+        is the layer that is given a name, as in `nn.Dense(5, name="up")`.
       alpha: the update is scaled by alpha / rank; not at all where None.
       dropout: the share of the adapter's input that is dropped, where the module is called with a `dropout` rng.
       param_dtype: of A and B; the layer's where None.
@@ -74,19 +82,22 @@ class LoRALinenLayer(nn.Module):
     b_init: Initializer | None = None
 
     kind: ClassVar[type[nn.Module]]
+    held = "wrapped"
 
     def setup(self) -> None:
         if not isinstance(self.wrapped, self.kind):
             raise AdapterError(
                 f"{type(self).__name__}: found wrapped={type(self.wrapped).__name__}, wanted nn.{self.kind.__name__}"
             )
-        nn.share_scope(self, self.wrapped)
-        options = {name: getattr(self, name) for name in ("alpha", "dropout", "param_dtype", "a_init", "b_init")}
-        self.lora = adapter_of(self.wrapped, self.rank, **options)
+        super().setup()
 
-    def __call__(self, x: chex.Array, *args: Any, **kwargs: Any) -> chex.Array:
-        y = self.wrapped(x, *args, **kwargs)
-        return y + self.lora(x, *args, **kwargs).astype(y.dtype)
+    def __call__(self, inputs: chex.Array, *args: Any, **kwargs: Any) -> chex.Array:
+        y = self.wrapped(inputs, *args, **kwargs)
+        return y + self._adapter()(inputs, *args, **kwargs).astype(y.dtype)
+
+    def _adapter(self) -> Any:
+        options = {name: getattr(self, name) for name in ("alpha", "dropout", "param_dtype", "a_init", "b_init")}
+        return bound_adapter(self.wrapped, self.rank, **options)
 
 
 class LoRADense(LoRALinenLayer):
@@ -127,4 +138,4 @@ class LoRAEmbed(LoRALinenLayer):
     def attend(self, query: chex.Array) -> chex.Array:
         """query @ (table + update).T, `(..., num_embeddings)`."""
         y = self.wrapped.attend(query)
-        return y + self.lora.attend(query).astype(y.dtype)
+        return y + self._adapter().attend(query).astype(y.dtype)

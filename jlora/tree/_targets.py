@@ -14,6 +14,7 @@ from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_le
 from jlora.tree._flax_rules import flax_factorization
 
 _MOST_PROBLEMS = 12
+_UNADAPTED = "excluded, or is a bias, a scale or a vector"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,12 @@ def is_targeted(config: LoraConfig, path: str) -> bool:
     return target and not exclude
 
 
-def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str]) -> None:
-    """Raises a TargetError for the patterns that have no effect on a tree with leaves at `paths`, some adapted."""
-    raise_all(_unused_patterns(config, paths, adapted))
+def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str], unadapted: str = _UNADAPTED) -> None:
+    """Raises a TargetError for the patterns that have no effect on a tree with leaves at `paths`, some adapted.
+
+    `unadapted` says what a leaf is that a pattern matches and that is not adapted.
+    """
+    raise_all(_unused_patterns(config, paths, adapted, unadapted))
 
 
 def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Target | None:
@@ -175,7 +179,9 @@ def _adapted(
     return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 
-def _unused_patterns(config: LoraConfig, paths: list[str], targets: list[str]) -> Iterator[str]:
+def _unused_patterns(
+    config: LoraConfig, paths: list[str], targets: list[str], unadapted: str = _UNADAPTED
+) -> Iterator[str]:
     """A problem for every pattern of the configuration that has no effect."""
 
     def without(patterns: Any, among: list[str]) -> list[str]:
@@ -186,10 +192,7 @@ def _unused_patterns(config: LoraConfig, paths: list[str], targets: list[str]) -
             yield f"target_modules: {pattern!r} matches nothing; {format_nearest(pattern, paths)}"
         else:
             found = [path for path in paths if matched_depths(pattern, path)][:3]
-            yield (
-                f"target_modules: {pattern!r} adapts nothing: what it matches is excluded, or is a bias, a scale or a "
-                f"vector ({', '.join(found)})"
-            )
+            yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({', '.join(found)})"
     for pattern in without(config.exclude_modules, paths):
         yield f"exclude_modules: {pattern!r} matches nothing; {format_nearest(pattern, paths)}"
     for field in ("rank_pattern", "alpha_pattern", "factorizations"):

@@ -242,7 +242,6 @@ def test_methods_are_called_by_name_and_by_function(rng):
         lora.apply(variables, x, scale=2.0, method="encode"),
         by_function,
         lora.bind(variables).encode(x, scale=2.0),
-        lora.bind(variables).call("encode", x, scale=2.0),
     ):
         assert_close(found, wanted, factor=5)
 
@@ -442,3 +441,20 @@ def test_dropout_differs_from_layer_to_layer_of_a_scan(rng, key):
     _, found = lora.apply(variables, None, x, rngs={"dropout": key})
     np.testing.assert_array_equal(plain[0], plain[1])
     assert np.any(found[0] != found[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": ("block_0", "block_*/up")},
+        {"target_modules": ("**",), "exclude_modules": ("block_0",)},
+        {"rank_pattern": {"block_1": 1}},
+        {"alpha_pattern": {"block_1": 7}},
+    ],
+    ids=str,
+)
+def test_blocks_that_nn_jit_compiles_once_have_to_be_treated_alike(change, rng):
+    x, config = inputs(rng, TOKENS), LoraConfig(rank=2, target_modules=("block_*",)).replace(**change)
+    LoRA(Transformer(), config).init(KEY, x)
+    with pytest.raises(TargetError, match=r"block_1/.*: nn.jit compiled this module together with another"):
+        LoRA(Transformer(JitBlock), config).init(KEY, x)
