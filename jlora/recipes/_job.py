@@ -11,15 +11,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.linen import LoRA, resolve_config
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
 from jlora.recipes._plot import write_curve
+from jlora.tables import text_table
 from jlora.train import (
     Batches,
     Checkpoints,
@@ -277,15 +276,19 @@ def _report(folder: Path, results: list[Result], console: Console) -> None:
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     write_curve(folder / "curve.png", MetricsLog.read_file(folder / "metrics.jsonl"))
     metrics = [name for name in results[0].metrics if name != "loss"] or ["loss"]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("on the test set")
-    for title in (*metrics, "trained parameters", "optimizer state", "seconds"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for result in results:
-        values = [
-            f"{result.metrics[name]:.1%}" if name == "accuracy" else f"{result.metrics[name]:.4g}" for name in metrics
-        ]
-        cost = [f"{result.parameters:,}", f"{result.optimizer_bytes:,} B", f"{result.seconds:.1f}"]
-        table.add_row(result.name, *values, *cost)
-    console.print(table)
-    console.print(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", soft_wrap=True)
+    header = ("on the test set", *metrics, "trained parameters", "optimizer state", "seconds")
+    table = [
+        (
+            result.name,
+            *(
+                f"{result.metrics[name]:.1%}" if name == "accuracy" else f"{result.metrics[name]:.4g}"
+                for name in metrics
+            ),
+            f"{result.parameters:,}",
+            f"{result.optimizer_bytes:,} B",
+            f"{result.seconds:.1f}",
+        )
+        for result in results
+    ]
+    console.out(text_table(header, table), highlight=False)
+    console.out(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
