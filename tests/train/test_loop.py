@@ -251,7 +251,7 @@ class TestCheckpoints:
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(4, start())
             with pytest.raises(
-                DataError, match=f"^{tmp_path}: the checkpoint of step 4 does not fit this run in .+ found .+ wanted .+"
+                DataError, match=f"^{tmp_path}: the checkpoint of step 4 does not fit this run in .+, such as .+"
             ):
                 checkpoints.restore(change(start()))
 
