@@ -17,13 +17,13 @@ from jax import lax
 from jlora.errors import AdapterError
 
 __all__ = [
-    "EinsumFactors",
+    "FactoredEinsum",
     "Factorization",
     "canonical",
     "common_dtype",
     "contract",
     "dense_delta",
-    "einsum_factors",
+    "factored_einsum",
     "factored_product",
     "factorization_from_shapes",
     "split_batch_axes",
@@ -206,44 +206,72 @@ def factored_product(
     ins = math.prod(a.shape[batch_dims:-1])
     hidden = jnp.matmul(x.reshape(*batch, rows, ins), a.reshape(*batch, ins, rank), precision=precision)
     if scale is not None:
-        hidden = hidden * jnp.asarray(scale, hidden.dtype)
+        wide = common_dtype(hidden.dtype, jnp.float32)
+        hidden = (hidden.astype(wide) * jnp.asarray(scale, wide)).astype(hidden.dtype)
     y = jnp.matmul(hidden, b.reshape(*batch, rank, columns), precision=precision)
     return y.reshape(*batch, *rest_shape, *out_shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class EinsumFactors:
-    """A two-operand einsum `x,w->y` as two: `x,A->hidden` (`first`) and `hidden,B->y` (`second`)."""
-
-    factorization: Factorization
-    first: str
-    second: str
-
-
-def einsum_factors(equation: str, x_ndim: int, weight_ndim: int) -> EinsumFactors:
-    """Splits the einsum of an input and a weight into the two einsums of the input, A and B.
+class FactoredEinsum:
+    """The einsum of an input and a weight, as letters with every `...` written out, computed from A and B.
 
     A letter of the weight is a batch axis where the input and the output have it too, an in axis where the input has
-    it and the output does not, else an out axis. A letter that only the weight has is summed away with B.
+    it and the output does not, else an out axis. A letter that one operand alone has is summed away.
+    """
 
-    >>> einsum_factors("BTD,NDH->BTNH", 3, 3)
-    EinsumFactors(factorization=Factorization(roles='oio'), first='BTD,Da->BTa', second='BTa,aNH->BTNH')
+    x: str
+    weight: str
+    y: str
+
+    @property
+    def factorization(self) -> Factorization:
+        """How the axes of the weight split."""
+        return Factorization("".join("o" if c not in self.x else "b" if c in self.y else "i" for c in self.weight))
+
+    def product(
+        self,
+        x: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        *,
+        scale: jax.Array | float | None = None,
+        precision: lax.PrecisionLike = None,
+    ) -> jax.Array:
+        """scale * the einsum of x and A@B, never building A@B; see `factored_product`."""
+        batch, ins, outs = ("".join(self.weight[d] for d in self.factorization.axes(role)) for role in "bio")
+        rest = "".join(c for c in self.x if c in self.y and c not in batch)
+        order = batch + rest + ins
+        x = x.sum([d for d, c in enumerate(self.x) if c not in order])
+        kept = [c for c in self.x if c in order]
+        x = x.transpose([kept.index(c) for c in order])
+        n, axis = len(batch), range(len(batch + rest), len(order))
+        sizes = jnp.broadcast_shapes(x.shape[:n], a.shape[:n])
+        x, a, b = (jnp.broadcast_to(array, sizes + array.shape[n:]) for array in (x, a, b))
+        y = factored_product(x, a, b, axis, n, scale=scale, precision=precision)
+        letters = batch + rest + outs
+        y = y.sum([d for d, c in enumerate(letters) if c not in self.y])
+        left = [c for c in letters if c in self.y]
+        return y.transpose([left.index(c) for c in self.y])
+
+
+def factored_einsum(equation: str, x_ndim: int, weight_ndim: int) -> FactoredEinsum:
+    """Reads an einsum of an input and a weight, such as `"BTD,NDH->BTNH"`.
+
+    >>> factored_einsum("...D,NDH->...NH", 3, 3)
+    FactoredEinsum(x='abD', weight='NDH', y='abNH')
 
     Raises:
       AdapterError: the einsum is not of two operands, repeats a letter, or has no in or no out axis.
     """
     x, weight, y = _parse_einsum(equation, x_ndim, weight_ndim)
-    roles = "".join("o" if c not in x else "b" if c in y else "i" for c in weight)
-    if not {"i", "o"} <= set(roles):
+    contracted = [c for c in weight if c in x and c not in y]
+    if not contracted or set(weight) <= set(x):
         raise AdapterError(
             f"einsum {equation!r} cannot be factored: the weight {weight!r} needs an axis that is contracted with the "
             "input and an axis that only the weight has"
         )
-    factorization = Factorization(roles)
-    batch, ins, outs = ("".join(c for c, r in zip(weight, roles, strict=True) if r == role) for role in "bio")
-    rank = next(c for c in string.ascii_letters if c not in x + weight + y)
-    hidden = "".join(c for c in x if c in y) + rank
-    return EinsumFactors(factorization, f"{x},{batch}{ins}{rank}->{hidden}", f"{hidden},{batch}{rank}{outs}->{y}")
+    return FactoredEinsum(x, weight, y)
 
 
 def _parse_einsum(equation: str, x_ndim: int, weight_ndim: int) -> tuple[str, str, str]:

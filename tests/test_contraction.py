@@ -15,7 +15,7 @@ from jlora.contraction import (
     canonical,
     contract,
     dense_delta,
-    einsum_factors,
+    factored_einsum,
     factored_product,
     factorization_from_shapes,
     split_batch_axes,
@@ -320,18 +320,13 @@ EQUATIONS = [  # equation, x, weight, roles
 
 
 @pytest.mark.parametrize(("equation", "x_shape", "w_shape", "roles"), EQUATIONS)
-def test_einsum_factors_compute_the_einsum_of_the_dense_delta(rng, equation, x_shape, w_shape, roles):
-    factors = einsum_factors(equation, len(x_shape), len(w_shape))
-    assert factors.factorization == Factorization(roles)
+def test_a_factored_einsum_is_the_einsum_of_the_dense_delta(rng, equation, x_shape, w_shape, roles):
+    einsum = factored_einsum(equation, len(x_shape), len(w_shape))
+    assert einsum.factorization == Factorization(roles)
     x = random_array(rng, x_shape)
-    adapter = random_adapter(rng, *factors.factorization.adapter_shapes(w_shape, 2))
-    found = jnp.einsum(factors.second, jnp.einsum(factors.first, x, adapter["A"]), adapter["B"])
-    assert_close(found, np.einsum(equation, as64(x), reference_dense(adapter["A"], adapter["B"], roles)))
-
-
-def test_einsum_factors_sum_the_letters_of_the_input_alone_before_b():
-    factors = einsum_factors("bti,io->bo", 3, 2)
-    assert (factors.first, factors.second) == ("bti,ia->ba", "ba,ao->bo")
+    adapter = random_adapter(rng, *einsum.factorization.adapter_shapes(w_shape, 2))
+    found = jax.jit(einsum.product)(x, adapter["A"], adapter["B"], scale=0.5)
+    assert_close(found, 0.5 * np.einsum(equation, as64(x), reference_dense(adapter["A"], adapter["B"], roles)))
 
 
 CANNOT = "einsum {!r} cannot be factored: "
@@ -359,4 +354,4 @@ REFUSED = [  # equation, axes of x, axes of the weight, message
 @pytest.mark.parametrize(("equation", "x_ndim", "weight_ndim", "message"), REFUSED)
 def test_einsums_that_cannot_be_factored_are_refused(equation, x_ndim, weight_ndim, message):
     with pytest.raises(AdapterError, match=exactly(message)):
-        einsum_factors(equation, x_ndim, weight_ndim)
+        factored_einsum(equation, x_ndim, weight_ndim)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jlora.adapter import draw_a
-from jlora.contraction import EinsumFactors, Factorization, canonical, einsum_factors, factored_product
+from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product
 from jlora.errors import AdapterError
 from jlora.fields import number, whole
 
@@ -163,22 +163,21 @@ class LoRAEinsumAdapter(LoRAAdapter):
 
     def factorization(self, inputs: chex.Array, einsum_str: str | None = None) -> Factorization:
         """How the axes of the weight of such a layer split."""
-        return self._factors(inputs, einsum_str).factorization
+        return self._einsum(inputs, einsum_str).factorization
 
     @nn.compact
     def __call__(self, inputs: chex.Array, einsum_str: str | None = None) -> chex.Array:
-        factors = self._factors(inputs, einsum_str)
-        a, b = self._adapter(factors.factorization, self.shape)
+        einsum = self._einsum(inputs, einsum_str)
+        a, b = self._adapter(einsum.factorization, self.shape)
         x, a, b = self._promote(self._drop(inputs), a, b)
-        hidden = jnp.einsum(factors.first, x, a, precision=self.precision)
-        return jnp.einsum(factors.second, hidden * self._scale(), b, precision=self.precision)
+        return einsum.product(x, a, b, scale=self._scale(), precision=self.precision)
 
-    def _factors(self, inputs: chex.Array, einsum_str: str | None) -> EinsumFactors:
+    def _einsum(self, inputs: chex.Array, einsum_str: str | None) -> FactoredEinsum:
         given = [equation for equation in (self.einsum_str, einsum_str) if equation is not None]
         if len(given) != 1:
             raise self._error("einsum_str: wanted it once, in the constructor or in the call")
         try:
-            return einsum_factors(given[0], inputs.ndim, len(self.shape))
+            return factored_einsum(given[0], inputs.ndim, len(self.shape))
         except AdapterError as error:
             raise self._error(str(error)) from None
 
