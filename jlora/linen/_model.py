@@ -84,7 +84,7 @@ class LoRA(InPlace):
         base, adapters = split_params(variables.get("params", {}))
         paths, adapted = list(leaves_by_path(base)), list(leaves_by_path(adapters, is_leaf=is_adapter))
         check_patterns(self.config, paths, adapted, _UNADAPTED)
-        _check_hidden(self.config, [path for path in paths if path.rpartition("/")[0] not in called], adapted)
+        _check_hidden(self.config, paths, called)
         return y, variables
 
     @nn.nowrap
@@ -136,7 +136,7 @@ def resolve_config(model: nn.Module, config: LoraConfig, *args: Any, **kwargs: A
         path
         for path, leaf in weights.items()
         if path not in found and path.rpartition("/")[0] in called and is_targeted(config, path)
-        if len(leaf.shape) > 1 and not path.endswith(("bias", "scale"))
+        if len(leaf.shape) > 1 and path.rpartition("/")[2] not in ("bias", "scale")
     )
     stacked = {path: "b" * (len(weights[path].shape) - len(roles)) + roles for path, roles in found.items()}
     given = dict(config.factorizations)
@@ -157,20 +157,27 @@ def _recorder(called: set[str]) -> Callable[..., Any]:
     return record
 
 
-def _check_hidden(config: LoraConfig, hidden: list[str], adapted: list[str]) -> None:
-    """Refuses a configuration that would treat a module apart from the one whose compiled function it shares."""
-    kinds = {(config.rank_of(path), config.alpha_of(path)) for path in adapted}
-    apart = [
-        path
-        for path in hidden
-        if (path in adapted) != (is_targeted(config, path) and path.endswith(("kernel", "embedding")))
-        or (path in adapted and len(kinds) > 1)
-    ]
-    if apart:
-        raise TargetError(
-            f"{', '.join(apart[:3])}: nn.jit compiled this module together with another of its class, of which the "
-            "configuration differs; treat them alike, or leave nn.jit out"
-        )
+def _check_hidden(config: LoraConfig, paths: list[str], called: set[str]) -> None:
+    """Refuses a configuration that would treat a module apart from the one whose compiled function it shares.
+
+    A module that was not called runs what nn.jit compiled for another: one whose path differs in one segment.
+    """
+
+    def treatment(path: str) -> tuple[bool, int, float]:
+        return is_targeted(config, path), config.rank_of(path), config.alpha_of(path)
+
+    def is_twin(path: str, other: str) -> bool:
+        segments, others = path.split("/"), other.split("/")
+        return len(segments) == len(others) and sum(a != b for a, b in zip(segments, others, strict=True)) == 1
+
+    seen = {path: path.rpartition("/")[0] in called for path in paths}
+    for path in (path for path in paths if not seen[path]):
+        for twin in (twin for twin in paths if seen[twin] and is_twin(path, twin)):
+            if treatment(path) != treatment(twin):
+                raise TargetError(
+                    f"{path}: nn.jit compiled this module together with another of its class, that of {twin}, of which "
+                    "the configuration differs; treat them alike, or leave nn.jit out"
+                )
 
 
 def _interceptor(config: LoraConfig, depth: int) -> Callable[..., Any]:

@@ -458,3 +458,11 @@ def test_blocks_that_nn_jit_compiles_once_have_to_be_treated_alike(change, rng):
     LoRA(Transformer(), config).init(KEY, x)
     with pytest.raises(TargetError, match=r"block_1/.*: nn.jit compiled this module together with another"):
         LoRA(Transformer(JitBlock), config).init(KEY, x)
+
+
+def test_blocks_that_nn_jit_compiles_once_may_differ_within(rng):
+    x, config = inputs(rng, TOKENS), CONFIG.replace(rank_pattern={"**/up": 1}, alpha_pattern={"**/query": 5})
+    variables, plain = (draw(np.random.default_rng(3), LoRA(Transformer(*b), config), x) for b in ((JitBlock,), ()))
+    assert shapes(variables) == shapes(plain)
+    found, wanted = (LoRA(Transformer(*b), config).apply(plain, x) for b in ((JitBlock,), ()))
+    assert_close(found, as64(wanted), factor=20)
