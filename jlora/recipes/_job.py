@@ -36,6 +36,7 @@ from jlora.tree import combine_params, count_params, init_lora, summary
 
 Forward = Callable[..., Any]  # forward(trained, frozen, inputs, **kwargs of apply)
 _CHUNK = 1024
+_WRITTEN = ("adapters", "checkpoints", "config.toml", "curve.png", "metrics.jsonl", "results.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run_job(
     Args:
       job: the configuration.
       resume: go on from the last checkpoint of the folder.
-      force: begin anew where the folder holds another run.
+      force: begin anew where the folder holds another run; what else lies there is left alone.
       console: where tables and progress go.
 
     Raises:
@@ -149,9 +150,10 @@ def _prepare_folder(folder: Path, job: JobConfig, resume: bool) -> None:
     if resume:
         return
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _WRITTEN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}; give output.folder another path") from None
     job.write(folder / "config.toml")
@@ -160,15 +162,16 @@ def _prepare_folder(folder: Path, job: JobConfig, resume: bool) -> None:
 def _load(job: JobConfig, console: Console) -> _Task:
     loss = FunctionConfig(function=job.train.loss).load("train.loss")
     job.model.load("model.function")
-    train, test = _pair(job.data, "data.function", "(train, test)", console)
-    for name, part in (("training", train), ("test", test)):
-        if not isinstance(part, Mapping) or not all(isinstance(array, np.ndarray) for array in part.values()):
-            raise DataError(f"{job.data.function}: wanted the {name} set as a mapping of NumPy arrays")
+    parts = _pair(job.data, "data.function", "(train, test)", console)
+    for name, part in zip(("training", "test"), parts, strict=True):
+        if not isinstance(part, Mapping) or not all(np.ndim(array) for array in part.values()):
+            raise DataError(f"{job.data.function}: wanted the {name} set as a mapping of arrays")
         if "inputs" not in part:
             raise DataError(
                 f"{job.data.function}: the {name} set has no 'inputs', found {', '.join(part) or 'nothing'}"
             )
         count_examples(part, f"the {name} set")
+    train, test = ({key: np.asarray(array) for key, array in part.items()} for part in parts)
     Batches(train, job.train.batch_size, job.train.seed)
     module, params = _pair(job.model, "model.function", "(module, params)", console)
     if not isinstance(module, nn.Module):

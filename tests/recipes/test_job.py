@@ -207,12 +207,12 @@ class TestFolder:
         assert (users.folder / "metrics.jsonl").read_bytes() == before
         assert [r.metrics for r in results] == [r.metrics for r in users.results]
 
-    def test_force_begins_anew(self, tmp_path):
+    def test_force_begins_anew_and_leaves_other_files_alone(self, tmp_path):
         run(tmp_path, train={"steps": 2})
-        (tmp_path / "left.txt").write_text("")
+        (tmp_path / "notes.txt").write_text("mine")
         run(tmp_path, force=True, train={"steps": 4})
+        assert (tmp_path / "notes.txt").read_text() == "mine"
         assert MetricsLog.read_file(tmp_path / "metrics.jsonl")[-1]["step"] == 4
-        assert not (tmp_path / "left.txt").exists()
 
     @pytest.mark.parametrize(
         ("content", "options", "error", "message"),
