@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import freeze
-from flax.errors import CallCompactUnboundModuleError
+from flax.errors import CallCompactUnboundModuleError, ScopeParamNotFoundError
 from flax.linen.module import InterceptorContext
 
 from jlora.adapter import is_adapter
@@ -200,6 +200,11 @@ def _interceptor(config: LoraConfig, depth: int) -> Callable[..., Any]:
         try:
             adapter = _adapter_at(path, layer, config)
             return y + getattr(adapter, context.method_name)(*args, **kwargs).astype(y.dtype)
+        except ScopeParamNotFoundError:
+            raise TargetError(
+                f"{path}: the params hold no adapter for it; put adapters in with jlora.combine_params, or take the "
+                "params that init returns"
+            ) from None
         finally:
             adapting = False
 

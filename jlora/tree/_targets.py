@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora.adapter import is_adapter
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes
-from jlora.errors import AdapterError, JloraError, TargetError
+from jlora.errors import AdapterError, ConfigError, JloraError, TargetError
 from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
 from jlora.tree._flax_rules import flax_factorization
 
@@ -39,6 +39,7 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
       TargetError: with every problem at once: a pattern that matches or adapts nothing, a named leaf that is no
         weight, a weight whose factorization is not known, a rank larger than the smaller side.
     """
+    _check_config(config)
     leaves = leaves_by_path(params)
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
     targets: dict[str, Target] = {}
@@ -68,6 +69,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
         adapter whose rank is not the configuration's, shapes that do not fit, a pattern of the configuration of which
         there is no adapter.
     """
+    _check_config(config)
     shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
     problems: list[str] = []
     targets: dict[str, Target] = {}
@@ -81,8 +83,15 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
                 targets[path] = _adapted(path, shapes, adapter, config)
             except JloraError as error:
                 problems.append(f"{path}: {error}")
-    raise_all(problems or _unused_patterns(config, list(shapes), list(targets)))
+    raise_all(problems or _unused_patterns(config, list(shapes), list(targets), "without an adapter at hand"))
     return targets
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"config: found {type(config).__name__}, wanted a LoraConfig; LoraConfig.from_dict reads a mapping"
+        )
 
 
 def is_floating(leaf: Any) -> bool:

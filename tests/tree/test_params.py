@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict, freeze, unfreeze
 
-from jlora import LoraConfig, TargetError, init_lora, merge_params, unmerge_params
+from jlora import ConfigError, LoraConfig, TargetError, init_lora, merge_params, unmerge_params
 from tests.reference import as64, assert_close, random_adapter, random_array, randomize
 
 WEIGHTS = {
@@ -336,3 +336,24 @@ def test_weights_that_are_not_floating_are_refused_all_at_once(rng, key):
 @pytest.mark.parametrize("key", [None, jax.random.PRNGKey(7)], ids=["none", "raw"])
 def test_every_kind_of_key_is_taken(rng, key):
     assert np.any(init_lora(key, tree(rng), CONFIG)["embed"]["embedding"]["A"])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params, config: init_lora(None, params, config),
+        lambda params, config: merge_params(params, {}, config),
+    ],
+    ids=["init", "merge"],
+)
+def test_what_is_no_configuration_is_refused(call):
+    params = {"kernel": jnp.ones((5, 7))}
+    with pytest.raises(ConfigError, match=r"^config: found dict, wanted a LoraConfig; LoraConfig\.from_dict reads"):
+        call(params, {"rank": 2})
+
+
+def test_merging_without_the_adapters_of_a_pattern_names_it():
+    with pytest.raises(
+        TargetError, match=r"^target_modules: '\*\*' adapts nothing: .* without an adapter .*\(kernel\)$"
+    ):
+        merge_params({"kernel": jnp.ones((5, 7))}, {}, LoraConfig(rank=2))
