@@ -13,11 +13,12 @@ from jlora.adapter import (
 )
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
+from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, DataError, JloraError, TargetError
+from jlora.transform import Explanation, explain, init_lora, lora, resolve_config
 from jlora.tree import (
     combine_params,
     count_params,
-    init_lora,
     lora_labels,
     lora_mask,
     merge_params,
@@ -31,7 +32,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "ConfigError",
+    "CostModel",
     "DataError",
+    "Explanation",
     "Factorization",
     "JloraError",
     "LoRALayer",
@@ -39,9 +42,11 @@ __all__ = [
     "TargetError",
     "combine_params",
     "count_params",
+    "explain",
     "init_lora",
     "init_lora_adapter",
     "is_adapter",
+    "lora",
     "lora_delta",
     "lora_labels",
     "lora_linear",
@@ -49,6 +54,7 @@ __all__ = [
     "lora_singular_values",
     "merge_lora_weight",
     "merge_params",
+    "resolve_config",
     "split_params",
     "summary",
     "tree_lora_delta",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.cost import CostModel
 from jlora.errors import AdapterError
 
 __all__ = [
@@ -108,11 +109,13 @@ def split_batch_axes(a_shape: Shape, b_shape: Shape, batch_dims: int | None = No
     raise AdapterError(f"{found} can be read with {' or '.join(map(str, fits))} batch axes; pass batch_dims= to say")
 
 
-def factorization_from_shapes(weight_shape: Shape, a_shape: Shape, b_shape: Shape) -> Factorization:
+def factorization_from_shapes(
+    weight_shape: Shape, a_shape: Shape, b_shape: Shape, *, transposed: bool = False
+) -> Factorization:
     """The factorization of a weight of which the adapter is known.
 
-    The order batch, in, out is taken where it fits; another order only where the weight has more than two axes and
-    it is the one order that fits. A weight of two axes is always in, out: a square one would fit both ways.
+    The order batch, in, out is taken where it fits, so that a square weight is in, out; another order where it is the
+    one order that fits. For a weight of two axes that is (out, in), and taken with `transposed` only.
     """
     batch = len(a_shape) + len(b_shape) - 2 - len(weight_shape)
     ins, outs = a_shape[max(batch, 0) : -1], b_shape[max(batch, 0) + 1 :]
@@ -121,7 +124,7 @@ def factorization_from_shapes(weight_shape: Shape, a_shape: Shape, b_shape: Shap
         first = canonical(batch, len(ins), len(outs))
         if first.roles in orders:
             return first
-        if len(orders) == 1 and len(weight_shape) > 2:
+        if len(orders) == 1 and (len(weight_shape) > 2 or transposed):
             return Factorization(orders[0])
         if len(orders) > 1:
             raise AdapterError(
@@ -186,13 +189,14 @@ def factored_product(
     *,
     scale: jax.Array | float | None = None,
     precision: lax.PrecisionLike = None,
+    flatten: bool | None = None,
 ) -> jax.Array:
     """scale * (x@A)@B over the axes `axis` of x, never building A@B.
 
     The first `batch_dims` axes of x are A's and B's batch axes; `axis` counts from 0. Returns `(*batch, *rest, *out)`
-    in the common dtype of x, A and B. All other axes of x are flattened to one before the products: otherwise the
-    gradients of A and B, contracted over several axes, become transposed copies of whole activations (twice the time
-    of the step on CPU, JAX 0.10).
+    in the common dtype of x, A and B. With `flatten`, the default of `CostModel`, all other axes of x are joined to one
+    before the products. A is taken as (r, in), so that its gradient is (g.T @ x) and not (x.T @ g), which is five times
+    slower on CPU (JAX 0.10); the barrier keeps XLA from turning it back.
     """
     rest = [d for d in range(batch_dims, x.ndim) if d not in axis]
     order = [*range(batch_dims), *rest, *axis]
@@ -202,14 +206,21 @@ def factored_product(
     rest_shape = x.shape[batch_dims : batch_dims + len(rest)]
     out_shape = b.shape[batch_dims + 1 :]
     rank = a.shape[-1]
-    rows, columns = math.prod(rest_shape), math.prod(out_shape)
+    rows = (math.prod(rest_shape),) if (CostModel().flattens() if flatten is None else flatten) else rest_shape
     ins = math.prod(a.shape[batch_dims:-1])
-    hidden = jnp.matmul(x.reshape(*batch, rows, ins), a.reshape(*batch, ins, rank), precision=precision)
+    down = lax.optimization_barrier(a.reshape(*batch, ins, rank).mT)
+    hidden = _last_with(x.reshape(*batch, *rows, ins), down, batch_dims + 1, precision)
     if scale is not None:
         wide = common_dtype(hidden.dtype, jnp.float32)
         hidden = (hidden.astype(wide) * jnp.asarray(scale, wide)).astype(hidden.dtype)
-    y = jnp.matmul(hidden, b.reshape(*batch, rank, columns), precision=precision)
+    y = _last_with(hidden, b.reshape(*batch, rank, math.prod(out_shape)), batch_dims, precision)
     return y.reshape(*batch, *rest_shape, *out_shape)
+
+
+def _last_with(x: jax.Array, matrices: jax.Array, axis: int, precision: lax.PrecisionLike) -> jax.Array:
+    """The last axis of x contracted with one of two axes of a matrix, or of a stack of them."""
+    batch = tuple(range(matrices.ndim - 2))
+    return lax.dot_general(x, matrices, (((x.ndim - 1,), (axis,)), (batch, batch)), precision=precision)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import glob
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,15 @@ import jax
 
 from jlora.errors import TargetError
 
-__all__ = ["format_nearest", "leaves_by_path", "matched_depths", "names_leaf", "nearest", "path_string"]
+__all__ = [
+    "format_nearest",
+    "leaves_by_path",
+    "literal_pattern",
+    "matched_depths",
+    "names_leaf",
+    "nearest",
+    "path_string",
+]
 
 
 def path_string(key_path: Sequence[Any]) -> str:
@@ -53,6 +62,15 @@ def matched_depths(pattern: str, path: str) -> set[int]:
         else:
             depths = {d + 1 for d in depths if d < len(parts) and fnmatch.fnmatchcase(parts[d], segment)}
     return depths
+
+
+def literal_pattern(path: str) -> str:
+    """The pattern that matches this path alone, whatever characters its keys hold.
+
+    >>> literal_pattern("layers[0]/kernel")
+    'layers[[]0]/kernel'
+    """
+    return glob.escape(path)
 
 
 def names_leaf(pattern: str, path: str) -> bool:

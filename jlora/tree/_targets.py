@@ -41,7 +41,7 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
     """
     _check_config(config)
     leaves = leaves_by_path(params)
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    shapes = _shapes(params)
     targets: dict[str, Target] = {}
     failed: dict[str, str] = {}
     for path in shapes:
@@ -70,7 +70,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
         there is no adapter.
     """
     _check_config(config)
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    shapes = _shapes(params)
     problems: list[str] = []
     targets: dict[str, Target] = {}
     for path, adapter in leaves_by_path(adapters, is_leaf=is_adapter).items():
@@ -92,6 +92,11 @@ def _check_config(config: Any) -> None:
         raise ConfigError(
             f"config: found {type(config).__name__}, wanted a LoraConfig; LoraConfig.from_dict reads a mapping"
         )
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves by path; () for what is no array, such as the functions in an Equinox module."""
+    return {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_by_path(params).items()}
 
 
 def is_floating(leaf: Any) -> bool:
@@ -184,7 +189,8 @@ def _adapted(
             f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {given.roles!r}: "
             f"wanted A {wanted[0]} and B {wanted[1]}"
         )
-    factorization = given or factorization_from_shapes(shape, a_shape, b_shape)
+    named = path.rpartition("/")[2] in ("kernel", "embedding")  # Flax's (in, out); others may be (out, in)
+    factorization = given or factorization_from_shapes(shape, a_shape, b_shape, transposed=not named)
     return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 

@@ -110,4 +110,4 @@ def count_params(tree: Any) -> int:
     >>> count_params({'kernel': jnp.ones((5, 7)), 'bias': jnp.ones(7), 'lora': None})
     42
     """
-    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree) if not callable(leaf))

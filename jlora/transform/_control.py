@@ -1,0 +1,251 @@
+"""Primitives that run a program: the weights go into it, with their factors."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+from jax.sharding import PartitionSpec, Sharding
+
+from jlora.transform._run import Run, bind
+from jlora.transform._weight import Factor, Weight, is_weight
+
+
+def call(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """A program that is called as it stands."""
+    return run.inner(eqn, run.next_key()).evaluate(eqn.params["call_jaxpr"], inputs)
+
+
+def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Compiled on its own where the program was; the shardings that were given are those of the weight's value."""
+    params = eqn.params
+    key = run.next_key()
+    settings = (run.cost, run.strict, run.dropout, run.source_of(eqn) if run.strict else "")
+    inputs = [_placed(value, sharding) for value, sharding in zip(inputs, params["in_shardings"], strict=True)]
+    if run.uses is None:
+        outputs = _compiled(params["jaxpr"], params["name"], _Rules(run.rules), settings)(key, inputs)
+    else:
+        outputs = run.inner(eqn, key).evaluate(params["jaxpr"], inputs)
+    return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
+
+
+class _Rules:
+    """The registry as a key of a cache: there is one."""
+
+    def __init__(self, rules: Any) -> None:
+        self.rules = rules
+
+    def __hash__(self) -> int:
+        return id(self.rules)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rules) and other.rules is self.rules
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(jaxpr: Any, name: str, rules: _Rules, settings: Any) -> Callable[..., Any]:
+    """The program with weights in it under jit: the same function again, so that it is compiled once."""
+    cost, strict, dropout, source = settings
+
+    def program(key: Any, inputs: Any) -> Any:
+        return Run(rules.rules, cost, strict, dropout, key, source=source).evaluate(jaxpr, inputs)
+
+    program.__name__ = program.__qualname__ = name
+    return jax.jit(program)
+
+
+def _placed(value: Any, sharding: Any) -> Any:
+    if not isinstance(sharding, Sharding):
+        return value
+    if is_weight(value):
+        arrays = [factor.array for factor in value.factors]
+        return value.with_arrays(lax.with_sharding_constraint(value.value, sharding), arrays)
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def checkpoint(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Rematerialized under the same policy."""
+    params = eqn.params
+
+    def program(key: Any, inputs: Any) -> Any:
+        return run.inner(eqn, key).evaluate(params["jaxpr"], inputs)
+
+    remat = jax.checkpoint(program, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return remat(run.next_key(), list(inputs))
+
+
+def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """A function with a derivative of its own: its value from the factors, its derivative at the merged weight."""
+    program = eqn.params["call_jaxpr"]
+    leaves, tree = jax.tree.flatten(list(inputs))
+    treedef: Any = tree
+    inner = run.inner(eqn, run.next_key())
+
+    @jax.custom_jvp
+    def function(*leaves: Any) -> Any:
+        return _arrays(run, eqn, inner.evaluate(program, treedef.unflatten(leaves)))
+
+    @function.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        def merged(*leaves: Any) -> Any:
+            values = treedef.unflatten(leaves)
+            return list(bind(eqn, [value.merged() if is_weight(value) else value for value in values]))
+
+        return jax.jvp(merged, primals, tangents)
+
+    return function(*leaves)
+
+
+def cond(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Every branch has the weights."""
+    index, *operands = inputs
+
+    def branch(program: Any) -> Callable[..., Any]:
+        def evaluated(key: Any, operands: Any) -> Any:
+            return _arrays(run, eqn, run.inner(eqn, key).evaluate(program, operands))
+
+        return evaluated
+
+    return lax.switch(index, [branch(program) for program in eqn.params["branches"]], run.next_key(), operands)
+
+
+def while_(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Weights that the loop does not change stay outside of what it carries."""
+    params = eqn.params
+    first = params["cond_nconsts"]
+    second = first + params["body_nconsts"]
+    cond_consts, body_consts, carry = inputs[:first], inputs[first:second], inputs[second:]
+    body = params["body_jaxpr"]
+    loop = _Carry(run, eqn, body, params["body_nconsts"], carry)
+    key = run.next_key()
+
+    def keyed(step: Any) -> Run:
+        return run.inner(eqn, None if key is None else jax.random.fold_in(key, step))
+
+    def proceeds(state: Any) -> Any:
+        step, carried = state
+        return keyed(step).evaluate(params["cond_jaxpr"], [*cond_consts, *loop.joined(carried)])[0]
+
+    def advanced(state: Any) -> Any:
+        step, carried = state
+        outputs = keyed(step).evaluate(body, [*body_consts, *loop.joined(carried)])
+        return step + 1, loop.changing(outputs)
+
+    _, carried = lax.while_loop(proceeds, advanced, (jnp.uint32(0), loop.initial))
+    return loop.joined(carried)
+
+
+def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Stacked weights are scanned with their factors; a factor without the axis of the stack stays outside."""
+    params = eqn.params
+    first, second = _scan_counts(params)
+    second += first
+    consts, carry, stacks = inputs[:first], inputs[first:second], inputs[second:]
+    body = params["jaxpr"]
+    loop = _Carry(run, eqn, body, first, carry)
+    key = run.next_key()
+    length = params["length"]
+
+    def step(carried: Any, scanned: Any) -> Any:
+        number, slices = scanned
+        inner = run.inner(eqn, None if key is None else jax.random.fold_in(key, number), length)
+        elements = [_element(*pair) if is_weight(pair[0]) else pair[1] for pair in zip(stacks, slices, strict=True)]
+        outputs = inner.evaluate(body, [*consts, *loop.joined(carried), *elements])
+        count = len(carry)
+        return loop.changing(outputs[:count]), _arrays(run, eqn, outputs[count:])
+
+    slices = [_scanned(stack) if is_weight(stack) else stack for stack in stacks]
+    steps = None if key is None else jnp.arange(length, dtype=jnp.uint32)
+    options = {"_split_transpose": True} if params.get("_split_transpose") else {}
+    carried, outputs = lax.scan(
+        step, loop.initial, (steps, slices), length, params["reverse"], params["unroll"], **options
+    )
+    return [*loop.joined(carried), *outputs]
+
+
+def _scan_counts(params: Any) -> tuple[int, int]:
+    """How many inputs are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
+
+
+def _scanned(weight: Weight) -> list[jax.Array]:
+    """The arrays of a stacked weight that are scanned."""
+    return [weight.value, *(factor.array for factor in weight.factors if 0 in factor.axes)]
+
+
+def _element(weight: Weight, arrays: Sequence[jax.Array]) -> Weight:
+    """One element of a stacked weight, from one of each of `_scanned`."""
+    value, *rest = arrays
+    remaining: Iterator[jax.Array] = iter(rest)
+
+    def element(factor: Factor) -> Factor:
+        array = next(remaining) if 0 in factor.axes else factor.array
+        return factor.changed(array, [axis - 1 for axis in factor.axes if axis])
+
+    return Weight(weight.path, value, tuple(map(element, weight.factors)), weight.probe)
+
+
+class _Carry:
+    """What a loop carries, without the weights that it hands on as they are."""
+
+    def __init__(self, run: Run, eqn: JaxprEqn, body: Any, consts: int, carry: Sequence[Any]) -> None:
+        program = getattr(body, "jaxpr", body)
+        inner = program.invars[consts : consts + len(carry)]
+        self._fixed = {n: value for n, value in enumerate(carry) if is_weight(value) and program.outvars[n] is inner[n]}
+        self._run, self._eqn = run, eqn
+        self.initial = self.changing(carry)
+
+    def changing(self, values: Sequence[Any]) -> list[Any]:
+        """Those of the carried values that the loop changes, merged."""
+        return _arrays(self._run, self._eqn, [value for n, value in enumerate(values) if n not in self._fixed])
+
+    def joined(self, changing: Sequence[Any]) -> list[Any]:
+        """All carried values."""
+        remaining = iter(changing)
+        count = len(self._fixed) + len(changing)
+        return [self._fixed[n] if n in self._fixed else next(remaining) for n in range(count)]
+
+
+def _arrays(run: Run, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    return run.merge_all(eqn, values, "the program returns or carries the weight itself")
+
+
+def shard_map(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Every factor is split over the mesh as the axes of the weight that it has."""
+    params = eqn.params
+
+    def program(key: Any, inputs: Any) -> Any:
+        return _arrays(run, eqn, run.inner(eqn, key).evaluate(params["jaxpr"], inputs))
+
+    specs = [_spec(value, spec) for value, spec in zip(inputs, params["in_specs"], strict=True)]
+    mapped = jax.shard_map(
+        program,
+        mesh=params["mesh"],
+        in_specs=(PartitionSpec(), specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=set(params.get("manual_axes") or params["newly_manual_axes"]),  # renamed in JAX 0.10
+        check_vma=params["check_vma"],
+    )
+    return mapped(run.next_key(), list(inputs))
+
+
+def _spec(value: Any, spec: PartitionSpec) -> Any:
+    if not is_weight(value):
+        return spec
+    of_axis = [*spec, *[None] * (len(value.shape) - len(spec))]
+    return value.with_arrays(spec, [PartitionSpec(*(of_axis[axis] for axis in f.axes), None) for f in value.factors])
+
+
+def optimization_barrier(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The values meet at the barrier; the factors go past it."""
+    values = bind(eqn, [value.value if is_weight(value) else value for value in inputs])
+    return [
+        old.with_arrays(new, [factor.array for factor in old.factors]) if is_weight(old) else new
+        for old, new in zip(inputs, values, strict=True)
+    ]

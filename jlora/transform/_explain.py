@@ -1,0 +1,159 @@
+"""The table of how each adapted weight is used and computed."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import tree
+from jlora.adapter import is_adapter
+from jlora.config import LoraConfig
+from jlora.cost import CostModel
+from jlora.paths import leaves_by_path
+from jlora.tables import html_table, text_table
+from jlora.transform._lora import adapted_weights
+from jlora.transform._program import Program
+from jlora.transform._rules import RULES
+from jlora.transform._run import Run, Use
+from jlora.transform._uses import resolve_config
+
+_COLUMNS = ("path", "shape", "used by", "at", "axes", "computed", "FLOPs", "+ adapter", "bytes", "+ adapter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How a function uses its adapted weights; `str` is a table for a terminal, a notebook shows it as HTML.
+
+    Attributes:
+      config: the configuration, with every factorization written out.
+      uses: of every target, in the order of the program; targets that the function does not use have none.
+      base_bytes: path -> the bytes of the weight.
+      adapter_bytes: path -> the bytes of A and B.
+    """
+
+    config: LoraConfig
+    uses: tuple[Use, ...]
+    base_bytes: dict[str, int]
+    adapter_bytes: dict[str, int]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of the table, a last row for the sum."""
+        rows: list[tuple[str, ...]] = []
+        for path in self.base_bytes:
+            sizes = _binary(self.base_bytes[path]), _binary(self.adapter_bytes[path])
+            uses = [use for use in self.uses if use.path == path]
+            if not uses:
+                rows.append((path, "", "nothing", "", "", "", "", "", *sizes))
+            for number, use in enumerate(uses):
+                rows.append((*(self._cells(use)), *(sizes if number == 0 else ("", ""))))
+        flops = (_decimal(sum(getattr(use, name) for use in self.uses)) for name in ("base_flops", "adapter_flops"))
+        total = (_binary(sum(sizes.values())) for sizes in (self.base_bytes, self.adapter_bytes))
+        weights = f"{len(self.base_bytes)} weight{'' if len(self.base_bytes) == 1 else 's'}"
+        return [*rows, (weights, "", "", "", "", "", *flops, *total)]
+
+    @staticmethod
+    def _cells(use: Use) -> tuple[str, ...]:
+        form = "factored" if use.factored else "merged"
+        return (
+            use.path,
+            "x".join(map(str, use.shape)),
+            use.primitive if use.times == 1 else f"{use.times} {use.primitive}",
+            _place(use.source),
+            use.roles,
+            f"{form}: {use.why}" if use.why else form,
+            _decimal(use.base_flops),
+            _decimal(use.adapter_flops),
+        )
+
+    def __str__(self) -> str:
+        *rows, total = self.rows()
+        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("FLOPs"))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        *rows, total = self.rows()
+        return html_table(_COLUMNS, rows, total)
+
+
+def explain(
+    fn: Callable[..., Any],
+    config: LoraConfig,
+    params: Any,
+    *args: Any,
+    cost_model: CostModel | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """How `lora(fn, config)` computes each use of each adapted weight: a table, from shapes alone.
+
+    Every row is a use: the weight's shape there, the primitive and the source line, one letter for each axis (b batch,
+    i in, o out), factored or merged and why, and the FLOPs and bytes of the base and of the adapter. FLOPs are those of
+    one call, forward; in a scan of all its steps, in a while loop of one.
+
+    Args:
+      fn: a function whose first argument is params.
+      config: what is adapted and how.
+      params: arrays or `jax.ShapeDtypeStruct`; nothing is computed, so that a model may be larger than memory.
+      *args: of `fn`, arrays or shapes.
+      cost_model: as in `lora`.
+      **kwargs: of `fn`.
+
+    Raises:
+      TargetError: the configuration does not fit the params.
+
+    >>> shape = jax.ShapeDtypeStruct
+    >>> params = {'up': shape((3, 5), 'float32')}
+    >>> table = explain(lambda p, x: x @ p['up'], LoraConfig(rank=2), params, shape((7, 3), 'float32'))
+    >>> [(use.path, use.primitive, use.roles, use.factored) for use in table.uses]
+    [('up', 'dot_general', 'io', True)]
+    """
+    resolved = resolve_config(fn, config, params, *args, **kwargs)
+    adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
+    program = Program(fn, params, args, kwargs)
+    uses: list[Use] = []
+    run = Run(RULES, cost_model or CostModel(), uses=uses)
+
+    def evaluated(arrays: Any, adapters: Any) -> Any:
+        by_path = {path: array for path, array in zip(program.paths, arrays, strict=True) if path is not None}
+        weights = adapted_weights(by_path, leaves_by_path(adapters, is_leaf=is_adapter), resolved)
+        return program.evaluate(run, weights, arrays)
+
+    jax.eval_shape(evaluated, program.leaves, adapters)
+    shapes = leaves_by_path(params)
+    found = leaves_by_path(adapters, is_leaf=is_adapter)
+    return Explanation(
+        resolved,
+        tuple(uses),
+        {path: _bytes(shapes[path]) for path in found},
+        {path: sum(map(_bytes, adapter.values())) for path, adapter in found.items()},
+    )
+
+
+def _bytes(array: Any) -> int:
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+
+
+def _place(source: str) -> str:
+    """`model.py:12` of `/some/where/model.py:12:8 (Model.__call__)`."""
+    place, _, _ = source.partition(" (")
+    file, *numbers = place.rsplit(":", 2) if place.count(":") > 1 else place.rsplit(":", 1)
+    return ":".join([Path(file).name, *numbers[:1]])
+
+
+def _decimal(number: float) -> str:
+    return _scaled(number, 1000, ("", " k", " M", " G", " T", " P"))
+
+
+def _binary(number: float) -> str:
+    return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while number >= base and power < len(units) - 1:
+        number, power = number / base, power + 1
+    return f"{number:.3g}{units[power]}" if number < 1000 else f"{number:.0f}{units[power]}"

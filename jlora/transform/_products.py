@@ -1,0 +1,269 @@
+"""Primitives that are linear in a weight: how each uses its axes, and its product with the factors.
+
+A rule is called with the weight, the other operand and the parameters of the primitive. It returns a `Product`, or
+the reason why there is none.
+"""
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.contraction import factored_product
+from jlora.transform._weight import Factor, Weight
+
+Update = Callable[[jax.Array, Weight], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product that can be computed from the factors.
+
+    Attributes:
+      roles: one letter for each axis of the weight as it is used here: b, i or o.
+      update: the product of the input with the factors, from the input and the weight.
+      base: the product with a value of the weight, where it is not the primitive as it stands.
+      mergeable: whether the merged form may be chosen where it is cheaper.
+    """
+
+    roles: str
+    update: Update
+    base: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    mergeable: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dot:
+    """A dot_general as letters, one for each axis of the input, the weight and the output."""
+
+    x: str
+    weight: str
+    y: str
+
+    @property
+    def rest(self) -> str:
+        """The axes that only the input has, in the order of both input and output."""
+        return "".join(c for c in self.x if c not in self.weight)
+
+    @property
+    def roles(self) -> str:
+        return "".join("o" if c not in self.x else "b" if c in self.y else "i" for c in self.weight)
+
+    def joined(self) -> "_Dot":
+        """The same with one letter in place of the axes that only the input has."""
+        rest = self.rest
+        return _Dot(self.x.replace(rest, rest[0]), self.weight, self.y.replace(rest, rest[0]))
+
+    def numbers(self, *, weight_first: bool) -> Any:
+        """The dimension numbers that give the output in its order."""
+        pairs = [(self.x.index(c), self.weight.index(c), c in self.y) for c in self.x if c in self.weight]
+        pairs.sort(key=lambda pair: self.y.find(self.weight[pair[1]]))
+        sides = [[(pair[side]) for pair in pairs if pair[2] == batch] for batch in (False, True) for side in (0, 1)]
+        contracting, of_batch = sides[:2], sides[2:]
+        return (contracting[::-1], of_batch[::-1]) if weight_first else (contracting, of_batch)
+
+
+def _letters(weight: Weight, x: jax.Array, dimension_numbers: Any, weight_first: bool) -> _Dot:
+    contracting, batch = dimension_numbers
+    (x_in, w_in), (x_batch, w_batch) = (pair[::-1] if weight_first else pair for pair in (contracting, batch))
+    w = string.ascii_letters[: len(weight.shape)]
+    free = iter(string.ascii_letters[len(w) :])
+    shared = {axis: w[of] for axis, of in zip((*x_in, *x_batch), (*w_in, *w_batch), strict=True)}
+    xs = "".join(shared[axis] if axis in shared else next(free) for axis in range(x.ndim))
+    rest = "".join(c for c in xs if c not in w)
+    outs = "".join(c for c in w if c not in xs)
+    return _Dot(xs, w, "".join(w[axis] for axis in w_batch) + (outs + rest if weight_first else rest + outs))
+
+
+def dot_general(
+    weight: Weight,
+    x: jax.Array,
+    *,
+    weight_first: bool,
+    flatten: bool,
+    dimension_numbers: Any,
+    precision: Any,
+    preferred_element_type: Any,
+    out_sharding: Any = None,
+    **_: Any,
+) -> Product | str:
+    """Any batch, contracting and free axes, the weight on either side."""
+    whole = _letters(weight, x, dimension_numbers, weight_first)
+    flatten = flatten and out_sharding is None and len(whole.rest) > 1 and whole.rest in whole.x
+    dot = whole.joined() if flatten else whole
+    order = _matching(weight, dot.roles)
+    if order is None and not _narrows(weight, dot.roles):
+        return "no axis that is contracted belongs to A alone or to B alone"
+    sizes = dict(zip(whole.x + whole.weight, x.shape + weight.shape, strict=True))
+    y_shape = [sizes[c] for c in whole.y]
+    sizes[dot.rest[:1]] = math.prod(sizes[c] for c in whole.rest) if flatten else sizes.get(dot.rest[:1], 1)
+    x_shape = [sizes[c] for c in dot.x]
+
+    def base(x: jax.Array, value: jax.Array) -> jax.Array:
+        sides = (value, x.reshape(x_shape)) if weight_first else (x.reshape(x_shape), value)
+        y = lax.dot_general(
+            *sides,
+            dot.numbers(weight_first=weight_first),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **({} if out_sharding is None else {"out_sharding": out_sharding}),
+        )
+        return y.reshape(y_shape)
+
+    def update(x: jax.Array, weight: Weight) -> jax.Array:
+        form = _in_turn if order is None else functools.partial(_in_order, order=order)
+        return form(x.reshape(x_shape), weight, dot, precision=precision).reshape(y_shape)
+
+    return Product(dot.roles, update, base)
+
+
+def _in_order(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int], precision: Any) -> jax.Array:
+    """The product with the factor that has the in axes, then with the one that has the out axes."""
+    first, second = (weight.factors[n] for n in order)
+    shared, ins, outs = weight.shared, weight.own(first), weight.own(second)
+    batch = "".join(dot.weight[axis] for axis in shared)
+    placed = batch + "".join(c for c in dot.x if c not in batch)
+    product = factored_product(
+        x.transpose([dot.x.index(c) for c in placed]),
+        first.ordered((*shared, *ins), len(first.axes)),
+        second.ordered((*shared, *outs), len(shared)),
+        [placed.index(dot.weight[axis]) for axis in ins],
+        len(shared),
+        precision=precision,
+        flatten=False,
+    )
+    found = batch + dot.rest + "".join(dot.weight[axis] for axis in outs)
+    return product.transpose([found.index(c) for c in dot.y])
+
+
+def _matching(weight: Weight, roles: str) -> tuple[int, int] | None:
+    """The order of the factors in which the first has the in axes, the second the out axes, and both the batch axes."""
+    used = {role: tuple(d for d, found in enumerate(roles) if found == role) for role in "bio"}
+    if weight.probe or weight.shared != used["b"]:
+        return None
+    owns = [weight.own(factor) for factor in weight.factors]
+    return next((order for order in ((0, 1), (1, 0)) if [used["i"], used["o"]] == [owns[n] for n in order]), None)
+
+
+def _narrows(weight: Weight, roles: str) -> bool:
+    """Whether a product with one factor leaves the rank in place of an axis."""
+    return weight.probe or any(roles[axis] == "i" for factor in weight.factors for axis in weight.own(factor))
+
+
+def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any) -> jax.Array:
+    """The product with the factor that has more of what is contracted, then with the other one."""
+
+    def contracted(factor: Factor) -> int:
+        return weight.size([axis for axis in weight.own(factor) if dot.roles[axis] == "i"])
+
+    first, second = sorted(weight.factors, key=contracted, reverse=True)
+    r = string.ascii_letters[-1]
+    one, two = ("".join(dot.weight[axis] for axis in factor.axes) + r for factor in (first, second))
+    kept = "".join(dict.fromkeys(c for c in dot.x + one if c in dot.y + two))
+    hidden = jnp.einsum(f"{dot.x},{one}->{kept}", x, first.array, precision=precision)
+    return jnp.einsum(f"{kept},{two}->{dot.y}", hidden, second.array, precision=precision)
+
+
+def ragged_dot_general(
+    weight: Weight,
+    x: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    weight_first: bool,
+    ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
+    precision: Any,
+    group_offset: Any,
+    **_: Any,
+) -> Product | str:
+    """Rows sorted by expert: x `(m, k)`, weight `(experts, k, n)`."""
+    numbers: Any = ragged_dot_dimension_numbers
+    (x_in, w_in), (x_batch, _) = numbers.dot_dimension_numbers
+    groups: tuple[int, ...] = tuple(numbers.rhs_group_dimensions)
+    if (
+        weight_first
+        or x_batch
+        or len(groups) != 1
+        or len(x_in) != 1
+        or len(weight.shape) != 3
+        or group_offset is not None
+    ):
+        return "a form of ragged_dot that is not rows times (experts, in, out)"
+    roles = "".join("b" if d in groups else "i" if d in w_in else "o" for d in range(3))
+    order = _matching(weight, roles)
+    if order is None and not weight.probe:
+        return "the groups are not the batch axis of the adapter"
+
+    def update(x: jax.Array, weight: Weight) -> jax.Array:
+        first, second = (weight.factors[n] for n in order or ())
+        a = first.ordered((*groups, *w_in), 2)
+        b = second.ordered((*groups, roles.index("o")), 1)
+        rows = jnp.moveaxis(x, x_in[0], -1)
+        hidden = lax.ragged_dot(rows, a, group_sizes, precision=precision)
+        return lax.ragged_dot(hidden, b, group_sizes, precision=precision)
+
+    return Product(roles, update, mergeable=False)
+
+
+def conv_general_dilated(
+    weight: Weight,
+    x: jax.Array,
+    *,
+    weight_first: bool,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    batch_group_count: int,
+    **params: Any,
+) -> Product | str:
+    """A convolution with A, whose features are the rank, then a product with B at every place.
+
+    With groups, A is repeated for each group of outputs, and the rank of every group meets its part of B.
+    """
+    out_axis, groups = dimension_numbers.rhs_spec[0], feature_group_count
+    if weight_first or batch_group_count != 1:
+        return "the weight is not the kernel of the convolution"
+    roles = "".join("o" if d == out_axis else "i" for d in range(len(weight.shape)))
+    order = _matching(weight, roles)
+    if order is None and not weight.probe:
+        return "the features of the convolution are not the out axis of the adapter"
+
+    def update(x: jax.Array, weight: Weight) -> jax.Array:
+        first, second = (weight.factors[n] for n in order or ())
+        rank, features = weight.rank, weight.shape[out_axis]
+        a = first.ordered(weight.own(first), out_axis)
+        hidden = lax.conv_general_dilated(
+            x,
+            jnp.concatenate([a] * groups, out_axis) if groups > 1 else a,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            dimension_numbers,
+            feature_group_count=groups,
+            precision=params["precision"],
+        )
+        channel = dimension_numbers.out_spec[1]
+        hidden = jnp.moveaxis(hidden, channel, -1)
+        places = hidden.shape[:-1]
+        b = second.array.reshape(groups, features // groups, rank)
+        rows = hidden.reshape(math.prod(places), groups, rank)
+        y = jnp.einsum("ngr,gor->ngo", rows, b, precision=params["precision"])
+        return jnp.moveaxis(y.reshape(*places, features), -1, channel)
+
+    return Product(roles, update)
+
+
+def flops(weight: Weight, roles: str, outputs: int) -> Mapping[str, float]:
+    """The FLOPs of the base product, of the factored update, and of merging; `outputs` is the size of the product."""
+    sizes = {role: weight.size([d for d, found in enumerate(roles) if found == role]) for role in "bio"}
+    rows = outputs / sizes["o"]
+    return {
+        "base": 2.0 * outputs * sizes["i"],
+        "factored": 2.0 * rows * weight.rank * (sizes["i"] + sizes["o"]),
+        "merged": 2.0 * weight.rank * math.prod(weight.shape),
+    }

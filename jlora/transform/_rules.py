@@ -1,0 +1,188 @@
+"""The registry: one row for each primitive that a weight is followed through."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import JaxprEqn
+
+from jlora.contraction import common_dtype
+from jlora.transform import _control as control
+from jlora.transform import _products as products
+from jlora.transform import _structure as structure
+from jlora.transform._products import Product, Update, flops
+from jlora.transform._run import Rule, Run, bind
+from jlora.transform._weight import Weight, is_weight
+
+
+def moves(rule: Callable[..., Any]) -> Rule:
+    """The primitive moves the weight about: the result is a weight again."""
+
+    def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+        weight, others = inputs[0], inputs[1:]
+        if eqn.primitive.name == "mul" and not is_weight(weight):
+            weight, others = inputs[1], inputs[:1]
+        factors = None
+        if is_weight(weight) and not any(map(is_weight, others)):
+            factors = rule(weight, *others, **eqn.params)
+        if factors is None:
+            return bind(eqn, run.merge_all(eqn, inputs, "what it makes of the weight is no product of factors"))
+        values = bind(eqn, [value.value if value is weight else value for value in inputs])
+        parts = factors if eqn.primitive.name == "split" else [factors]
+        return [
+            Weight(weight.path, value, tuple(part), weight.probe) for value, part in zip(values, parts, strict=True)
+        ]
+
+    return apply
+
+
+def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Looking up by a batch axis gives a weight again; by another one, as embeddings do, rows of A times B."""
+    weight, indices = inputs
+    factors = structure.gather(weight, indices, **eqn.params) if is_weight(weight) else None
+    if factors is None:
+        return bind(eqn, run.merge_all(eqn, inputs, "a lookup of something else than whole rows"))
+    values = bind(eqn, [weight.value, indices])
+    rows = Weight(weight.path, values[0], tuple(factors), weight.probe)
+    indexed = eqn.params["dimension_numbers"].start_index_map
+    if weight.probe or set(indexed) <= set(weight.shared):
+        return [rows]
+    roles = "".join("i" if axis in indexed else "o" for axis in range(len(weight.shape)))
+    flops = 2.0 * rows.rank * rows.value.size
+    run.record(eqn, weight, roles=roles, factored=True, why="rows of A, times B", adapter_flops=flops)
+    return [rows.merged()]
+
+
+def multiplies(rule: Callable[..., Product | str]) -> Rule:
+    """The primitive is linear in the weight: its product with the factors is added, or the weight merged first."""
+
+    def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+        place = _place_of_weight(inputs)
+        inputs = [
+            run.merge(eqn, value, "the other side of the product is an adapted weight too")
+            if is_weight(value) and number != place
+            else value
+            for number, value in enumerate(inputs)
+        ]
+        weight, x, rest = inputs[place], inputs[1 - place], inputs[2:]
+        product = rule(weight, x, *rest, weight_first=place == 0, flatten=run.cost.flattens(), **eqn.params)
+        if isinstance(product, str):
+            return bind(eqn, run.merge_all(eqn, inputs, product))
+
+        def bound(x: jax.Array, value: jax.Array) -> jax.Array:
+            return bind(eqn, [*((value, x) if place == 0 else (x, value)), *rest])[0]
+
+        base = product.base or bound
+        y: Any = eqn.outvars[0].aval
+        count = flops(weight, product.roles, y.size)
+        dropped = bool(run.dropout) and run.key is not None
+        merge = run.cost.merges(count["factored"], count["merged"], weight.value.dtype)
+        merge = merge and product.mergeable and not dropped
+        run.record(
+            eqn,
+            weight,
+            roles=product.roles,
+            factored=not merge,
+            why="A@B costs less than (x@A)@B here" if merge else "",
+            base_flops=count["base"],
+            adapter_flops=count["merged" if merge else "factored"],
+        )
+        if weight.probe:
+            return [base(x, weight.value)]
+        if merge:
+            return [_merged(base, product.update, x, weight)]
+        output = base(x, weight.value)
+        return [output + _updated(product.update, run.dropped(x, weight.path), weight).astype(output.dtype)]
+
+    return apply
+
+
+def _place_of_weight(inputs: Sequence[Any]) -> int:
+    """Which of the first two operands is followed; of two weights the one that was not looked up."""
+    if not is_weight(inputs[0]):
+        return 1
+    if not is_weight(inputs[1]):
+        return 0
+    return int(inputs[0].looked_up)
+
+
+def _updated(update: Update, x: jax.Array, weight: Weight) -> jax.Array:
+    """The update in the common dtype of input and factors, as matrix products take them."""
+    arrays = [factor.array for factor in weight.factors]
+    dtypes = [array.dtype for array in (x, *arrays)]
+    small = any(dtype.itemsize < 2 for dtype in dtypes)
+    dtype = jnp.dtype(jnp.float32) if small else common_dtype(*dtypes)
+    return update(x.astype(dtype), weight.with_arrays(weight.value, [array.astype(dtype) for array in arrays]))
+
+
+def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight: Weight) -> jax.Array:
+    """The product with the merged weight; the derivatives by A and B are those of the factored form.
+
+    No gradient of the dense weight is formed, unless the base itself is differentiated.
+    """
+
+    @jax.custom_jvp
+    def product(x: jax.Array, value: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return base(x, weight.with_arrays(value, arrays).merged())
+
+    @functools.partial(product.defjvp, symbolic_zeros=True)
+    def derivative(primals: Any, tangents: Any) -> Any:
+        x, value, a, b = primals
+        dx, dvalue, da, db = tangents
+        merged = weight.with_arrays(value, [a, b]).merged()
+        terms = [
+            (dx, lambda dx: base(dx, merged)),
+            (dvalue, lambda dvalue: base(x, dvalue)),
+            (da, lambda da: _updated(update, x, weight.with_arrays(value, [da, b]))),
+            (db, lambda db: _updated(update, x, weight.with_arrays(value, [a, db]))),
+        ]
+        y = base(x, merged)
+        dy = jnp.zeros_like(y)
+        for tangent, term in terms:
+            if not isinstance(tangent, SymbolicZero):
+                dy = dy + term(tangent).astype(y.dtype)
+        return y, dy
+
+    return product(x, weight.value, *(factor.array for factor in weight.factors))
+
+
+RULES: Mapping[str, Rule] = {
+    "broadcast_in_dim": moves(structure.broadcast_in_dim),
+    "convert_element_type": moves(structure.convert_element_type),
+    "copy": moves(structure.same),
+    "copy_p": moves(structure.same),
+    "device_put": moves(structure.same),
+    "div": moves(structure.div),
+    "dynamic_slice": moves(structure.dynamic_slice),
+    "mul": moves(structure.mul),
+    "neg": moves(structure.neg),
+    "pvary": moves(structure.pvary),
+    "reshape": moves(structure.reshape),
+    "rev": moves(structure.rev),
+    "sharding_constraint": moves(structure.same),
+    "slice": moves(structure.slice_),
+    "split": moves(structure.split),
+    "squeeze": moves(structure.squeeze),
+    "stop_gradient": moves(structure.stop_gradient),
+    "transpose": moves(structure.transpose),
+    "conv_general_dilated": multiplies(products.conv_general_dilated),
+    "dot_general": multiplies(products.dot_general),
+    "gather": looks_up,
+    "ragged_dot_general": multiplies(products.ragged_dot_general),
+    "checkpoint": control.checkpoint,
+    "closed_call": control.call,
+    "cond": control.cond,
+    "custom_jvp_call": control.custom_derivative,
+    "custom_vjp_call": control.custom_derivative,
+    "custom_vjp_call_jaxpr": control.custom_derivative,
+    "jit": control.jit,
+    "optimization_barrier": control.optimization_barrier,
+    "pjit": control.jit,
+    "remat2": control.checkpoint,
+    "scan": control.scan,
+    "shard_map": control.shard_map,
+    "while": control.while_,
+}

@@ -1,0 +1,212 @@
+"""The evaluation of a traced program in which some values are adapted weights."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from jlora.cost import CostModel
+from jlora.errors import AdapterError
+from jlora.transform._weight import Weight, is_weight
+
+Rule = Callable[["Run", JaxprEqn, Sequence[Any]], Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight.
+
+    Attributes:
+      path: of the weight in params.
+      shape: of the weight as it stands there.
+      primitive: that uses it.
+      source: the line of the user's code that called it.
+      roles: one letter for each axis of the weight as it is used here, of the weight in params for a probe; "" where
+        it is used as a whole.
+      factored: whether the product is computed from the factors.
+      why: the reason of the choice.
+      times: how often the scans around it repeat it.
+      base_flops: of the base's product, in all its repetitions.
+      adapter_flops: of the update, in all its repetitions.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    primitive: str
+    source: str
+    roles: str
+    factored: bool
+    why: str
+    times: int
+    base_flops: float
+    adapter_flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One evaluation.
+
+    Attributes:
+      rules: primitive name -> rule, for primitives that meet a weight.
+      cost: chooses between factored and merged.
+      strict: whether a weight that has to be merged is an error.
+      dropout: the share of the input of each adapter that is dropped.
+      key: PRNG key of the dropout; None for none.
+      times: how often the program at hand is repeated.
+      source: the line that called the program at hand, for equations that do not know theirs.
+      uses: where the uses are written to; None for nowhere.
+    """
+
+    rules: Mapping[str, Rule]
+    cost: CostModel
+    strict: bool = False
+    dropout: float = 0.0
+    key: jax.Array | None = None
+    times: int = 1
+    source: str = ""
+    uses: list[Use] | None = None
+    draws: list[None] = dataclasses.field(default_factory=list)
+
+    def evaluate(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr, closed or open, for inputs of which some are weights."""
+        program, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+        values: dict[Var, Any] = dict(zip(program.constvars, consts, strict=True))
+        values.update(zip(program.invars, inputs, strict=True))
+        last = _last_uses(program)
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else values[atom]
+
+        for number, eqn in enumerate(program.eqns):
+            values.update(zip(eqn.outvars, self.apply(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+            for var in last.get(number, ()):
+                del values[var]
+        return [read(atom) for atom in program.outvars]
+
+    def apply(self, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of one equation."""
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+            if not any(map(is_weight, inputs)):
+                return bind(eqn, inputs)
+            rule = self.rules.get(eqn.primitive.name)
+            if rule is not None:
+                return rule(self, eqn, inputs)
+            return bind(eqn, self.merge_all(eqn, inputs, "no rule follows a weight into it"))
+
+    def merge_all(self, eqn: JaxprEqn | None, inputs: Sequence[Any], why: str) -> list[Any]:
+        """The inputs of an equation, or the outputs of the whole program, with every weight merged."""
+        return [self.merge(eqn, value, why) if is_weight(value) else value for value in inputs]
+
+    def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> jax.Array:
+        """The merged weight, for an equation that takes it as a whole."""
+        if self.strict and not weight.probe:
+            place = f"{eqn.primitive.name} at {self.source_of(eqn)}" if eqn else "the output of the function"
+            raise AdapterError(
+                f"{weight.path}: {place} cannot be factored: {why}; leave the weight out with exclude_modules, "
+                "or allow merging with strict=False"
+            )
+        roles = _lookup_roles(weight) if weight.looked_up else ""
+        flops = 2.0 * weight.rank * weight.value.size
+        self.record(eqn, weight, roles=roles, factored=False, why=why, adapter_flops=flops)
+        return weight.merged()
+
+    def source_of(self, eqn: JaxprEqn) -> str:
+        """The line of the user's code that an equation comes from."""
+        found = source_info_util.summarize(eqn.source_info)
+        return self.source if found in ("", "unknown") else found
+
+    def record(
+        self,
+        eqn: JaxprEqn | None,
+        weight: Weight,
+        *,
+        roles: str,
+        factored: bool,
+        why: str,
+        base_flops: float = 0.0,
+        adapter_flops: float = 0.0,
+    ) -> None:
+        """Notes a use, with the roles of the weight's axes as they stand at this equation."""
+        if self.uses is None:
+            return
+        name = eqn.primitive.name if eqn else "return"
+        self.uses.append(
+            Use(
+                weight.path,
+                weight.shape,
+                "gather" if weight.looked_up else name,
+                self.source_of(eqn) if eqn else "",
+                _roles_in_params(weight, roles) if weight.probe and roles else roles,
+                factored,
+                why,
+                self.times,
+                base_flops * self.times,
+                adapter_flops * self.times,
+            )
+        )
+
+    def inner(self, eqn: JaxprEqn, key: jax.Array | None, times: int = 1) -> "Run":
+        """The run of a program that this equation holds, with a key of its own."""
+        return dataclasses.replace(self, key=key, times=self.times * times, source=self.source_of(eqn), draws=[])
+
+    def next_key(self) -> jax.Array | None:
+        """A key for the next draw or inner program; None without dropout."""
+        if self.key is None:
+            return None
+        self.draws.append(None)
+        return jax.random.fold_in(self.key, len(self.draws))
+
+    def dropped(self, x: jax.Array, path: str) -> jax.Array:
+        """The input of the adapter at `path`, with dropout."""
+        key = self.next_key()
+        if key is None or not self.dropout:
+            return x
+        key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
+        axes = tuple(jax.typeof(x).vma)
+        if axes:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _lookup_roles(weight: Weight) -> str:
+    """The roles of a probe's axes where its rows were looked up and are used as values."""
+    by = {axis: factor.looked_up for factor in weight.factors for axis in factor.axes}
+    return "".join("i" if by[axis] else "o" for axis in range(len(weight.shape)))
+
+
+def _roles_in_params(weight: Weight, roles: str) -> str:
+    """The roles of the axes that a probe began with; one that was sliced away, or scanned, is a batch axis."""
+    found: dict[int, str] = {}
+    for factor in weight.factors:
+        used = {roles[axis] for axis in factor.axes}
+        role = next((role for role in "iob" if role in used), "i" if factor.looked_up else "b")
+        found.update(dict.fromkeys(factor.origin, role))
+    return "".join(found[axis] for axis in sorted(found))
+
+
+def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The equation as it stands, on other inputs; always a sequence of outputs."""
+    found = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = found if isinstance(found, tuple) else ((), found)  # JAX before 0.9 has functions apart
+    outputs = eqn.primitive.bind(*functions, *inputs, **params)
+    return outputs if eqn.primitive.multiple_results else [outputs]
+
+
+def _last_uses(program: Any) -> dict[int, list[Var]]:
+    """The variables that no equation after the numbered one reads."""
+    at: dict[Var, int] = {}
+    for number, eqn in enumerate(program.eqns):
+        at.update({atom: number for atom in (*eqn.invars, *eqn.outvars) if not isinstance(atom, Literal)})
+    for atom in program.outvars:
+        at.pop(atom, None) if not isinstance(atom, Literal) else None
+    last: dict[int, list[Var]] = {}
+    for var, number in at.items():
+        last.setdefault(number, []).append(var)
+    return last

@@ -1,0 +1,232 @@
+"""What primitives that only move a weight about do to its factors.
+
+A rule is called with the weight, the other operands and the parameters of the primitive, and returns the factors of
+the result, or None where the result is no product of factors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.transform._weight import Factor, Shape, Weight
+
+Factors = Sequence[Factor] | None
+
+
+def same(weight: Weight, *_: Any, **__: Any) -> Factors:
+    """The value is placed or constrained; the factors stay."""
+    return weight.factors
+
+
+def convert_element_type(weight: Weight, *, new_dtype: Any, **_: Any) -> Factors:
+    if not jnp.issubdtype(new_dtype, jnp.floating):
+        return None
+    return [factor.changed(factor.array.astype(new_dtype)) for factor in weight.factors]
+
+
+def stop_gradient(weight: Weight, **_: Any) -> Factors:
+    return [factor.changed(lax.stop_gradient(factor.array)) for factor in weight.factors]
+
+
+def pvary(weight: Weight, *, axes: Any, **_: Any) -> Factors:
+    """Within shard_map: the factors vary over the same axes of the mesh."""
+
+    def varied(array: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(array).vma)
+        cast: Any = getattr(lax, "pcast", None)  # JAX 0.8 renamed lax.pvary
+        return cast(array, missing, to="varying") if cast else lax.pvary(array, missing)  # type: ignore[attr-defined]
+
+    return [factor.changed(varied(factor.array)) for factor in weight.factors]
+
+
+def neg(weight: Weight, **_: Any) -> Factors:
+    *others, last = weight.factors
+    return [*others, last.changed(-last.array)]
+
+
+def mul(weight: Weight, other: Any, **_: Any) -> Factors:
+    return _scaled(weight, other, lax.mul)
+
+
+def div(weight: Weight, other: Any, **_: Any) -> Factors:
+    return _scaled(weight, other, lax.div)
+
+
+def _scaled(weight: Weight, other: Any, operation: Any) -> Factors:
+    if jnp.shape(other) != ():
+        return None
+    *others, last = weight.factors
+    return [*others, last.changed(operation(last.array, jnp.asarray(other, last.array.dtype)))]
+
+
+def transpose(weight: Weight, *, permutation: Sequence[int]) -> Factors:
+    new = {old: position for position, old in enumerate(permutation)}
+    return [factor.renumbered(new) for factor in weight.factors]
+
+
+def squeeze(weight: Weight, *, dimensions: Sequence[int]) -> Factors:
+    kept = [axis for axis in range(len(weight.shape)) if axis not in dimensions]
+    new = {axis: position for position, axis in enumerate(kept)}
+    return [factor.without(dimensions).renumbered(new) for factor in weight.factors]
+
+
+def rev(weight: Weight, *, dimensions: Sequence[int]) -> Factors:
+    return [
+        factor.changed(lax.rev(factor.array, [place for place, axis in enumerate(factor.axes) if axis in dimensions]))
+        for factor in weight.factors
+    ]
+
+
+def broadcast_in_dim(weight: Weight, *_: Any, shape: Shape, broadcast_dimensions: Sequence[int], **__: Any) -> Factors:
+    """Axes of size 1 are spread in the factors that have them; new axes are batch axes, in every factor."""
+    new = [axis for axis in range(len(shape)) if axis not in broadcast_dimensions]
+
+    def spread(factor: Factor) -> Factor:
+        factor = factor.renumbered(dict(enumerate(broadcast_dimensions)))
+        axes = sorted((*factor.axes, *new))
+        places = [*map(axes.index, factor.axes), len(axes)]
+        sizes = [*(shape[axis] for axis in axes), weight.rank]
+        return factor.changed(lax.broadcast_in_dim(factor.array, sizes, places), axes)
+
+    return [spread(factor) for factor in weight.factors]
+
+
+def slice_(
+    weight: Weight, *, start_indices: Sequence[int], limit_indices: Sequence[int], strides: Sequence[int] | None
+) -> Factors:
+    steps = strides or [1] * len(weight.shape)
+
+    def sliced(factor: Factor) -> Factor:
+        starts, limits, by = ([part[axis] for axis in factor.axes] for part in (start_indices, limit_indices, steps))
+        return factor.changed(lax.slice(factor.array, [*starts, 0], [*limits, weight.rank], [*by, 1]))
+
+    return [sliced(factor) for factor in weight.factors]
+
+
+def dynamic_slice(weight: Weight, *starts: Any, slice_sizes: Sequence[int]) -> Factors:
+    def sliced(factor: Factor) -> Factor:
+        at = [starts[axis] for axis in factor.axes]
+        sizes = [slice_sizes[axis] for axis in factor.axes]
+        zero = jnp.zeros((), jnp.result_type(starts[0]))
+        return factor.changed(lax.dynamic_slice(factor.array, [*at, zero], [*sizes, weight.rank]))
+
+    return [sliced(factor) for factor in weight.factors]
+
+
+def split(weight: Weight, *, sizes: Sequence[int], axis: int) -> Sequence[Sequence[Factor]]:
+    """The factors of every part: a factor that has the axis is split along it."""
+    parts = [
+        lax.split(factor.array, sizes, factor.axes.index(axis)) if axis in factor.axes else [factor.array] * len(sizes)
+        for factor in weight.factors
+    ]
+    return [
+        [factor.changed(part[n]) for factor, part in zip(weight.factors, parts, strict=True)] for n in range(len(sizes))
+    ]
+
+
+def reshape(weight: Weight, *, new_sizes: Shape, dimensions: Any = None, **_: Any) -> Factors:
+    """Axes that are joined or split belong to the same factors; in a probe they become one factor."""
+    if dimensions is not None or 0 in weight.shape:
+        return None
+    blocks = list(_blocks(weight.shape, tuple(new_sizes)))
+    factors: list[Factor] = list(weight.factors)
+    members = []
+    for old, _new in blocks:
+        wide = [axis for axis in old if weight.shape[axis] != 1]
+        having = [factor for factor in factors if set(wide) & set(factor.axes)] if wide else list(factors)
+        if weight.probe and len(having) > 1:
+            joined = _joined(having)
+            factors = [factor for factor in factors if factor not in having] + [joined]
+        elif any(not set(wide) <= set(factor.axes) for factor in having):
+            return None
+        members.append(wide)
+
+    def reshaped(factor: Factor) -> Factor:
+        sizes: list[int] = []
+        axes: list[int] = []
+        for (_old, new), wide in zip(blocks, members, strict=True):
+            if set(wide) <= set(factor.axes):
+                axes.extend(new)
+                sizes.extend(new_sizes[axis] for axis in new)
+        return factor.changed(factor.array.reshape(*sizes, weight.rank), axes)
+
+    return [reshaped(factor) for factor in factors]
+
+
+def _joined(factors: Sequence[Factor]) -> Factor:
+    """The factor of a probe that has the axes of several."""
+    axes = sorted({axis for factor in factors for axis in factor.axes})
+    sizes = {axis: size for factor in factors for axis, size in zip(factor.axes, factor.array.shape, strict=False)}
+    array = jnp.zeros([*(sizes[axis] for axis in axes), 1], factors[0].array.dtype)
+    origin = sorted(axis for factor in factors for axis in factor.origin)
+    return Factor(array, tuple(axes), tuple(origin), any(factor.looked_up for factor in factors))
+
+
+def _blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest runs of old and new axes that hold the same elements, in order."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, second = i, j
+        left = right = 1
+        if i < len(old):
+            left, i = left * old[i], i + 1
+        if j < len(new):
+            right, j = right * new[j], j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        yield list(range(first, i)), list(range(second, j))
+
+
+def gather(
+    weight: Weight,
+    indices: jax.Array,
+    *,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    mode: Any,
+    fill_value: Any,
+    **_: Any,
+) -> Factors:
+    """Rows looked up by index, as `jnp.take` and `weight[ids]` do: the indexed axes become those of the indices."""
+    numbers = dimension_numbers
+    indexed = numbers.start_index_map
+    rest = [axis for axis in range(len(weight.shape)) if axis not in indexed]
+    whole = all(slice_sizes[axis] == weight.shape[axis] for axis in rest)
+    if numbers.operand_batching_dims or set(indexed) != set(numbers.collapsed_slice_dims) or not whole:
+        return None
+    count = indices.ndim - 1
+    ids = [axis for axis in range(count + len(rest)) if axis not in numbers.offset_dims]
+    new = dict(zip(rest, numbers.offset_dims, strict=True))
+    fill = fill_value if fill_value is None or math.isnan(fill_value) else 0
+
+    def looked_up(factor: Factor) -> Factor:
+        columns = [column for column, axis in enumerate(indexed) if axis in factor.axes]
+        if not columns:
+            return factor.renumbered(new)
+        places = tuple(factor.axes.index(indexed[column]) for column in columns)
+        others = [axis for axis in factor.axes if axis not in indexed]
+        shape = factor.array.shape
+        array = lax.gather(
+            factor.array,
+            indices[..., jnp.array(columns)] if len(columns) < len(indexed) else indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(count, count + len(others) + 1)),
+                collapsed_slice_dims=tuple(sorted(places)),
+                start_index_map=places,
+            ),
+            [1 if place in places else size for place, size in enumerate(shape)],
+            mode=mode,
+            fill_value=fill,
+        )
+        found = dataclasses.replace(factor, looked_up=True)
+        return found.changed(array, [*ids, *(new[axis] for axis in others)])
+
+    return [looked_up(factor) for factor in weight.factors]

@@ -1,0 +1,160 @@
+"""A weight as the transform follows it: its value, and the factors whose product is its update.
+
+The update of a weight is the sum over r of the product of its factors. A factor has some of the weight's axes, then
+the rank: A has the batch and in axes, B the batch and out axes. What a program does to the axes of a weight it does
+to each factor that has them; a contraction of the weight is one of a factor first and of the other then.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.contraction import Factorization, common_dtype
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """An array `(*sizes of axes, r)`; `axes` are axes of the weight, in ascending order.
+
+    In a probe, `origin` holds the axes of the weight in params that the factor began with, and `looked_up` says that
+    an index chose among them.
+    """
+
+    array: jax.Array
+    axes: tuple[int, ...]
+    origin: tuple[int, ...] = ()
+    looked_up: bool = False
+
+    def changed(self, array: jax.Array, axes: Sequence[int] | None = None) -> "Factor":
+        """The factor with another array, and the numbers of its axes in any order."""
+        if axes is None:
+            return dataclasses.replace(self, array=array)
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        if order != list(range(len(axes))):
+            array = array.transpose([*order, len(axes)])
+        return dataclasses.replace(self, array=array, axes=tuple(sorted(axes)))
+
+    def renumbered(self, new: Mapping[int, int]) -> "Factor":
+        """The factor of a weight whose axis `a` has become axis `new[a]`."""
+        return self.changed(self.array, [new[axis] for axis in self.axes])
+
+    def without(self, axes: Sequence[int]) -> "Factor":
+        """The factor without these axes, which have the size 1."""
+        places = tuple(place for place, axis in enumerate(self.axes) if axis in axes)
+        kept = [axis for axis in self.axes if axis not in axes]
+        return self.changed(lax.squeeze(self.array, places), kept)
+
+    def ordered(self, axes: Sequence[int], rank_at: int) -> jax.Array:
+        """The array with its axes in the order `axes`, the rank at position `rank_at`."""
+        places = [self.axes.index(axis) for axis in axes]
+        places.insert(rank_at, len(self.axes))
+        return self.array.transpose(places)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight and its factors: a pytree, so that it passes into jit, cond and checkpoint as it is.
+
+    A probe has one factor of rank 1 for each axis; it shows how a program uses the axes.
+    """
+
+    path: str
+    value: jax.Array
+    factors: tuple[Factor, ...]
+    probe: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.value.shape)
+
+    @property
+    def rank(self) -> int:
+        return self.factors[0].array.shape[-1]
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The axes that every factor has."""
+        return tuple(axis for axis in range(len(self.shape)) if all(axis in factor.axes for factor in self.factors))
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether this is a probe of which rows were looked up."""
+        return self.probe and any(factor.looked_up for factor in self.factors)
+
+    def own(self, factor: Factor) -> tuple[int, ...]:
+        """The axes of this factor that not every factor has."""
+        return tuple(axis for axis in factor.axes if axis not in self.shared)
+
+    def size(self, axes: Sequence[int]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+    def with_arrays(self, value: jax.Array, arrays: Sequence[jax.Array]) -> "Weight":
+        """The same weight with another value and other arrays in its factors."""
+        factors = (factor.changed(array) for factor, array in zip(self.factors, arrays, strict=True))
+        return dataclasses.replace(self, value=value, factors=tuple(factors))
+
+    def delta(self) -> jax.Array:
+        """The dense update, float32 at least; both factors are matrices in the product."""
+        first, second = self.factors
+        batch = self.shared
+        dtype = common_dtype(first.array.dtype, second.array.dtype, jnp.float32)
+        sizes = [self.shape[axis] for axis in batch]
+        left, right = (
+            factor.ordered((*batch, *self.own(factor)), len(factor.axes))
+            .astype(dtype)
+            .reshape(*sizes, self.size(self.own(factor)), self.rank)
+            for factor in (first, second)
+        )
+        product = jnp.matmul(left, right.mT, precision=lax.Precision.HIGHEST)
+        axes = (*batch, *self.own(first), *self.own(second))
+        product = product.reshape([self.shape[axis] for axis in axes])
+        return product.transpose([axes.index(axis) for axis in range(len(axes))])
+
+    def merged(self) -> jax.Array:
+        """The value with the update added: in float32 at least, rounded once."""
+        if self.probe:
+            return self.value
+        delta = self.delta()
+        dtype = common_dtype(delta.dtype, self.value.dtype)
+        return (self.value.astype(dtype) + delta.astype(dtype)).astype(self.value.dtype)
+
+
+def adapted(path: str, value: jax.Array, a: jax.Array, b: jax.Array, split: Factorization, scale: float) -> Weight:
+    """A weight with its adapter A `(*batch, *in, r)`, B `(*batch, r, *out)`; the scale is applied to B, in float32."""
+    batch, ins, outs = (split.axes(role) for role in "bio")
+    wide = common_dtype(b.dtype, jnp.float32)
+    b = jnp.moveaxis((b.astype(wide) * jnp.asarray(scale, wide)).astype(b.dtype), len(batch), -1)
+    factors = (Factor(a, ()).changed(a, (*batch, *ins)), Factor(b, ()).changed(b, (*batch, *outs)))
+    return Weight(path, value, factors)
+
+
+def probe(path: str, value: jax.Array) -> Weight:
+    """A weight of which every axis is a factor."""
+    factors = (Factor(jnp.zeros((size, 1), value.dtype), (axis,), (axis,)) for axis, size in enumerate(value.shape))
+    return Weight(path, value, tuple(factors), probe=True)
+
+
+def _flatten(weight: Weight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    arrays = (weight.value, *(factor.array for factor in weight.factors))
+    return arrays, (weight.path, weight.probe, tuple((f.axes, f.origin, f.looked_up) for f in weight.factors))
+
+
+def _unflatten(static: tuple[Any, ...], arrays: Sequence[Any]) -> Weight:
+    path, is_probe, marks = static
+    value, *rest = arrays
+    factors = tuple(Factor(array, *mark) for array, mark in zip(rest, marks, strict=True))
+    return Weight(path, value, factors, is_probe)
+
+
+jax.tree_util.register_pytree_node(Weight, _flatten, _unflatten)
+
+
+def is_weight(node: Any) -> bool:
+    return isinstance(node, Weight)
