@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import glob
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "matched_depths",
     "names_leaf",
     "nearest",
+    "path_number",
     "path_string",
 ]
 
@@ -24,6 +26,11 @@ __all__ = [
 def path_string(key_path: Sequence[Any]) -> str:
     """`encoder/layers/0/query/kernel`, the same for dicts, lists, dataclasses and Flax trees."""
     return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+
+
+def path_number(path: str) -> int:
+    """32 bits that stand for a path, the same on every machine and in every Python."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -65,12 +72,12 @@ def matched_depths(pattern: str, path: str) -> set[int]:
 
 
 def literal_pattern(path: str) -> str:
-    """The pattern that matches this path alone, whatever characters its keys hold.
+    """The pattern that matches this path alone, whatever characters its keys hold; a tree that is one leaf has "".
 
     >>> literal_pattern("layers[0]/kernel")
     'layers[[]0]/kernel'
     """
-    return glob.escape(path)
+    return glob.escape(path) or "**"
 
 
 def names_leaf(pattern: str, path: str) -> bool:

@@ -7,51 +7,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec, Sharding
 
-from jlora.transform._run import Run, bind
+from jlora.transform._jax import bind, mapped_axes, opened, scan_counts, scan_options
+from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Factor, Weight, is_weight
-
-
-def call(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """A program that is called as it stands."""
-    return run.inner(eqn, run.next_key()).evaluate(eqn.params["call_jaxpr"], inputs)
 
 
 def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Compiled on its own where the program was; the shardings that were given are those of the weight's value."""
     params = eqn.params
     key = run.next_key()
-    settings = (run.cost, run.strict, run.dropout, run.source_of(eqn) if run.strict else "")
     inputs = [_placed(value, sharding) for value, sharding in zip(inputs, params["in_shardings"], strict=True)]
     if run.uses is None:
-        outputs = _compiled(params["jaxpr"], params["name"], _Rules(run.rules), settings)(key, inputs)
+        source = run.source_of(eqn) if run.settings.strict else ""
+        outputs = _compiled(params["jaxpr"], params["name"], run.settings, source)(key, inputs)
     else:
         outputs = run.inner(eqn, key).evaluate(params["jaxpr"], inputs)
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
 
 
-class _Rules:
-    """The registry as a key of a cache: there is one."""
-
-    def __init__(self, rules: Any) -> None:
-        self.rules = rules
-
-    def __hash__(self) -> int:
-        return id(self.rules)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rules) and other.rules is self.rules
-
-
 @functools.lru_cache(maxsize=512)
-def _compiled(jaxpr: Any, name: str, rules: _Rules, settings: Any) -> Callable[..., Any]:
+def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> Callable[..., Any]:
     """The program with weights in it under jit: the same function again, so that it is compiled once."""
-    cost, strict, dropout, source = settings
 
     def program(key: Any, inputs: Any) -> Any:
-        return Run(rules.rules, cost, strict, dropout, key, source=source).evaluate(jaxpr, inputs)
+        return Run(settings, key, source=source).evaluate(jaxpr, inputs)
 
     program.__name__ = program.__qualname__ = name
     return jax.jit(program)
@@ -78,23 +61,33 @@ def checkpoint(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
 
 
 def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """A function with a derivative of its own: its value from the factors, its derivative at the merged weight."""
+    """A function with a derivative of its own: its value from the factors, its derivative at the merged weight.
+
+    Dropout would take the value away from its derivative; there is none within.
+    """
+    if run.key is not None:
+        return bind(eqn, run.merge_all(eqn, inputs, "a derivative of its own leaves no room for dropout"))
     program = eqn.params["call_jaxpr"]
     leaves, tree = jax.tree.flatten(list(inputs))
     treedef: Any = tree
-    inner = run.inner(eqn, run.next_key())
+    inner = run.inner(eqn, None)
 
     @jax.custom_jvp
     def function(*leaves: Any) -> Any:
         return _arrays(run, eqn, inner.evaluate(program, treedef.unflatten(leaves)))
 
-    @function.defjvp
+    @functools.partial(function.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
-        def merged(*leaves: Any) -> Any:
+        moving = [n for n, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+        def merged(*moved: Any) -> Any:
+            leaves = list(primals)
+            for n, leaf in zip(moving, moved, strict=True):
+                leaves[n] = leaf
             values = treedef.unflatten(leaves)
             return list(bind(eqn, [value.merged() if is_weight(value) else value for value in values]))
 
-        return jax.jvp(merged, primals, tangents)
+        return jax.jvp(merged, [primals[n] for n in moving], [tangents[n] for n in moving])
 
     return function(*leaves)
 
@@ -113,7 +106,11 @@ def cond(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
 
 
 def while_(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Weights that the loop does not change stay outside of what it carries."""
+    """Weights that the loop does not change stay outside of what it carries.
+
+    Under vmap the condition may hold for some examples only: the loop goes on while it holds for any, and the others
+    keep what they have.
+    """
     params = eqn.params
     first = params["cond_nconsts"]
     second = first + params["body_nconsts"]
@@ -125,23 +122,28 @@ def while_(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     def keyed(step: Any) -> Run:
         return run.inner(eqn, None if key is None else jax.random.fold_in(key, step))
 
-    def proceeds(state: Any) -> Any:
+    def going(state: Any) -> Any:
         step, carried = state
         return keyed(step).evaluate(params["cond_jaxpr"], [*cond_consts, *loop.joined(carried)])[0]
 
     def advanced(state: Any) -> Any:
         step, carried = state
-        outputs = keyed(step).evaluate(body, [*body_consts, *loop.joined(carried)])
-        return step + 1, loop.changing(outputs)
+        outputs = loop.changing(keyed(step).evaluate(body, [*body_consts, *loop.joined(carried)]))
+        if jnp.ndim(on := going(state)):
+            outputs = [
+                jnp.where(lax.expand_dims(on, range(on.ndim, new.ndim)), new, old)
+                for new, old in zip(outputs, carried, strict=True)
+            ]
+        return step + 1, outputs
 
-    _, carried = lax.while_loop(proceeds, advanced, (jnp.uint32(0), loop.initial))
+    _, carried = lax.while_loop(lambda state: jnp.any(going(state)), advanced, (jnp.uint32(0), loop.initial))
     return loop.joined(carried)
 
 
 def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Stacked weights are scanned with their factors; a factor without the axis of the stack stays outside."""
     params = eqn.params
-    first, second = _scan_counts(params)
+    first, second = scan_counts(params)
     second += first
     consts, carry, stacks = inputs[:first], inputs[first:second], inputs[second:]
     body = params["jaxpr"]
@@ -159,19 +161,10 @@ def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
 
     slices = [_scanned(stack) if is_weight(stack) else stack for stack in stacks]
     steps = None if key is None else jnp.arange(length, dtype=jnp.uint32)
-    options = {"_split_transpose": True} if params.get("_split_transpose") else {}
     carried, outputs = lax.scan(
-        step, loop.initial, (steps, slices), length, params["reverse"], params["unroll"], **options
+        step, loop.initial, (steps, slices), length, params["reverse"], params["unroll"], **scan_options(params)
     )
     return [*loop.joined(carried), *outputs]
-
-
-def _scan_counts(params: Any) -> tuple[int, int]:
-    """How many inputs are constants, and how many are carried."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
-    return len(consts), len(carry)
 
 
 def _scanned(weight: Weight) -> list[jax.Array]:
@@ -195,7 +188,7 @@ class _Carry:
     """What a loop carries, without the weights that it hands on as they are."""
 
     def __init__(self, run: Run, eqn: JaxprEqn, body: Any, consts: int, carry: Sequence[Any]) -> None:
-        program = getattr(body, "jaxpr", body)
+        program, _ = opened(body)
         inner = program.invars[consts : consts + len(carry)]
         self._fixed = {n: value for n, value in enumerate(carry) if is_weight(value) and program.outvars[n] is inner[n]}
         self._run, self._eqn = run, eqn
@@ -229,7 +222,7 @@ def shard_map(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         mesh=params["mesh"],
         in_specs=(PartitionSpec(), specs),
         out_specs=list(params["out_specs"]),
-        axis_names=set(params.get("manual_axes") or params["newly_manual_axes"]),  # renamed in JAX 0.10
+        axis_names=mapped_axes(params),
         check_vma=params["check_vma"],
     )
     return mapped(run.next_key(), list(inputs))
@@ -242,8 +235,8 @@ def _spec(value: Any, spec: PartitionSpec) -> Any:
     return value.with_arrays(spec, [PartitionSpec(*(of_axis[axis] for axis in f.axes), None) for f in value.factors])
 
 
-def optimization_barrier(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """The values meet at the barrier; the factors go past it."""
+def side_by_side(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Every operand is placed, or meets the others at a barrier; the factors go past it."""
     values = bind(eqn, [value.value if is_weight(value) else value for value in inputs])
     return [
         old.with_arrays(new, [factor.array for factor in old.factors]) if is_weight(old) else new

@@ -18,7 +18,7 @@ from jlora.tables import html_table, text_table
 from jlora.transform._lora import adapted_weights
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
-from jlora.transform._run import Run, Use
+from jlora.transform._run import Run, Settings, Use
 from jlora.transform._uses import resolve_config
 
 _COLUMNS = ("path", "shape", "used by", "at", "axes", "computed", "FLOPs", "+ adapter", "bytes", "+ adapter")
@@ -115,7 +115,7 @@ def explain(
     adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
     program = Program(fn, params, args, kwargs)
     uses: list[Use] = []
-    run = Run(RULES, cost_model or CostModel(), uses=uses)
+    run = Run(Settings(RULES, cost_model or CostModel()), uses=uses)
 
     def evaluated(arrays: Any, adapters: Any) -> Any:
         by_path = {path: array for path, array in zip(program.paths, arrays, strict=True) if path is not None}

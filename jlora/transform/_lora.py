@@ -12,9 +12,9 @@ from jlora.cost import CostModel
 from jlora.paths import leaves_by_path
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
-from jlora.transform._run import Run
+from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Weight, adapted
-from jlora.tree import adapted_targets
+from jlora.tree import adapted_targets, check_config
 
 
 def lora(
@@ -39,6 +39,7 @@ def lora(
       base has gradients only where they are asked for.
 
     Raises:
+      ConfigError: `config` is no LoraConfig.
       TargetError: when called: params, adapters and configuration do not fit.
       AdapterError: when called, with `strict`: the path, the primitive and the source line of what would be merged.
 
@@ -52,13 +53,13 @@ def lora(
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
-    cost = cost_model or CostModel()
+    check_config(config)
+    settings = Settings(RULES, cost_model or CostModel(), strict, config.dropout)
 
     def adapted_fn(params: Any, adapters: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
         weights = adapted_weights(params, adapters, config)
-        key = dropout_key if config.dropout else None
-        run = Run(RULES, cost, strict=strict, dropout=config.dropout, key=key)
         program = Program(fn, params, args, kwargs)
+        run = Run(settings, dropout_key if config.dropout else None)
         return program.output(program.evaluate(run, weights, program.leaves))
 
     name = getattr(fn, "__name__", type(fn).__name__)

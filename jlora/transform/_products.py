@@ -40,11 +40,15 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class _Dot:
-    """A dot_general as letters, one for each axis of the input, the weight and the output."""
+    """A dot_general as letters, one for each axis of the input, the weight and the output.
+
+    `contracted` has those of the contracted axes in the order of the equation, in which they are summed.
+    """
 
     x: str
     weight: str
     y: str
+    contracted: str
 
     @property
     def rest(self) -> str:
@@ -58,15 +62,14 @@ class _Dot:
     def joined(self) -> "_Dot":
         """The same with one letter in place of the axes that only the input has."""
         rest = self.rest
-        return _Dot(self.x.replace(rest, rest[0]), self.weight, self.y.replace(rest, rest[0]))
+        return dataclasses.replace(self, x=self.x.replace(rest, rest[0]), y=self.y.replace(rest, rest[0]))
 
     def numbers(self, *, weight_first: bool) -> Any:
         """The dimension numbers that give the output in its order."""
-        pairs = [(self.x.index(c), self.weight.index(c), c in self.y) for c in self.x if c in self.weight]
-        pairs.sort(key=lambda pair: self.y.find(self.weight[pair[1]]))
-        sides = [[(pair[side]) for pair in pairs if pair[2] == batch] for batch in (False, True) for side in (0, 1)]
-        contracting, of_batch = sides[:2], sides[2:]
-        return (contracting[::-1], of_batch[::-1]) if weight_first else (contracting, of_batch)
+        batch = "".join(c for c in self.y if c in self.x and c in self.weight)
+        sides = (self.weight, self.x) if weight_first else (self.x, self.weight)
+        contracting, of_batch = ([[*map(side.index, group)] for side in sides] for group in (self.contracted, batch))
+        return contracting, of_batch
 
 
 def _letters(weight: Weight, x: jax.Array, dimension_numbers: Any, weight_first: bool) -> _Dot:
@@ -78,7 +81,9 @@ def _letters(weight: Weight, x: jax.Array, dimension_numbers: Any, weight_first:
     xs = "".join(shared[axis] if axis in shared else next(free) for axis in range(x.ndim))
     rest = "".join(c for c in xs if c not in w)
     outs = "".join(c for c in w if c not in xs)
-    return _Dot(xs, w, "".join(w[axis] for axis in w_batch) + (outs + rest if weight_first else rest + outs))
+    batched = "".join(w[axis] for axis in w_batch)
+    y = batched + (outs + rest if weight_first else rest + outs)
+    return _Dot(xs, w, y, "".join(w[axis] for axis in w_in))
 
 
 def dot_general(

@@ -1,7 +1,7 @@
 """The registry: one row for each primitive that a weight is followed through."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,27 +13,30 @@ from jlora.contraction import common_dtype
 from jlora.transform import _control as control
 from jlora.transform import _products as products
 from jlora.transform import _structure as structure
+from jlora.transform._jax import bind
 from jlora.transform._products import Product, Update, flops
-from jlora.transform._run import Rule, Run, bind
+from jlora.transform._run import Registry, Rule, Run, lookup_roles
 from jlora.transform._weight import Weight, is_weight
 
 
-def moves(rule: Callable[..., Any]) -> Rule:
-    """The primitive moves the weight about: the result is a weight again."""
+def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = False) -> Rule:
+    """The primitive moves the weight about: the result is a weight again.
+
+    `either_side` says that the weight may be the second operand too, `parts` that there are several results.
+    """
 
     def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-        weight, others = inputs[0], inputs[1:]
-        if eqn.primitive.name == "mul" and not is_weight(weight):
-            weight, others = inputs[1], inputs[:1]
+        place = 1 if either_side and not is_weight(inputs[0]) else 0
+        weight, others = inputs[place], [value for number, value in enumerate(inputs) if number != place]
         factors = None
         if is_weight(weight) and not any(map(is_weight, others)):
             factors = rule(weight, *others, **eqn.params)
         if factors is None:
             return bind(eqn, run.merge_all(eqn, inputs, "what it makes of the weight is no product of factors"))
         values = bind(eqn, [value.value if value is weight else value for value in inputs])
-        parts = factors if eqn.primitive.name == "split" else [factors]
         return [
-            Weight(weight.path, value, tuple(part), weight.probe) for value, part in zip(values, parts, strict=True)
+            Weight(weight.path, value, tuple(of_value), weight.probe)
+            for value, of_value in zip(values, factors if parts else [factors], strict=True)
         ]
 
     return apply
@@ -44,11 +47,11 @@ def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     weight, indices = inputs
     factors = structure.gather(weight, indices, **eqn.params) if is_weight(weight) else None
     if factors is None:
-        return bind(eqn, run.merge_all(eqn, inputs, "a lookup of something else than whole rows"))
+        return bind(eqn, run.merge_all(eqn, inputs, "a lookup with a batch of tables"))
     values = bind(eqn, [weight.value, indices])
     rows = Weight(weight.path, values[0], tuple(factors), weight.probe)
-    indexed = eqn.params["dimension_numbers"].start_index_map
-    if weight.probe or set(indexed) <= set(weight.shared):
+    indexed = structure.indexed_axes(weight.shape, eqn.params)
+    if weight.probe or indices.ndim == 1 or set(indexed) <= set(weight.shared):
         return [rows]
     roles = "".join("i" if axis in indexed else "o" for axis in range(len(weight.shape)))
     flops = 2.0 * rows.rank * rows.value.size
@@ -68,7 +71,7 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
             for number, value in enumerate(inputs)
         ]
         weight, x, rest = inputs[place], inputs[1 - place], inputs[2:]
-        product = rule(weight, x, *rest, weight_first=place == 0, flatten=run.cost.flattens(), **eqn.params)
+        product = rule(weight, x, *rest, weight_first=place == 0, flatten=run.settings.cost.flattens(), **eqn.params)
         if isinstance(product, str):
             return bind(eqn, run.merge_all(eqn, inputs, product))
 
@@ -76,15 +79,17 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
             return bind(eqn, [*((value, x) if place == 0 else (x, value)), *rest])[0]
 
         base = product.base or bound
+        roles = product.roles
+        if weight.looked_up and any(roles[axis] != "b" for f in weight.factors if f.looked_up for axis in f.axes):
+            roles = lookup_roles(weight)
         y: Any = eqn.outvars[0].aval
         count = flops(weight, product.roles, y.size)
-        dropped = bool(run.dropout) and run.key is not None
-        merge = run.cost.merges(count["factored"], count["merged"], weight.value.dtype)
-        merge = merge and product.mergeable and not dropped
+        merge = run.settings.cost.merges(count["factored"], count["merged"], weight.value.dtype)
+        merge = merge and product.mergeable and run.key is None
         run.record(
             eqn,
             weight,
-            roles=product.roles,
+            roles=roles,
             factored=not merge,
             why="A@B costs less than (x@A)@B here" if merge else "",
             base_flops=count["base"],
@@ -149,40 +154,37 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
     return product(x, weight.value, *(factor.array for factor in weight.factors))
 
 
-RULES: Mapping[str, Rule] = {
-    "broadcast_in_dim": moves(structure.broadcast_in_dim),
-    "convert_element_type": moves(structure.convert_element_type),
-    "copy": moves(structure.same),
-    "copy_p": moves(structure.same),
-    "device_put": moves(structure.same),
-    "div": moves(structure.div),
-    "dynamic_slice": moves(structure.dynamic_slice),
-    "mul": moves(structure.mul),
-    "neg": moves(structure.neg),
-    "pvary": moves(structure.pvary),
-    "reshape": moves(structure.reshape),
-    "rev": moves(structure.rev),
-    "sharding_constraint": moves(structure.same),
-    "slice": moves(structure.slice_),
-    "split": moves(structure.split),
-    "squeeze": moves(structure.squeeze),
-    "stop_gradient": moves(structure.stop_gradient),
-    "transpose": moves(structure.transpose),
-    "conv_general_dilated": multiplies(products.conv_general_dilated),
-    "dot_general": multiplies(products.dot_general),
-    "gather": looks_up,
-    "ragged_dot_general": multiplies(products.ragged_dot_general),
-    "checkpoint": control.checkpoint,
-    "closed_call": control.call,
-    "cond": control.cond,
-    "custom_jvp_call": control.custom_derivative,
-    "custom_vjp_call": control.custom_derivative,
-    "custom_vjp_call_jaxpr": control.custom_derivative,
-    "jit": control.jit,
-    "optimization_barrier": control.optimization_barrier,
-    "pjit": control.jit,
-    "remat2": control.checkpoint,
-    "scan": control.scan,
-    "shard_map": control.shard_map,
-    "while": control.while_,
-}
+RULES = Registry(
+    {
+        "broadcast_in_dim": moves(structure.broadcast_in_dim),
+        "convert_element_type": moves(structure.convert_element_type),
+        "copy": moves(structure.same),
+        "div": moves(structure.div),
+        "dynamic_slice": moves(structure.dynamic_slice),
+        "mul": moves(structure.mul, either_side=True),
+        "neg": moves(structure.neg),
+        "pvary": moves(structure.pvary),
+        "reshape": moves(structure.reshape),
+        "rev": moves(structure.rev),
+        "sharding_constraint": moves(structure.same),
+        "slice": moves(structure.slice_),
+        "split": moves(structure.split, parts=True),
+        "squeeze": moves(structure.squeeze),
+        "stop_gradient": moves(structure.stop_gradient),
+        "transpose": moves(structure.transpose),
+        "conv_general_dilated": multiplies(products.conv_general_dilated),
+        "dot_general": multiplies(products.dot_general),
+        "gather": looks_up,
+        "ragged_dot_general": multiplies(products.ragged_dot_general),
+        "cond": control.cond,
+        "custom_jvp_call": control.custom_derivative,
+        "custom_vjp_call": control.custom_derivative,
+        "device_put": control.side_by_side,
+        "jit": control.jit,
+        "optimization_barrier": control.side_by_side,
+        "remat2": control.checkpoint,
+        "scan": control.scan,
+        "shard_map": control.shard_map,
+        "while": control.while_,
+    }
+)

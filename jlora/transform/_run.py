@@ -1,8 +1,7 @@
 """The evaluation of a traced program in which some values are adapted weights."""
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +11,35 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from jlora.cost import CostModel
 from jlora.errors import AdapterError
+from jlora.paths import path_number
+from jlora.transform._jax import bind, opened, varying_axes
 from jlora.transform._weight import Weight, is_weight
 
 Rule = Callable[["Run", JaxprEqn, Sequence[Any]], Sequence[Any]]
+
+
+class Registry(dict[str, Rule]):
+    """Primitive name -> rule, for primitives that meet a weight; a constant, hashed by its identity."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What holds for a whole evaluation.
+
+    Attributes:
+      rules: the registry.
+      cost: chooses between factored and merged.
+      strict: whether a weight that has to be merged is an error.
+      dropout: the share of the input of each adapter that is dropped, where there is a key.
+    """
+
+    rules: Registry
+    cost: CostModel
+    strict: bool = False
+    dropout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +74,18 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One evaluation.
+    """The evaluation of one program, or of one within another.
 
     Attributes:
-      rules: primitive name -> rule, for primitives that meet a weight.
-      cost: chooses between factored and merged.
-      strict: whether a weight that has to be merged is an error.
-      dropout: the share of the input of each adapter that is dropped.
+      settings: of the whole.
       key: PRNG key of the dropout; None for none.
       times: how often the program at hand is repeated.
       source: the line that called the program at hand, for equations that do not know theirs.
       uses: where the uses are written to; None for nowhere.
+      draws: one entry for each key that was taken.
     """
 
-    rules: Mapping[str, Rule]
-    cost: CostModel
-    strict: bool = False
-    dropout: float = 0.0
+    settings: Settings
     key: jax.Array | None = None
     times: int = 1
     source: str = ""
@@ -74,7 +94,7 @@ class Run:
 
     def evaluate(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, closed or open, for inputs of which some are weights."""
-        program, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+        program, consts = opened(jaxpr)
         values: dict[Var, Any] = dict(zip(program.constvars, consts, strict=True))
         values.update(zip(program.invars, inputs, strict=True))
         last = _last_uses(program)
@@ -94,24 +114,25 @@ class Run:
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
             if not any(map(is_weight, inputs)):
                 return bind(eqn, inputs)
-            rule = self.rules.get(eqn.primitive.name)
+            rule = self.settings.rules.get(eqn.primitive.name)
             if rule is not None:
                 return rule(self, eqn, inputs)
             return bind(eqn, self.merge_all(eqn, inputs, "no rule follows a weight into it"))
 
     def merge_all(self, eqn: JaxprEqn | None, inputs: Sequence[Any], why: str) -> list[Any]:
         """The inputs of an equation, or the outputs of the whole program, with every weight merged."""
-        return [self.merge(eqn, value, why) if is_weight(value) else value for value in inputs]
+        merged = {id(value): self.merge(eqn, value, why) for value in inputs if is_weight(value)}
+        return [merged.get(id(value), value) for value in inputs]
 
     def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> jax.Array:
         """The merged weight, for an equation that takes it as a whole."""
-        if self.strict and not weight.probe:
+        if self.settings.strict and not weight.probe:
             place = f"{eqn.primitive.name} at {self.source_of(eqn)}" if eqn else "the output of the function"
             raise AdapterError(
                 f"{weight.path}: {place} cannot be factored: {why}; leave the weight out with exclude_modules, "
                 "or allow merging with strict=False"
             )
-        roles = _lookup_roles(weight) if weight.looked_up else ""
+        roles = lookup_roles(weight) if weight.looked_up else ""
         flops = 2.0 * weight.rank * weight.value.size
         self.record(eqn, weight, roles=roles, factored=False, why=why, adapter_flops=flops)
         return weight.merged()
@@ -165,38 +186,35 @@ class Run:
     def dropped(self, x: jax.Array, path: str) -> jax.Array:
         """The input of the adapter at `path`, with dropout."""
         key = self.next_key()
-        if key is None or not self.dropout:
+        if key is None:
             return x
-        key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
-        axes = tuple(jax.typeof(x).vma)
+        key = jax.random.fold_in(key, path_number(path))
+        axes = varying_axes(x)
         if axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
+        share = 1 - self.settings.dropout
+        keep = jax.random.bernoulli(key, share, x.shape)
+        return jnp.where(keep, x / jnp.asarray(share, x.dtype), jnp.zeros((), x.dtype))
 
 
-def _lookup_roles(weight: Weight) -> str:
+def lookup_roles(weight: Weight) -> str:
     """The roles of a probe's axes where its rows were looked up and are used as values."""
     by = {axis: factor.looked_up for factor in weight.factors for axis in factor.axes}
     return "".join("i" if by[axis] else "o" for axis in range(len(weight.shape)))
 
 
 def _roles_in_params(weight: Weight, roles: str) -> str:
-    """The roles of the axes that a probe began with; one that was sliced away, or scanned, is a batch axis."""
+    """The roles of the axes that a probe began with; one that was sliced or scanned away is a batch axis.
+
+    So is one of which a single element was looked up, unless what is left lacks an in axis, as a row of a table does.
+    """
     found: dict[int, str] = {}
+    gone = "b" if {"i", "o"} <= set(roles) else "i"
     for factor in weight.factors:
         used = {roles[axis] for axis in factor.axes}
-        role = next((role for role in "iob" if role in used), "i" if factor.looked_up else "b")
+        role = next((role for role in "iob" if role in used), gone if factor.looked_up else "b")
         found.update(dict.fromkeys(factor.origin, role))
     return "".join(found[axis] for axis in sorted(found))
-
-
-def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """The equation as it stands, on other inputs; always a sequence of outputs."""
-    found = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = found if isinstance(found, tuple) else ((), found)  # JAX before 0.9 has functions apart
-    outputs = eqn.primitive.bind(*functions, *inputs, **params)
-    return outputs if eqn.primitive.multiple_results else [outputs]
 
 
 def _last_uses(program: Any) -> dict[int, list[Var]]:

@@ -6,13 +6,14 @@ the result, or None where the result is no product of factors.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.transform._jax import vary, varying_axes
 from jlora.transform._weight import Factor, Shape, Weight
 
 Factors = Sequence[Factor] | None
@@ -37,9 +38,7 @@ def pvary(weight: Weight, *, axes: Any, **_: Any) -> Factors:
     """Within shard_map: the factors vary over the same axes of the mesh."""
 
     def varied(array: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in jax.typeof(array).vma)
-        cast: Any = getattr(lax, "pcast", None)  # JAX 0.8 renamed lax.pvary
-        return cast(array, missing, to="varying") if cast else lax.pvary(array, missing)  # type: ignore[attr-defined]
+        return vary(array, [axis for axis in axes if axis not in varying_axes(array)])
 
     return [factor.changed(varied(factor.array)) for factor in weight.factors]
 
@@ -185,45 +184,44 @@ def _blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
         yield list(range(first, i)), list(range(second, j))
 
 
-def gather(
-    weight: Weight,
-    indices: jax.Array,
-    *,
-    dimension_numbers: lax.GatherDimensionNumbers,
-    slice_sizes: Sequence[int],
-    mode: Any,
-    fill_value: Any,
-    **_: Any,
-) -> Factors:
-    """Rows looked up by index, as `jnp.take` and `weight[ids]` do: the indexed axes become those of the indices."""
-    numbers = dimension_numbers
-    indexed = numbers.start_index_map
-    rest = [axis for axis in range(len(weight.shape)) if axis not in indexed]
-    whole = all(slice_sizes[axis] == weight.shape[axis] for axis in rest)
-    if numbers.operand_batching_dims or set(indexed) != set(numbers.collapsed_slice_dims) or not whole:
+def indexed_axes(shape: Shape, params: Mapping[str, Any]) -> tuple[int, ...]:
+    """The axes of which a gather takes a part by index; where it takes the whole axis the index is clipped to 0."""
+    clipped = params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    sizes = params["slice_sizes"]
+    named = params["dimension_numbers"].start_index_map
+    return tuple(axis for axis in named if not clipped or sizes[axis] != shape[axis])
+
+
+def gather(weight: Weight, indices: jax.Array, **params: Any) -> Factors:
+    """Slices looked up by index, as `jnp.take` and `weight[ids]` do: a factor that is indexed gets the ids' axes."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if numbers.operand_batching_dims:
         return None
+    indexed = indexed_axes(weight.shape, params)
+    kept = [axis for axis in range(len(weight.shape)) if axis not in numbers.collapsed_slice_dims]
     count = indices.ndim - 1
-    ids = [axis for axis in range(count + len(rest)) if axis not in numbers.offset_dims]
-    new = dict(zip(rest, numbers.offset_dims, strict=True))
-    fill = fill_value if fill_value is None or math.isnan(fill_value) else 0
+    ids = [axis for axis in range(count + len(kept)) if axis not in numbers.offset_dims]
+    new = dict(zip(kept, numbers.offset_dims, strict=True))
+    value = params["fill_value"]
+    fill = value if value is None or math.isnan(value) else 0
 
     def looked_up(factor: Factor) -> Factor:
-        columns = [column for column, axis in enumerate(indexed) if axis in factor.axes]
+        columns = [column for column, axis in enumerate(numbers.start_index_map) if axis in indexed]
+        columns = [column for column in columns if numbers.start_index_map[column] in factor.axes]
         if not columns:
-            return factor.renumbered(new)
-        places = tuple(factor.axes.index(indexed[column]) for column in columns)
-        others = [axis for axis in factor.axes if axis not in indexed]
-        shape = factor.array.shape
+            return factor.without(numbers.collapsed_slice_dims).renumbered(new)
+        place = factor.axes.index
+        others = [axis for axis in factor.axes if axis in kept]
         array = lax.gather(
             factor.array,
-            indices[..., jnp.array(columns)] if len(columns) < len(indexed) else indices,
+            indices[..., tuple(columns)],
             lax.GatherDimensionNumbers(
                 offset_dims=tuple(range(count, count + len(others) + 1)),
-                collapsed_slice_dims=tuple(sorted(places)),
-                start_index_map=places,
+                collapsed_slice_dims=tuple(place(axis) for axis in factor.axes if axis not in kept),
+                start_index_map=tuple(place(numbers.start_index_map[column]) for column in columns),
             ),
-            [1 if place in places else size for place, size in enumerate(shape)],
-            mode=mode,
+            [*(sizes[axis] for axis in factor.axes), weight.rank],
+            mode=params["mode"],
             fill_value=fill,
         )
         found = dataclasses.replace(factor, looked_up=True)

@@ -12,9 +12,9 @@ from jlora.cost import CostModel
 from jlora.paths import literal_pattern, names_leaf
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
-from jlora.transform._run import Run, Use
+from jlora.transform._run import Run, Settings, Use
 from jlora.transform._weight import probe
-from jlora.tree import is_floating, is_targeted
+from jlora.tree import check_config, is_floating, is_targeted
 
 _ADDED = ("add", "sub", "add_any")
 
@@ -42,6 +42,7 @@ def resolve_config(fn: Callable[..., Any], config: LoraConfig, params: Any, *arg
     >>> resolve_config(fn, LoraConfig(rank=2), params, x).factorizations
     (('query', 'oio'),)
     """
+    check_config(config)
     uses = _probed(fn, config, params, args, kwargs)
     given = dict(config.factorizations)
     found: dict[str, str] = {}
@@ -68,12 +69,12 @@ def _probed(fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, 
     """The uses of every leaf of two or more axes that the patterns take in, by path, in the order of the program."""
     program = Program(fn, params, args, kwargs)
     uses: list[Use] = []
-    run = Run(RULES, CostModel(float("inf")), uses=uses)
+    run = Run(Settings(RULES, CostModel()), uses=uses)
 
     def evaluated(*arrays: jax.Array) -> Any:
         probes = {}
         for path, array in zip(program.paths, arrays, strict=True):
-            if path and is_targeted(config, path) and array.ndim > 1 and is_floating(array):
+            if path is not None and is_targeted(config, path) and array.ndim > 1 and is_floating(array):
                 probes[path] = probe(path, array)
         return program.evaluate(run, probes, arrays)
 

@@ -1,6 +1,5 @@
 """Adapters over a params pytree: made, merged and taken out again."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 from jlora.adapter import init_lora_adapter, is_adapter, merge_lora_weight, unmerge_lora_weight
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, TargetError
-from jlora.paths import leaves_by_path, path_string
+from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.tree._targets import adapted_targets, find_targets, is_floating, raise_all
 
 
@@ -42,7 +41,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
         if target is None:
             return None
         return init_lora_adapter(
-            jax.random.fold_in(root, _path_number(path)),
+            jax.random.fold_in(root, path_number(path)),
             weight,
             target.rank,
             init_std=config.init_std,
@@ -85,11 +84,6 @@ def unmerge_params(merged: Any, adapters: Any, config: LoraConfig) -> Any:
     bit, keep it.
     """
     return _fold(merged, adapters, config, unmerge_lora_weight)
-
-
-def _path_number(path: str) -> int:
-    """32 bits that stand for a path, the same on every machine and in every Python."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
 
 
 def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., jax.Array]) -> Any:

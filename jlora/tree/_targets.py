@@ -39,7 +39,7 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
       TargetError: with every problem at once: a pattern that matches or adapts nothing, a named leaf that is no
         weight, a weight whose factorization is not known, a rank larger than the smaller side.
     """
-    _check_config(config)
+    check_config(config)
     leaves = leaves_by_path(params)
     shapes = _shapes(params)
     targets: dict[str, Target] = {}
@@ -69,7 +69,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
         adapter whose rank is not the configuration's, shapes that do not fit, a pattern of the configuration of which
         there is no adapter.
     """
-    _check_config(config)
+    check_config(config)
     shapes = _shapes(params)
     problems: list[str] = []
     targets: dict[str, Target] = {}
@@ -87,7 +87,8 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
     return targets
 
 
-def _check_config(config: Any) -> None:
+def check_config(config: Any) -> None:
+    """Raises a ConfigError for what is no LoraConfig."""
     if not isinstance(config, LoraConfig):
         raise ConfigError(
             f"config: found {type(config).__name__}, wanted a LoraConfig; LoraConfig.from_dict reads a mapping"
