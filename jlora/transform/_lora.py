@@ -14,7 +14,7 @@ from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Weight, adapted
-from jlora.tree import adapted_targets, check_config
+from jlora.tree import adapted_targets, check_config, check_floating
 
 
 def lora(
@@ -73,6 +73,7 @@ def adapted_weights(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
     targets = adapted_targets(params, adapters, config)
     found = leaves_by_path(adapters, is_leaf=is_adapter)
     leaves = leaves_by_path(params)
+    check_floating({path: leaves[path] for path in targets})
     return {
         path: adapted(
             path,

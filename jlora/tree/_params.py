@@ -10,7 +10,7 @@ from jlora.adapter import init_lora_adapter, is_adapter, merge_lora_weight, unme
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
-from jlora.tree._targets import adapted_targets, find_targets, is_floating, raise_all
+from jlora.tree._targets import adapted_targets, check_floating, find_targets
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
@@ -89,11 +89,7 @@ def unmerge_params(merged: Any, adapters: Any, config: LoraConfig) -> Any:
 def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., jax.Array]) -> Any:
     targets = adapted_targets(params, adapters, config)
     leaves = leaves_by_path(params)
-    raise_all(
-        f"{path}: dtype {leaves[path].dtype} is not floating; cast or dequantize the weight first"
-        for path in targets
-        if not is_floating(leaves[path])
-    )
+    check_floating({path: leaves[path] for path in targets})
     by_path = leaves_by_path(adapters, is_leaf=is_adapter)
 
     def folded(key_path: Any, weight: Any) -> Any:

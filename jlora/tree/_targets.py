@@ -105,6 +105,15 @@ def is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
+def check_floating(weights: Mapping[str, Any]) -> None:
+    """Raises a TargetError for weights, by path, to which no update can be added."""
+    raise_all(
+        f"{path}: dtype {weight.dtype} is not floating; cast or dequantize the weight first"
+        for path, weight in weights.items()
+        if not is_floating(weight)
+    )
+
+
 def is_targeted(config: LoraConfig, path: str) -> bool:
     """Whether the patterns take in the leaf at `path`; whether it is a weight is another question."""
     target, exclude = (

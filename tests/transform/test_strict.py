@@ -315,6 +315,13 @@ def test_params_adapters_and_configuration_that_do_not_fit(rng, case):
         lora(lambda p, x: x @ p["w"] @ p["v"], CONFIG.replace(**fields))(params, adapters, jnp.ones((3, 5)))
 
 
+def test_a_weight_of_integers_has_no_room_for_an_update():
+    params, adapters = {"w": jnp.ones((5, 7), jnp.int8)}, {"w": pair()}
+    adapted = lora(lambda p, x: x @ (p["w"] * 0.1), CONFIG)
+    with pytest.raises(TargetError, match=r"^w: dtype int8 is not floating; cast or dequantize the weight first$"):
+        adapted(params, adapters, jnp.ones((3, 5)))
+
+
 @pytest.mark.parametrize("config", [{"rank": 2}, None, "w", 8])
 def test_what_is_no_configuration(rng, config):
     params, adapters, _ = adapted_to(rng, "w")
