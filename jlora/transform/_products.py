@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -263,12 +263,27 @@ def conv_general_dilated(
     return Product(roles, update)
 
 
-def flops(weight: Weight, roles: str, outputs: int) -> Mapping[str, float]:
-    """The FLOPs of the base product, of the factored update, and of merging; `outputs` is the size of the product."""
-    sizes = {role: weight.size([d for d, found in enumerate(roles) if found == role]) for role in "bio"}
-    rows = outputs / sizes["o"]
-    return {
-        "base": 2.0 * outputs * sizes["i"],
-        "factored": 2.0 * rows * weight.rank * (sizes["i"] + sizes["o"]),
-        "merged": 2.0 * weight.rank * math.prod(weight.shape),
-    }
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a product costs: the rows of the input for each batch element, the sizes of the weight, and FLOPs."""
+
+    rows: float
+    ins: int
+    outs: int
+    base: float
+    factored: float
+    merged: float
+
+
+def cost(weight: Weight, roles: str, outputs: int) -> Cost:
+    """The cost of a product with `outputs` numbers; merging alone is `merged`."""
+    batch, ins, outs = (weight.size([axis for axis, found in enumerate(roles) if found == role]) for role in "bio")
+    every = outputs / outs
+    return Cost(
+        rows=every / batch,
+        ins=ins,
+        outs=outs,
+        base=2.0 * outputs * ins,
+        factored=2.0 * every * weight.rank * (ins + outs),
+        merged=2.0 * weight.rank * math.prod(weight.shape),
+    )

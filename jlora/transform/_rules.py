@@ -14,7 +14,7 @@ from jlora.transform import _control as control
 from jlora.transform import _products as products
 from jlora.transform import _structure as structure
 from jlora.transform._jax import bind
-from jlora.transform._products import Product, Update, flops
+from jlora.transform._products import Product, Update, cost
 from jlora.transform._run import Registry, Rule, Run, lookup_roles
 from jlora.transform._weight import Weight, is_weight
 
@@ -83,22 +83,21 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
         if weight.looked_up and any(roles[axis] != "b" for f in weight.factors if f.looked_up for axis in f.axes):
             roles = lookup_roles(weight)
         y: Any = eqn.outvars[0].aval
-        count = flops(weight, product.roles, y.size)
-        merge = run.settings.cost.merges(count["factored"], count["merged"], weight.value.dtype)
-        merge = merge and product.mergeable and run.key is None
+        size, choice = cost(weight, product.roles, y.size), run.settings.cost
+        merge = product.mergeable and run.key is None and choice.merges(size.rows, size.ins, weight.value.dtype)
         run.record(
             eqn,
             weight,
             roles=roles,
             factored=not merge,
             why="A@B costs less than (x@A)@B here" if merge else "",
-            base_flops=count["base"],
-            adapter_flops=count["merged" if merge else "factored"],
+            base_flops=size.base,
+            adapter_flops=size.merged if merge else size.factored,
         )
         if weight.probe:
             return [base(x, weight.value)]
         if merge:
-            return [_merged(base, product.update, x, weight)]
+            return [_merged(base, product.update, x, weight, keep=choice.keeps(size.rows, size.outs))]
         output = base(x, weight.value)
         return [output + _updated(product.update, run.dropped(x, weight.path), weight).astype(output.dtype)]
 
@@ -123,10 +122,11 @@ def _updated(update: Update, x: jax.Array, weight: Weight) -> jax.Array:
     return update(x.astype(dtype), weight.with_arrays(weight.value, [array.astype(dtype) for array in arrays]))
 
 
-def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight: Weight) -> jax.Array:
+def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight: Weight, *, keep: bool) -> jax.Array:
     """The product with the merged weight; the derivatives by A and B are those of the factored form.
 
-    No gradient of the dense weight is formed, unless the base itself is differentiated.
+    So is that by x, unless the merged weight is kept for it. No gradient of the dense weight is formed, unless the base
+    itself is differentiated.
     """
 
     @jax.custom_jvp
@@ -137,13 +137,16 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
     def derivative(primals: Any, tangents: Any) -> Any:
         x, value, a, b = primals
         dx, dvalue, da, db = tangents
-        merged = weight.with_arrays(value, [a, b]).merged()
+        own = weight.with_arrays(value, [a, b])
+        merged = own.merged()
         terms = [
-            (dx, lambda dx: base(dx, merged)),
+            (dx, lambda dx: base(dx, merged if keep else value)),
             (dvalue, lambda dvalue: base(x, dvalue)),
-            (da, lambda da: _updated(update, x, weight.with_arrays(value, [da, b]))),
-            (db, lambda db: _updated(update, x, weight.with_arrays(value, [a, db]))),
+            (da, lambda da: _updated(update, x, own.with_arrays(value, [da, b]))),
+            (db, lambda db: _updated(update, x, own.with_arrays(value, [a, db]))),
         ]
+        if not keep:
+            terms.append((dx, lambda dx: _updated(update, dx, own)))
         y = base(x, merged)
         dy = jnp.zeros_like(y)
         for tangent, term in terms:

@@ -284,7 +284,7 @@ def test_a_random_program_is_the_program_of_the_merged_weights(drawn, merge_from
             for name, (_, roles) in weights.items()
         }
         x = random_array(rng, (7,), "float64")
-        adapted = lora(program, config, cost_model=CostModel(merge_from))
+        adapted = lora(program, config, cost_model=CostModel(merge_from, merge_from))
 
         def losses(params, adapters, merged, x):
             def loss(function, *args):
