@@ -9,7 +9,7 @@ from flax import nnx
 
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError
-from jlora.transform import Explanation, explain, lora, resolve_config
+from jlora.transform import Explanation, check_args, explain, lora, resolve_config
 from jlora.tree import adapted_targets, init_lora, merge_params
 
 _BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
@@ -41,6 +41,7 @@ class LoRA(nnx.Module):
       lora: the variables of the adapters, at the paths of their weights.
 
     Raises:
+      ConfigError: `args` is no tuple.
       AdapterError: the model is no `nnx.Module`, or has a LoRA in it.
       TargetError: the configuration does not fit the model, or the adapters do not.
 
@@ -68,6 +69,7 @@ class LoRA(nnx.Module):
             raise AdapterError(f"model: found {type(model).__name__}, wanted an nnx.Module")
         if any(isinstance(node, LoRA) for _, node in nnx.iter_graph(model)):
             raise AdapterError("a LoRA inside another: give one of them a configuration that targets both")
+        check_args(args)
         self.model = model
         if args or kwargs:
             function, params, rest = self._function("__call__", args, kwargs or {})

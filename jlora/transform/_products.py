@@ -107,7 +107,8 @@ def dot_general(
         return "no axis that is contracted belongs to A alone or to B alone"
     sizes = dict(zip(whole.x + whole.weight, x.shape + weight.shape, strict=True))
     y_shape = [sizes[c] for c in whole.y]
-    sizes[dot.rest[:1]] = math.prod(sizes[c] for c in whole.rest) if flatten else sizes.get(dot.rest[:1], 1)
+    if flatten:
+        sizes[dot.rest] = math.prod(sizes[c] for c in whole.rest)
     x_shape = [sizes[c] for c in dot.x]
 
     def base(x: jax.Array, value: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 from jlora import tree
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
+from jlora.errors import ConfigError
 from jlora.paths import literal_pattern, names_leaf
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
@@ -85,6 +86,12 @@ def _probed(fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, 
     return by_path
 
 
+def check_args(args: Any) -> None:
+    """Raises a ConfigError for an argument that stands where a tuple of them is wanted."""
+    if not isinstance(args, tuple | list):
+        raise ConfigError(f"args: found {type(args).__name__}, wanted a tuple of the arguments, such as (x,)")
+
+
 def init_lora(
     key: chex.PRNGKey | None,
     params: Any,
@@ -110,12 +117,14 @@ def init_lora(
       A pytree of the structure of `params`: an adapter where a weight is adapted, `None` elsewhere.
 
     Raises:
+      ConfigError: `args` is no tuple.
       TargetError: the configuration does not fit the tree; every problem is named with its path.
 
     >>> params = {'up': {'kernel': jax.numpy.ones((5, 7)), 'bias': jax.numpy.ones(7)}}
     >>> jax.tree.map(jax.numpy.shape, init_lora(jax.random.key(0), params, LoraConfig(rank=2)))
     {'up': {'bias': None, 'kernel': {'A': (5, 2), 'B': (2, 7)}}}
     """
+    check_args(args)
     if fn is not None:
         config = resolve_config(fn, config, params, *args, **(kwargs or {}))
     return tree.init_lora(key, params, config)

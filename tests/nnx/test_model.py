@@ -8,7 +8,7 @@ from flax import linen, nnx
 from flax.errors import TraceContextError
 
 import jlora
-from jlora import AdapterError, LoraConfig, TargetError
+from jlora import AdapterError, ConfigError, LoraConfig, TargetError
 from jlora.nnx import LoRA
 from tests.nnx.models import (
     CONFIG,
@@ -198,6 +198,7 @@ def test_targets_are_paths_of_the_models_params(rng):
     [
         (lambda model: LoRA(model, LoraConfig(target_modules="attn")), TargetError, "'attn' matches nothing"),
         (lambda model: LoRA(LoRA(model, CONFIG), CONFIG), AdapterError, "a LoRA inside another"),
+        (lambda model: LoRA(model, CONFIG, args=np.ones(3)), ConfigError, "args: found ndarray, wanted a tuple"),
         (lambda model: LoRA(linen.Dense(5), CONFIG), AdapterError, r"model: found Dense, wanted an nnx\.Module"),
         (lambda model: LoRA(model, {"rank": 2}), jlora.ConfigError, "config: found dict, wanted a LoraConfig"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jlora import LoraConfig, TargetError, init_lora, lora, merge_params, resolve_config, summary
+from jlora import ConfigError, LoraConfig, TargetError, init_lora, lora, merge_params, resolve_config, summary
 from tests.reference import as64, assert_close, random_array, randomize
 from tests.transform.test_random_programs import axes_of, delta_of
 
@@ -274,3 +274,8 @@ def test_patterns_that_match_nothing_are_errors(rng):
         init_lora(None, params, CONFIG.replace(target_modules="v"), fn=uses("td,df->tf"), args=(jnp.ones((2, 5)),))
     with pytest.raises(TargetError, match=r"^w \(5, 7\): rank 6 is larger than the smaller side 5"):
         init_lora(None, params, CONFIG.replace(rank=6), fn=uses("td,df->tf"), args=(jnp.ones((2, 5)),))
+
+
+def test_one_argument_in_place_of_a_tuple_is_refused():
+    with pytest.raises(ConfigError, match=r"^args: found \w+, wanted a tuple of the arguments, such as \(x,\)$"):
+        init_lora(None, {"w": jnp.ones((5, 7))}, CONFIG, fn=lambda p, x: x @ p["w"], args=jnp.ones((3, 5)))
