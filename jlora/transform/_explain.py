@@ -107,7 +107,7 @@ def explain(
 
     >>> shape = jax.ShapeDtypeStruct
     >>> params = {'up': shape((3, 5), 'float32')}
-    >>> table = explain(lambda p, x: x @ p['up'], LoraConfig(rank=2), params, shape((7, 3), 'float32'))
+    >>> table = explain(lambda p, x: x @ p['up'], LoraConfig(rank=2), params, shape((2, 3), 'float32'))
     >>> [(use.path, use.primitive, use.roles, use.factored) for use in table.uses]
     [('up', 'dot_general', 'io', True)]
     """
