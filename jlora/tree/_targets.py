@@ -75,7 +75,9 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
     targets: dict[str, Target] = {}
     for path, adapter in leaves_by_path(adapters, is_leaf=is_adapter).items():
         if not is_adapter(adapter):
-            problems.append(f"{path}: found {type(adapter).__name__}, wanted an adapter {{'A', 'B'}} or None")
+            problems.append(
+                f"{path or 'adapters'}: found {type(adapter).__name__}, wanted an adapter {{'A', 'B'}} or None"
+            )
         elif path not in shapes:
             problems.append(f"{path}: an adapter where params has no leaf; {format_nearest(path, shapes)}")
         else:

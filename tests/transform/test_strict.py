@@ -297,6 +297,7 @@ MISUSES = {
         r"^w: .*wanted A \(7, 2\) and B \(2, 5\)",
     ),
     "no adapter": ({"w": jnp.ones((5, 7))}, {}, TargetError, r"^w: found \w+, wanted an adapter \{'A', 'B'\} or None"),
+    "the input in their place": (jnp.ones((3, 5)), {}, TargetError, r"^adapters: found \w+, wanted an adapter"),
     "two problems": ({"w": jnp.ones(3), "u": pair()}, {}, TargetError, r"^2 problems:\n  .*\n  "),
     "unused pattern": (
         {"w": pair()},
