@@ -55,6 +55,7 @@ class LoraConfig:
       dtype: the adapters' dtype, such as "float32"; None for that of each weight.
       factorizations: pattern -> one letter per axis of the weight, b (batch), i (in), o (out), such as "ioo"; the
         first that matches wins over what is known of Flax's parameters.
+      extras: name -> text that other libraries' files say and jlora does not read; kept in every file.
 
     >>> config = LoraConfig(rank=4, target_modules=("**/query", "**/value"))
     >>> config.replace(alpha=32)
@@ -77,6 +78,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] | Pairs = ()
     dtype: str | None = None
     factorizations: Mapping[str, str] | Pairs = ()
+    extras: Mapping[str, str] | Pairs = ()
 
     def __new__(cls, *_: Any, **fields: Any) -> "LoraConfig":
         check_keys(fields, field_names(cls), cls.__name__)
@@ -101,6 +103,7 @@ class LoraConfig:
         put("alpha_pattern", _pairs("alpha_pattern", self.alpha_pattern, number))
         put("dtype", _dtype_name(self.dtype))
         put("factorizations", _pairs("factorizations", self.factorizations, _roles))
+        put("extras", _pairs("extras", self.extras, _text, _text))
 
     def __repr__(self) -> str:
         return f"LoraConfig({', '.join(f'{name}={value!r}' for name, value in self._changed().items())})"
@@ -111,7 +114,7 @@ class LoraConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                changed[field.name] = dict(value) if field.name in _PATTERN_FIELDS else value
+                changed[field.name] = dict(value) if field.name in _PAIR_FIELDS else value
         return changed
 
     def replace(self, **changes: Any) -> "LoraConfig":
@@ -134,7 +137,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for TOML and JSON: every field, but for a dtype of None."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        data = {name: dict(value) if name in _PATTERN_FIELDS else value for name, value in data.items()}
+        data = {name: dict(value) if name in _PAIR_FIELDS else value for name, value in data.items()}
         data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
         return {name: value for name, value in data.items() if value is not None}
 
@@ -160,7 +163,7 @@ class LoraConfig:
             raise ConfigError(f"{path}: {error}") from None
 
 
-_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "factorizations")
+_PAIR_FIELDS = ("rank_pattern", "alpha_pattern", "factorizations", "extras")
 
 
 def field_names(cls: Any) -> tuple[str, ...]:
@@ -226,16 +229,23 @@ def _patterns(field: str, value: Any) -> tuple[str, ...]:
     return tuple(_pattern(field, item) for item in value)
 
 
-def _pairs(field: str, value: Any, check: Any) -> Pairs:
+def _pairs(field: str, value: Any, check: Any, check_key: Any = _pattern) -> Pairs:
+    keys = "path patterns" if check_key is _pattern else "names"
     if not isinstance(value, Mapping | tuple | list):
-        raise refusal(field, value, "a mapping from path patterns to values")
+        raise refusal(field, value, f"a mapping from {keys} to values")
     items = list(value.items() if isinstance(value, Mapping) else value)
     if any(not isinstance(item, tuple | list) or len(item) != 2 for item in items):
-        raise refusal(field, value, "a mapping from path patterns to values")
-    pairs = tuple((_pattern(field, pattern), check(f"{field}[{pattern!r}]", item)) for pattern, item in items)
+        raise refusal(field, value, f"a mapping from {keys} to values")
+    pairs = tuple((check_key(field, key), check(f"{field}[{key!r}]", item)) for key, item in items)
     if len(dict(pairs)) < len(pairs):
-        raise refusal(field, value, "each pattern once")
+        raise refusal(field, value, "each pattern once" if check_key is _pattern else "each name once")
     return pairs
+
+
+def _text(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise refusal(field, value, "a string")
+    return value
 
 
 def _roles(field: str, value: Any) -> str:

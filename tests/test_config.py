@@ -32,6 +32,7 @@ FULL = {
     "alpha_pattern": {"decoder/**": 7.5},
     "dtype": "bfloat16",
     "factorizations": {"**/query": "ioo", "**/out/kernel": "iio"},
+    "extras": {"peft": '{"r": 2}', "a//b": ""},
 }
 KNOWN = f"; known keys: {', '.join(FULL)}"
 
@@ -74,6 +75,8 @@ WANTED = [  # field, what is wanted, values that are refused
     ("dtype", DTYPE, ["int8", "complex64", "float31", "", 3, True, jnp.int32, bool, "f4,f4", "f,,", {"names": ["a"]}]),
     ("factorizations", MAPPING, [3, None, "io", [("a",)]]),
     ("factorizations", "each pattern once", [[("a", "io"), ("a", "oi")]]),
+    ("extras", "a mapping from names to values", [3, None, "io", [("a",)]]),
+    ("extras", "each name once", [[("a", "b"), ("a", "c")]]),
 ]
 REFUSED = [
     *((field, value, f"{field} = {value!r}: wanted {wanted}") for field, wanted, bad in WANTED for value in bad),
@@ -89,6 +92,8 @@ REFUSED = [
     ("alpha_pattern", {"a": math.nan}, "alpha_pattern['a'] = nan: wanted a finite number"),
     ("factorizations", {"a//b": "io"}, f"factorizations = 'a//b': wanted {PATTERN}"),
     ("factorizations", {"a": "bi"}, f"factorizations['a']: factorization 'bi': {ROLES}"),
+    ("extras", {"a": 3}, "extras['a'] = 3: wanted a string"),
+    ("extras", {3: "a"}, "extras = 3: wanted a string"),
     ("factorizations", {"a": 3}, f"factorizations['a']: factorization 3: {ROLES}"),
 ]
 
@@ -169,6 +174,7 @@ paths = st.lists(
     max_size=3,
 ).map("/".join)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 roles = st.text("bio", max_size=3).flatmap(lambda extra: st.permutations("io" + extra)).map("".join)
 configs = st.builds(
     LoraConfig,
@@ -185,6 +191,7 @@ configs = st.builds(
     alpha_pattern=st.dictionaries(paths, finite, max_size=3),
     dtype=st.sampled_from([None, "float32", "bfloat16", "float16", "float8_e4m3fn"]),
     factorizations=st.dictionaries(paths, roles, max_size=3),
+    extras=st.dictionaries(texts, texts, max_size=3),
 )
 
 

@@ -13,17 +13,23 @@ from jlora.adapter._functions import (
     unmerge_lora_weight,
 )
 from jlora.adapter._layer import LoRALayer
+from jlora.adapter._update import apply_update, check_update, is_reversible, is_update, undo_update
 
 __all__ = [
     "Adapter",
     "LoRALayer",
+    "apply_update",
+    "check_update",
     "draw_a",
     "init_lora_adapter",
     "is_adapter",
+    "is_reversible",
+    "is_update",
     "lora_delta",
     "lora_linear",
     "lora_singular_values",
     "merge_lora_weight",
     "tree_lora_delta",
+    "undo_update",
     "unmerge_lora_weight",
 ]

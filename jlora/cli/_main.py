@@ -16,7 +16,7 @@ The file has the sections
   [model]      function = "module:function" that returns (Linen module, base params); other keys are its arguments
   [data]       function = "module:function" that returns (train, test), each a mapping of arrays with "inputs"
   [lora]       rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init, init_std, rank_pattern,
-               alpha_pattern, dtype, factorizations
+               alpha_pattern, dtype, factorizations, extras
   [optimizer]  name (adamw, adam, lion, sgd), learning_rate, weight_decay, schedule (constant, cosine, linear),
                warmup_steps, clip_norm (0 for none)
   [train]      steps, batch_size, accumulate, seed, loss = "module:function", log_every, eval_every, checkpoint_every

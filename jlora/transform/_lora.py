@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapter import is_adapter
+from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
+from jlora.errors import AdapterError
 from jlora.paths import leaves_by_path
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Weight, adapted
-from jlora.tree import adapted_targets, check_config, check_floating
+from jlora.tree import adapted_targets, check_config, check_floating, settle_params
 
 
 def lora(
@@ -24,7 +25,7 @@ def lora(
 
     `fn` is traced, and every product with an adapted weight becomes x@W + scaling (x@A)@B, whatever axes it contracts,
     through jit, scan, while, cond, checkpoint, custom_jvp, custom_vjp, vmap and shard_map. What cannot be factored is
-    computed with the merged weight. `explain` shows which is which.
+    computed with the merged weight; so is a weight with a magnitude (DoRA). `explain` shows which is which.
 
     Args:
       fn: any function whose first argument is a pytree of params. Arrays among its arguments are traced; everything
@@ -57,7 +58,8 @@ def lora(
     settings = Settings(RULES, cost_model or CostModel(), strict, config.dropout)
 
     def adapted_fn(params: Any, adapters: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
-        weights = adapted_weights(params, adapters, config)
+        params = settle_params(params, adapters, config)
+        weights = adapted_weights(params, adapters, config, strict)
         program = Program(fn, params, args, kwargs)
         run = Run(settings, dropout_key if config.dropout else None)
         return program.output(program.evaluate(run, weights, program.leaves))
@@ -68,12 +70,14 @@ def lora(
     return adapted_fn
 
 
-def adapted_weights(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Weight]:
-    """The weights of `params` that have an adapter, by path."""
+def adapted_weights(params: Any, adapters: Any, config: LoraConfig, strict: bool = False) -> dict[str, Weight]:
+    """The weights of `params` that are followed with their A and B, by path; not those with a magnitude."""
     targets = adapted_targets(params, adapters, config)
-    found = leaves_by_path(adapters, is_leaf=is_adapter)
+    found = leaves_by_path(adapters, is_leaf=is_update)
     leaves = leaves_by_path(params)
-    check_floating({path: leaves[path] for path in targets})
+    check_floating({path: leaves[path] for path in found})
+    if strict and (merged := [path for path in targets if "magnitude" in found[path]]):
+        raise AdapterError(f"{merged[0]}: a weight with a magnitude (DoRA) cannot be factored; strict=False merges it")
     return {
         path: adapted(
             path,
@@ -84,4 +88,5 @@ def adapted_weights(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
             target.effective_alpha / target.rank,
         )
         for path, target in targets.items()
+        if "magnitude" not in found[path]
     }

@@ -1,6 +1,6 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
-from jlora.tree._params import init_lora, merge_params, unmerge_params
+from jlora.tree._params import init_lora, merge_params, settle_params, unmerge_params
 from jlora.tree._summary import Summary, summary
 from jlora.tree._targets import (
     Target,
@@ -30,6 +30,7 @@ __all__ = [
     "lora_labels",
     "lora_mask",
     "merge_params",
+    "settle_params",
     "split_params",
     "summary",
     "unmerge_params",

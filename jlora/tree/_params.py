@@ -1,15 +1,16 @@
 """Adapters over a params pytree: made, merged and taken out again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
 import jax
 
-from jlora.adapter import init_lora_adapter, is_adapter, merge_lora_weight, unmerge_lora_weight
+from jlora.adapter import apply_update, init_lora_adapter, is_adapter, is_reversible, is_update, undo_update
 from jlora.config import LoraConfig
-from jlora.errors import AdapterError, TargetError
+from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
+from jlora.residual import Residual, pack, unpack
 from jlora.tree._targets import adapted_targets, check_floating, find_targets
 
 
@@ -53,7 +54,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
     return jax.tree_util.tree_map_with_path(adapter_at, params)
 
 
-def merge_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
+def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:
     """The params with every update folded into its weight: an ordinary params tree again.
 
     Args:
@@ -61,6 +62,8 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
       adapters: adapters at the paths of their weights, `None` or nothing elsewhere. Every pattern of the configuration
         must have one.
       config: the configuration that the adapters were made with; it holds alpha and the scaling.
+      return_residual: whether to return `(merged, residuals)`, with the bits that `unmerge_params` would miss, by path;
+        outside jit only.
 
     Returns:
       The structure, shapes and dtypes of `params`; leaves without an adapter are the same array objects. In bf16 and
@@ -74,32 +77,81 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
     >>> merge_params(params, adapters, LoraConfig(rank=1, alpha=2))['kernel'][0].tolist()
     [2.0, 2.0, 2.0]
     """
-    return _fold(params, adapters, config, merge_lora_weight)
+    residuals: dict[str, Residual] = {}
+
+    def merged(path: str, weight: Any, *entry: Any) -> jax.Array:
+        result = apply_update(weight, *entry)
+        if return_residual:
+            residuals[path] = pack(_concrete(weight), _concrete(undo_update(result, *entry)))
+        return result
+
+    tree = _fold(params, adapters, config, merged)
+    return (tree, residuals) if return_residual else tree
 
 
-def unmerge_params(merged: Any, adapters: Any, config: LoraConfig) -> Any:
+def unmerge_params(
+    merged: Any, adapters: Any, config: LoraConfig, *, residual: Mapping[str, Residual] | None = None
+) -> Any:
     """The params with every update taken out, by the arithmetic of `merge_params` backwards.
 
-    Rounding to the weights' dtypes loses bits that no subtraction brings back: where the base must return to the
-    bit, keep it.
+    Rounding to the weights' dtypes loses bits that no subtraction brings back: where the base must return to the bit,
+    keep it, or merge with `return_residual` and pass what that returned as `residual`; outside jit only.
+
+    Raises:
+      TargetError: adapters, params and configuration do not fit; an update that cannot be taken out without a residual
+        (a weight that was replaced, DoRA); a residual that does not lead back to the base.
     """
-    return _fold(merged, adapters, config, unmerge_lora_weight)
+
+    def unmerged(path: str, weight: Any, update: Any, *rest: Any) -> jax.Array:
+        if residual is None and not is_reversible(update):
+            raise AdapterError(f"an update of {', '.join(update)} cannot be taken out; keep the base, or a residual")
+        guess = undo_update(weight, update, *rest)
+        if residual is None:
+            return guess
+        if path not in residual:
+            raise AdapterError("the residual has no entry for it; pass what merge_params returned for these adapters")
+        return jax.device_put(unpack(residual[path], _concrete(guess)), getattr(weight, "sharding", None))
+
+    return _fold(merged, adapters, config, unmerged)
 
 
-def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., jax.Array]) -> Any:
+def settle_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
+    """The params with everything applied that cannot follow a weight through a program as A and B can.
+
+    That is a value and an offset; and A and B too where there is a magnitude.
+    """
+    entries = jax.tree.leaves(adapters, is_leaf=is_update)
+    if all(is_adapter(entry) for entry in entries):
+        return params
+
+    def settled(_: str, weight: Any, update: Any, *rest: Any) -> Any:
+        parts = update if "magnitude" in update else {name: update[name] for name in update if name not in "AB"}
+        return apply_update(weight, parts, *rest) if parts else weight
+
+    return _fold(params, adapters, config, settled)
+
+
+def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., Any]) -> Any:
     targets = adapted_targets(params, adapters, config)
     leaves = leaves_by_path(params)
-    check_floating({path: leaves[path] for path in targets})
-    by_path = leaves_by_path(adapters, is_leaf=is_adapter)
+    updates = leaves_by_path(adapters, is_leaf=is_update)
+    check_floating({path: leaves[path] for path in updates})
 
     def folded(key_path: Any, weight: Any) -> Any:
         path = path_string(key_path)
-        target = targets.get(path)
-        if target is None:
+        if path not in updates:
             return weight
+        target = targets.get(path)
+        scaling = config.effective_alpha_of(path) / config.rank_of(path)
         try:
-            return fold(weight, by_path[path], target.effective_alpha, factorization=target.factorization)
-        except AdapterError as error:
+            return fold(path, weight, updates[path], scaling, None if target is None else target.factorization)
+        except (AdapterError, DataError) as error:
             raise TargetError(f"{path}: {error}") from None
 
     return jax.tree_util.tree_map_with_path(folded, params)
+
+
+def _concrete(array: Any) -> Any:
+    if isinstance(array, jax.core.Tracer):
+        raise AdapterError("a residual needs arrays of numbers: call outside jit, grad and vmap")
+    return array

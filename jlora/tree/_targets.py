@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.adapter import is_adapter
+from jlora.adapter import check_update, is_update
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes
 from jlora.errors import AdapterError, ConfigError, JloraError, TargetError
@@ -62,7 +62,9 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
 
 
 def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Target]:
-    """What the adapters at hand adapt, by path, with `config` for rank, alpha, scaling and factorization.
+    """What the A and B at hand adapt, by path, with `config` for rank, alpha, scaling and factorization.
+
+    Entries that hold no A and B are checked, and not among the targets.
 
     Raises:
       TargetError: with every problem at once: an adapter where params has no leaf, a leaf that is no adapter, an
@@ -73,19 +75,22 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
     shapes = _shapes(params)
     problems: list[str] = []
     targets: dict[str, Target] = {}
-    for path, adapter in leaves_by_path(adapters, is_leaf=is_adapter).items():
-        if not is_adapter(adapter):
+    updates = leaves_by_path(adapters, is_leaf=is_update)
+    for path, update in updates.items():
+        if not is_update(update):
             problems.append(
-                f"{path or 'adapters'}: found {type(adapter).__name__}, wanted an adapter {{'A', 'B'}} or None"
+                f"{path or 'adapters'}: found {type(update).__name__}, wanted an adapter {{'A', 'B'}} or None"
             )
         elif path not in shapes:
             problems.append(f"{path}: an adapter where params has no leaf; {format_nearest(path, shapes)}")
         else:
             try:
-                targets[path] = _adapted(path, shapes, adapter, config)
+                if "A" in update:
+                    targets[path] = _adapted(path, shapes, update, config)
+                check_update(shapes[path], update, targets[path].factorization if "A" in update else None)
             except JloraError as error:
                 problems.append(f"{path}: {error}")
-    raise_all(problems or _unused_patterns(config, list(shapes), list(targets), "without an adapter at hand"))
+    raise_all(problems or _unused_patterns(config, list(shapes), list(updates), "without an adapter at hand"))
     return targets
 
 

@@ -1,0 +1,210 @@
+"""Tensors in safetensors files, read and written by ranges, so that a file larger than memory can be worked through.
+
+A file is 8 bytes of length n, n bytes of JSON, and the tensors' bytes. Each tensor's entry gives its dtype, shape and
+the range of its bytes; the ranges cover the rest of the file without a gap or an overlap (the format's specification,
+https://github.com/huggingface/safetensors).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import ml_dtypes
+import numpy as np
+
+from jlora.disk._json import parse_json
+from jlora.errors import DataError
+
+_MOST_HEADER = 100_000_000
+_MOST_AXES = 64
+
+# In the order of the format's own library, by which it sorts the tensors of a file.
+_DTYPES: dict[str, Any] = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "F32": np.float32,
+    "C64": np.complex64,
+    "F64": np.float64,
+    "I64": np.int64,
+    "U64": np.uint64,
+}
+_BITS = {code: 8 * np.dtype(dtype).itemsize for code, dtype in _DTYPES.items()}
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # carried as bytes, never read as numbers
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_ORDER = {dtype: position for position, dtype in enumerate(_CODES)}
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a file: its dtype as the file names it, its shape, and the range of its bytes in the file."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype in NumPy.
+
+        Raises:
+          DataError: NumPy has none, as for numbers of four bits.
+        """
+        if self.code not in _DTYPES:
+            raise DataError(f"dtype {self.code} cannot be read as numbers")
+        return np.dtype(_DTYPES[self.code])
+
+
+class TensorFile:
+    """A safetensors file, opened for reading; a context manager.
+
+    Attributes:
+      entries: name -> TensorEntry, in the order of their bytes.
+      metadata: the strings that the file carries.
+      data_start: where the tensors' bytes begin; all before it is the header.
+
+    Raises:
+      DataError: what is no such file, cut short, or lies about itself.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
+        try:
+            self.entries, self.metadata, self.data_start = self._header()
+        except (ValueError, OSError) as error:
+            os.close(self._handle)
+            raise DataError(f"{self.path}: not a readable safetensors file: {error}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._handle
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor, `entries[name].shape`, in memory of its own."""
+        entry = self.entries[name]
+        flat = np.empty(math.prod(entry.shape), entry.dtype)
+        self.read_into(entry.start, flat)
+        return flat.reshape(entry.shape)
+
+    def read_into(self, start: int, array: np.ndarray[Any, Any]) -> None:
+        """Fills a contiguous array with the bytes of the file from `start` on."""
+        left = _bytes_of(array)
+        while left.nbytes:
+            count = os.preadv(self._handle, [left], start)
+            if count <= 0:
+                raise DataError(f"{self.path}: cut short at byte {start:,} while it was read")
+            left, start = left[count:], start + count
+
+    def _header(self) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
+        size = os.fstat(self._handle).st_size
+        if size < 8:
+            raise ValueError(f"{size} bytes, which is less than a header")
+        length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
+        if length > min(size - 8, _MOST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}: cut short, or another format")
+        text = np.empty(length, np.uint8)
+        self.read_into(8, text)
+        data = parse_json(text.tobytes())
+        metadata = _metadata(data.pop("__metadata__", {}))
+        return _entries(data, 8 + length, size), metadata, 8 + length
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays as one safetensors file, wide dtypes first and then by name, as the format's own library does.
+
+    Arrays may be in any order in memory; each is brought to C order as it is written.
+    """
+    arrays = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-_ORDER.get(tensors[n].dtype, 0), n))}
+    file.write(header_bytes({name: (array.dtype, array.shape) for name, array in arrays.items()}, metadata))
+    for array in arrays.values():
+        file.write(tensor_bytes(array))
+
+
+def header_bytes(layout: Mapping[str, tuple[Any, Iterable[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header of a file whose tensors, name -> (dtype, shape), follow in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    stop = 0
+    for name, (dtype, shape) in layout.items():
+        if np.dtype(dtype) not in _CODES or name == "__metadata__":
+            raise DataError(f"{name}: dtype {np.dtype(dtype)} has no place in a safetensors file")
+        start, stop = stop, stop + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(array: Any) -> memoryview:
+    """The bytes of an array in C order, little-endian."""
+    host = np.asarray(array)
+    host = host.astype(host.dtype.newbyteorder("<"), copy=False) if host.dtype.byteorder == ">" else host
+    return _bytes_of(np.ascontiguousarray(host))
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    raw: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(raw)
+
+
+def _metadata(data: Any) -> dict[str, str]:
+    if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+        raise ValueError("__metadata__ is no mapping of strings")
+    return data
+
+
+def _entries(data: Mapping[str, Any], data_start: int, size: int) -> dict[str, TensorEntry]:
+    entries = {name: _entry(name, value, data_start) for name, value in data.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+    position = data_start
+    for name, entry in entries.items():
+        if entry.start != position:
+            raise ValueError(f"the bytes of {name!r} overlap with another tensor's, or leave a gap")
+        position = entry.stop
+    if position != size:
+        cut = "cut short" if position > size else "bytes at its end that belong to no tensor"
+        raise ValueError(f"its tensors end at byte {position:,}, the file at byte {size:,}: {cut}")
+    return entries
+
+
+def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name!r} is not made of dtype, shape and data_offsets")
+    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in _BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {code!r}")
+    if not _naturals(shape) or len(shape) > _MOST_AXES:
+        raise ValueError(f"{name!r} has the shape {str(shape)[:100]}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name!r} has the data_offsets {str(offsets)[:100]}")
+    start, stop = offsets
+    if math.prod(shape) * _BITS[code] != 8 * (stop - start):
+        raise ValueError(f"{name!r} {code} {shape} does not fit in its {stop - start:,} bytes")
+    return TensorEntry(code, tuple(shape), data_start + start, data_start + stop)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
