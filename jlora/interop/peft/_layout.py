@@ -1,0 +1,198 @@
+"""The arrays of one weight: as PEFT's files have them, as the Hugging Face model has its axes, as the tree has them.
+
+`kind` says what PEFT's module is, and so how the axes of its weight split:
+
+    linear     (out, in)
+    conv1d     (in, out), the Conv1D of GPT-2, `fan_in_fan_out` in PEFT
+    conv       (out, in, window...)
+    embedding  (vocabulary, dim), which is in, out
+    experts    (experts, out, in), a stack of matrices in one parameter
+    experts_t  (experts, in, out)
+    whole      no A and B: a tensor, or an offset, as it is
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import DataError
+from jlora.interop.peft._mapping import Row
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+_ROLES = {"linear": "oi", "conv1d": "io", "embedding": "io", "experts": "boi", "experts_t": "bio"}
+
+
+def roles_of(kind: str, ndim: int) -> str:
+    """The roles of the axes of a Hugging Face weight."""
+    return "o" + "i" * (ndim - 1) if kind == "conv" else _ROLES[kind]
+
+
+def from_peft(kind: str, parts: Mapping[str, np.ndarray[Any, Any]], rank: int) -> tuple[Arrays, tuple[int, ...]]:
+    """The parts of an entry with A (*batch, *in, r) and B (*batch, r, *out), and the shape of the weight."""
+    arrays = dict(parts)
+    if kind == "whole":
+        return arrays, next(iter(arrays.values())).shape
+    a, b = arrays["A"], arrays["B"]
+    _check(kind, a, b, rank)
+    if kind in ("experts", "experts_t"):
+        count = a.shape[0] // rank
+        arrays["A"] = a.reshape(count, rank, -1).transpose(0, 2, 1)
+        arrays["B"] = b.reshape(-1, rank, count).transpose(2, 1, 0)
+        sides = (b.shape[0], a.shape[1]) if kind == "experts" else (a.shape[1], b.shape[0])
+        return arrays, (count, *sides)
+    arrays["A"] = np.moveaxis(a, 0, -1)
+    arrays["B"] = b.reshape(b.shape[0], rank).T
+    if "magnitude" in arrays:
+        arrays["magnitude"] = arrays["magnitude"].reshape(-1)
+    ins, outs = a.shape[1:], (b.shape[0],)
+    return arrays, (*outs, *ins) if kind in ("linear", "conv") else (*ins, *outs)
+
+
+def to_peft(kind: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    """The inverse of `from_peft`."""
+    parts = dict(arrays)
+    if kind == "whole":
+        return parts
+    a, b = arrays["A"], arrays["B"]
+    if kind in ("experts", "experts_t"):
+        count, ins, rank = a.shape
+        parts["A"] = a.transpose(0, 2, 1).reshape(count * rank, ins)
+        parts["B"] = b.transpose(2, 1, 0).reshape(-1, rank * count)
+        return parts
+    window = (1,) * (a.ndim - 2)
+    parts["A"] = np.moveaxis(a, -1, 0)
+    parts["B"] = b.T.reshape(*b.T.shape, *window)
+    if "magnitude" in parts and kind == "conv":
+        parts["magnitude"] = parts["magnitude"].reshape(1, -1, *window)
+    return parts
+
+
+def whole_to_tree(arrays: Arrays, row: Row) -> Arrays:
+    """Whole tensors with the axes of the tree."""
+    placed = {}
+    for name, array in arrays.items():
+        split, _ = _split(array.shape, "o" * array.ndim, row)
+        placed[name] = array.reshape(split).transpose(_transpose(row, len(split)))
+    return placed
+
+
+def to_tree(arrays: Arrays, roles: str, shape: tuple[int, ...], row: Row) -> tuple[Arrays, str, tuple[int, ...]]:
+    """The parts with the axes of the tree, the roles of these axes, and the shape of one weight there."""
+    split, split_roles = _split(shape, roles, row)
+    order = _transpose(row, len(split))
+    tree_roles = "".join(split_roles[axis] for axis in order)
+    tree_shape = tuple(split[axis] for axis in order)
+    sizes = {role: tuple(n for n, r in zip(split, split_roles, strict=True) if r == role) for role in "bio"}
+    b, i, o = (_order(split_roles, order, role) for role in "bio")
+    nb, ni = len(b), len(i)
+    placed: Arrays = {}
+    for name, array in arrays.items():
+        if name == "A":
+            full = array.reshape(*sizes["b"], *sizes["i"], array.shape[-1])
+            placed[name] = full.transpose(*b, *(nb + axis for axis in i), nb + ni)
+        elif name == "B":
+            full = array.reshape(*sizes["b"], array.shape[len(_axes(roles, "b"))], *sizes["o"])
+            placed[name] = full.transpose(*b, nb, *(nb + 1 + axis for axis in o))
+        elif name == "magnitude":
+            full = array.reshape(*sizes["b"], *sizes["o"])
+            placed[name] = full.transpose(*b, *(nb + axis for axis in o))
+        else:
+            placed[name] = array.reshape(split).transpose(order)
+    return placed, tree_roles, tree_shape
+
+
+def to_model(arrays: Arrays, kind: str, row: Row) -> Arrays:
+    """The inverse of `to_tree`: the parts with the axes of the Hugging Face weight."""
+    if kind == "whole":
+        if row.reshape is not None and not row.name.endswith("bias"):
+            raise DataError(f"the shape of a whole tensor is not known through the reshape of the row {row.name}")
+        back = {name: _untransposed(array, row) for name, array in arrays.items()}
+        return back if row.reshape is None else {name: array.reshape(-1) for name, array in back.items()}
+    nb = 1 if kind.startswith("experts") else 0
+    ni, no = arrays["A"].ndim - 1 - nb, arrays["B"].ndim - 1 - nb
+    roles = {"o": "o" * no, "i": "i" * ni, "b": "b" * nb}
+    split_roles = "".join(roles[role] for role in dict.fromkeys(roles_of(kind, 2)))
+    order = _transpose(row, len(split_roles))
+    inverse_i, inverse_o = (np.argsort(_order(split_roles, order, role)) for role in "io")
+    window = kind == "conv"
+    placed: Arrays = {}
+    for name, array in arrays.items():
+        if name == "A":
+            full = array.transpose(*range(nb), *(nb + axis for axis in inverse_i), nb + ni)
+            placed[name] = full if window else full.reshape(*full.shape[:nb], -1, full.shape[-1])
+        elif name == "B":
+            full = array.transpose(*range(nb + 1), *(nb + 1 + axis for axis in inverse_o))
+            placed[name] = full.reshape(*full.shape[: nb + 1], -1)
+        elif name == "magnitude":
+            full = array.transpose(*range(nb), *(nb + axis for axis in inverse_o))
+            placed[name] = full.reshape(*full.shape[:nb], -1)
+        else:
+            placed[name] = _merged(_untransposed(array, row), split_roles, window)
+    return placed
+
+
+def _check(kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], rank: int) -> None:
+    found = f"lora_A {a.shape} and lora_B {b.shape}"
+    if kind in ("experts", "experts_t"):
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
+            raise DataError(f"{found} do not fit: wanted (experts * {rank}, in) and (out, experts * {rank})")
+        return
+    if kind == "conv" and b.ndim == a.ndim > 2 and b.shape[1] != rank == a.shape[0]:
+        raise DataError(
+            f"{found}: a grouped convolution, whose update is no product of A and B; PEFT cannot merge it either"
+        )
+    wanted = a.ndim == b.ndim >= 2 and a.shape[0] == b.shape[1] == rank and set(b.shape[2:]) <= {1}
+    if not wanted or (a.ndim > 2) != (kind == "conv"):
+        raise DataError(
+            f"{found} do not fit: wanted ({rank}, in...) and (out, {rank}), as the configuration's rank says"
+        )
+
+
+def _split(shape: tuple[int, ...], roles: str, row: Row) -> tuple[tuple[int, ...], str]:
+    """The axes after `reshape`, and the role of each: that of the axis of which it is a part."""
+    if row.reshape is None:
+        return shape, roles
+    known = -math.prod(row.reshape) if -1 in row.reshape else 0
+    split = tuple(math.prod(shape) // known if n == -1 and known else n for n in row.reshape)
+    split_roles, axis, size = "", 0, 1
+    for n in split:
+        if axis < len(shape):
+            split_roles += roles[axis]
+            size *= n
+            if size == shape[axis]:
+                axis, size = axis + 1, 1
+    if len(split_roles) < len(split) or axis < len(shape) or math.prod(split) != math.prod(shape):
+        raise DataError(f"reshape {row.reshape} of the row {row.name} does not fit a weight {shape}")
+    return split, split_roles
+
+
+def _transpose(row: Row, ndim: int) -> tuple[int, ...]:
+    order = row.transpose or tuple(range(ndim))
+    if sorted(order) != list(range(ndim)):
+        raise DataError(f"transpose {order} of the row {row.name} does not fit a weight of {ndim} axes")
+    return order
+
+
+def _order(split_roles: str, order: tuple[int, ...], role: str) -> list[int]:
+    """In the tree's order, which of the axes with this role each is."""
+    own = _axes(split_roles, role)
+    return [own.index(axis) for axis in order if split_roles[axis] == role]
+
+
+def _axes(roles: str, role: str) -> tuple[int, ...]:
+    return tuple(axis for axis, found in enumerate(roles) if found == role)
+
+
+def _untransposed(array: np.ndarray[Any, Any], row: Row) -> np.ndarray[Any, Any]:
+    return array if row.transpose is None else array.transpose(np.argsort(row.transpose))
+
+
+def _merged(array: np.ndarray[Any, Any], split_roles: str, window: bool) -> np.ndarray[Any, Any]:
+    """The axes of one role joined, but those of a window."""
+    if window:
+        return array
+    runs = [math.prod(array.shape[axis] for axis in _axes(split_roles, role)) for role in dict.fromkeys(split_roles)]
+    return array.reshape(runs)

@@ -1,0 +1,242 @@
+"""PEFT's files as adapters and a configuration."""
+
+import json
+from collections.abc import Mapping as MappingType
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapter import check_update, is_update
+from jlora.config import LoraConfig
+from jlora.contraction import Factorization
+from jlora.disk import TensorFile, read_json
+from jlora.errors import ConfigError, DataError, JloraError
+from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
+from jlora.interop.peft._keys import Entry, entries_of
+from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
+from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern, path_string
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_MOST_SHOWN = 12
+
+
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether a folder holds an adapter that PEFT wrote, as its configuration says."""
+    try:
+        return "peft_type" in read_json(Path(path) / CONFIG)
+    except DataError:
+        return False
+
+
+def read_peft(
+    path: str | Path,
+    mapping: Mapping = FLAT,
+    *,
+    params: Any = None,
+    transposed_experts: bool | None = None,
+) -> tuple[Any, LoraConfig]:
+    """The adapters and the configuration in a folder that PEFT wrote.
+
+    Args:
+      path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+      mapping: how the names of the Hugging Face model meet the paths of your params tree: `FLAT` for a state dict,
+        `NESTED` for one that is nested at its dots, or a table of `Row` for any other tree.
+      params: the params tree, arrays or shapes: the adapters are checked against it and come in its structure.
+      transposed_experts: whether stacked experts are (experts, in, out), as in GPT-OSS, and not (experts, out, in); by
+        default as the name of the base model says.
+
+    Returns:
+      `(adapters, config)`: nested dicts by path, or the structure of `params`. An entry holds A and B, for DoRA
+      `magnitude`; the bias of a B is the `offset` of the layer's bias, a weight that was saved as a whole a `value`.
+      `config.extras` keeps what PEFT's configuration said, for `write_peft`.
+
+    Raises:
+      DataError: no such adapter, a damaged file, a variant that A and B do not represent, names that the mapping does
+        not map, numbers that are not finite, adapters that do not fit `params`.
+    """
+    entries, config = read_peft_arrays(path, mapping, params=params, transposed_experts=transposed_experts)
+    adapters = {at: {name: _on_device(path, at, part) for name, part in entry.items()} for at, entry in entries.items()}
+    if params is None:
+        return _nested(adapters), config
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: adapters.get(path_string(key_path)), params), config
+
+
+def read_peft_arrays(
+    path: str | Path, mapping: Mapping = FLAT, *, params: Any = None, transposed_experts: bool | None = None
+) -> tuple[dict[str, Arrays], LoraConfig]:
+    """`read_peft` with NumPy arrays by path, whatever dtypes JAX is set to have."""
+    folder = Path(path)
+    data = read_json(folder / CONFIG)
+    try:
+        check_peft_config(data)
+        targets = data.get("target_parameters") or []
+        with TensorFile(folder / TENSORS) as file:
+            entries = entries_of(file.entries, targets)
+            if not entries:
+                raise DataError(f"{TENSORS} holds no tensors")
+            arrays = {entry.name: {part: file.read(key) for part, key in entry.parts.items()} for entry in entries}
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from None
+    _check_finite(folder, arrays)
+    if transposed_experts is None:
+        transposed_experts = has_transposed_experts(data)
+    return _Reader(folder, data, mapping, transposed_experts).read(entries, arrays, params)
+
+
+class _Reader:
+    """One reading: what all entries share."""
+
+    def __init__(self, folder: Path, data: MappingType[str, Any], mapping: Mapping, transposed_experts: bool) -> None:
+        self.folder, self.data, self.mapping, self.transposed_experts = folder, data, mapping, transposed_experts
+        self.scales = Scales(data)
+        self.kinds: dict[str, str] = {}
+        self.roles: dict[str, str] = {}
+        self.matched: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def read(
+        self, entries: list[Entry], arrays: dict[str, Arrays], params: Any
+    ) -> tuple[dict[str, Arrays], LoraConfig]:
+        places = places_of_names(self.mapping, arrays)
+        shapes = None if params is None else {p: tuple(leaf.shape) for p, leaf in leaves_by_path(params).items()}
+        pieces: dict[str, list[tuple[Place, Arrays]]] = {}
+        for entry in entries:
+            place = places[entry.name]
+            try:
+                parts = self._placed(entry, arrays[entry.name], place, shapes)
+            except JloraError as error:
+                self.problems.append(f"{entry.name}: {error}")
+            else:
+                pieces.setdefault(place.path, []).append((place, parts))
+                self.matched[place.path] = entry.matched
+        adapters = {path: self._stacked(path, found) for path, found in pieces.items()}
+        if shapes is not None:
+            self._check(adapters, shapes)
+        self._raise_all()
+        return adapters, self._config(adapters)
+
+    def _placed(
+        self, entry: Entry, arrays: Arrays, place: Place, shapes: MappingType[str, tuple[int, ...]] | None
+    ) -> Arrays:
+        """The parts of one entry in the layout of the tree."""
+        if "A" not in arrays:
+            return whole_to_tree(arrays, place.row)
+        rank = self.scales.rank_of(entry.matched)
+        kind = self._kind(entry, arrays, rank)
+        wanted = None if shapes is None else shapes.get(place.path)
+        for choice in dict.fromkeys((kind, {"linear": "conv1d", "conv1d": "linear"}.get(kind, kind))):
+            parts, shape = from_peft(choice, arrays, rank)
+            parts, roles, shape = to_tree(parts, roles_of(choice, len(shape)), shape, place.row)
+            if wanted is None or (*(count for _, count in place.row.stack), *shape) == wanted:
+                break
+        else:
+            choice = kind
+            parts, shape = from_peft(kind, arrays, rank)
+            parts, roles, shape = to_tree(parts, roles_of(kind, len(shape)), shape, place.row)
+        self.roles[place.path] = "b" * len(place.row.stack) + roles
+        if choice != "linear":
+            self.kinds[entry.name] = choice
+        return parts
+
+    def _kind(self, entry: Entry, arrays: Arrays, rank: int) -> str:
+        if entry.is_embedding:
+            return "embedding"
+        if entry.is_parameter:
+            if arrays["A"].shape[0] == rank:
+                return "linear"
+            return "experts_t" if self.transposed_experts else "experts"
+        if arrays["A"].ndim > 2:
+            return "conv"
+        return "conv1d" if self.data.get("fan_in_fan_out") else "linear"
+
+    def _stacked(self, path: str, pieces: list[tuple[Place, Arrays]]) -> Arrays:
+        """The entry at a path; the pieces of a stack together, zeros where one is missing."""
+        counts = tuple(count for _, count in pieces[0][0].row.stack)
+        if not counts:
+            return pieces[0][1]
+        first = pieces[0][1]
+        layouts = {tuple((name, part.shape, part.dtype) for name, part in parts.items()) for _, parts in pieces}
+        scales = {
+            (self.scales.rank_of(m), self.scales.alpha_of(m)) for m in (p.name.rpartition(".")[0] for p, _ in pieces)
+        }
+        if len(layouts) > 1 or len(scales) > 1:
+            names = ", ".join(place.name for place, _ in pieces[:3])
+            self.problems.append(f"{path}: {names} differ in rank, alpha, shape or dtype; one array cannot hold them")
+            return first
+        stacks = {name: np.zeros((*counts, *part.shape), part.dtype) for name, part in first.items()}
+        for place, parts in pieces:
+            for name, part in parts.items():
+                stacks[name][place.index] = part
+        return stacks
+
+    def _check(self, adapters: MappingType[str, Arrays], shapes: MappingType[str, tuple[int, ...]]) -> None:
+        for path, update in adapters.items():
+            if path not in shapes:
+                self.problems.append(f"{path}: params has no leaf there; {format_nearest(path, shapes)}")
+                continue
+            try:
+                check_update(shapes[path], update, Factorization(self.roles[path]) if "A" in update else None)
+            except JloraError as error:
+                self.problems.append(f"{path}: {error}")
+
+    def _config(self, adapters: MappingType[str, Arrays]) -> LoraConfig:
+        """The configuration that gives each path its rank, alpha and factorization."""
+        ranks = {path: self.scales.rank_of(module) for path, module in self.matched.items()}
+        alphas = {path: self.scales.alpha_of(module) for path, module in self.matched.items()}
+        targets = [path for path, update in adapters.items() if "A" in update]
+        scaled = [path for path, update in adapters.items() if update.keys() & {"A", "offset"}]
+        try:
+            return LoraConfig(
+                rank=self.scales.rank,
+                alpha=self.scales.alpha,
+                dropout=self.data.get("lora_dropout") or 0.0,
+                target_modules=tuple(literal_pattern(path) for path in targets or adapters),
+                scaling="rslora" if self.data.get("use_rslora") else "standard",
+                init="kaiming_uniform",
+                rank_pattern={literal_pattern(p): ranks[p] for p in scaled if ranks[p] != self.scales.rank},
+                alpha_pattern={literal_pattern(p): alphas[p] for p in scaled if alphas[p] != self.scales.alpha},
+                factorizations={literal_pattern(path): self.roles[path] for path in targets},
+                extras={EXTRA: json.dumps({"config": self.data, "kinds": self.kinds}, sort_keys=True)},
+            )
+        except ConfigError as error:
+            raise DataError(f"{self.folder / CONFIG}: {error}") from None
+
+    def _raise_all(self) -> None:
+        if self.problems:
+            shown = self.problems[:_MOST_SHOWN]
+            more = [f"and {len(self.problems) - len(shown)} more"] if len(self.problems) > len(shown) else []
+            raise DataError("\n  ".join([f"{self.folder}: {len(self.problems)} problems:", *shown, *more]))
+
+
+def _check_finite(folder: Path, arrays: MappingType[str, Arrays]) -> None:
+    wrong = [
+        f"{name} ({part})"
+        for name, parts in arrays.items()
+        for part, array in parts.items()
+        if not jnp.issubdtype(array.dtype, jnp.integer) and not np.isfinite(array.astype(np.float64, copy=False)).all()
+    ]
+    if wrong:
+        raise DataError(f"{folder}: {len(wrong)} tensors hold numbers that are not finite: {', '.join(wrong[:5])}")
+
+
+def _on_device(folder: str | Path, path: str, array: np.ndarray[Any, Any]) -> jax.Array:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise DataError(f"{folder}: {path} has the dtype {array.dtype}: set jax_enable_x64")
+    return jnp.asarray(np.ascontiguousarray(array))
+
+
+def _nested(by_path: MappingType[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, entry in by_path.items():
+        *modules, last = path.split("/")
+        node = tree
+        for name in modules:
+            node = node.setdefault(name, {})
+            if is_update(node):
+                raise DataError(f"{path}: {name} is a weight and a module at once")
+        node[last] = entry
+    return tree

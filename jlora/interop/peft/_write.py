@@ -1,0 +1,181 @@
+"""Adapters and a configuration as PEFT's files."""
+
+from collections.abc import Mapping as MappingType
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora.adapter import is_update
+from jlora.config import LoraConfig
+from jlora.disk import dump_json, file_written_whole, write_tensors, write_whole
+from jlora.errors import DataError, JloraError
+from jlora.interop.peft._config import extras_of, peft_config
+from jlora.interop.peft._keys import key_of, parameters_of
+from jlora.interop.peft._layout import Arrays, to_model, to_peft
+from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
+from jlora.interop.peft._read import CONFIG, TENSORS
+from jlora.paths import leaves_by_path, matched_depths
+from jlora.tree import check_config
+
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "shared")
+
+
+def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> None:
+    """Writes a folder that PEFT and what reads its files can load.
+
+    Args:
+      path: the folder; made where it is not there, its adapter replaced where it is.
+      adapters: a pytree of adapters at the paths of their weights.
+      config: the configuration that they were made with. One that came from `read_peft` brings PEFT's own keys back.
+      mapping: as for `read_peft`.
+
+    Raises:
+      DataError: paths that the mapping does not map, an adapter that PEFT has no place for, a folder that cannot be
+        written; nothing is written then.
+
+    A weight of two axes is taken for a Linear (out, in) where the factorization is "oi", for a Conv1D (in, out) where
+    it is "io", for an embedding where its module is called one.
+    """
+    check_config(config)
+    entries = _entries(adapters)
+    places = [place for found in places_of_paths(mapping, entries).values() for place in found]
+    writer = _Writer(config, {place.name for place in places if "A" in entries[place.path]})
+    problems = []
+    for place in places:
+        try:
+            writer.add(place, _piece(entries[place.path], place))
+        except JloraError as error:
+            problems.append(f"{place.path}: {error}")
+    if problems:
+        raise DataError("\n  ".join([f"{path}: {len(problems)} problems:", *problems[:12]]))
+    tensors, data = writer.tensors(), writer.config()
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_written_whole(folder / TENSORS) as file:
+            write_tensors(file, tensors, {"format": "pt"})
+        write_whole(folder / CONFIG, dump_json(data).rstrip(b"\n"))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+class _Writer:
+    """One writing: the weights of the Hugging Face model, and what its configuration has to say of them."""
+
+    def __init__(self, configuration: LoraConfig, adapted: set[str]) -> None:
+        self.configuration = configuration
+        self.adapted_modules = {name.rpartition(".")[0] for name in adapted}
+        self.known_kinds = extras_of(configuration)["kinds"]
+        self.kept = extras_of(configuration)["config"] or {}
+        self.entries: dict[str, tuple[str, str, Arrays]] = {}
+
+    def add(self, place: Place, entry: Arrays) -> None:
+        """Takes in one weight; an entry of a stack that is all zero was not there."""
+        if place.row.stack and not any(np.any(part) for part in entry.values()):
+            return
+        kind = self._kind(place, entry)
+        self.entries[place.name] = (place.path, kind, to_peft(kind, to_model(entry, kind, place.row)))
+
+    def _kind(self, place: Place, entry: Arrays) -> str:
+        if "A" not in entry:
+            return "whole"
+        if place.name in self.known_kinds:
+            return str(self.known_kinds[place.name])
+        if self.kept:
+            return "linear"
+        roles = self._roles(place)
+        module, _, last = place.name.rpartition(".")
+        if last != "weight":
+            kinds = {"boi": "experts", "bio": "experts_t", "oi": "linear"}
+            if roles not in kinds:
+                raise DataError(
+                    f"a parameter with the axes {roles!r}: PEFT has (experts, out, in) and (experts, in, out)"
+                )
+            return kinds[roles]
+        if place.row.reshape is None and len(roles) > 2 and roles.strip("i") == "o" and roles[0] == "o":
+            return "conv"
+        if roles.strip("i").strip("o") == "" and roles[0] == "i":
+            name = module.rpartition(".")[2]
+            return "embedding" if name in _EMBEDDINGS or "embedding" in name else "conv1d"
+        if roles.strip("o").strip("i") == "":
+            return "linear"
+        raise DataError(f"a weight with the axes {roles!r} in the Hugging Face model: PEFT has no module for it")
+
+    def _roles(self, place: Place) -> str:
+        """The roles of the axes of the weight in the Hugging Face model, before it is split by the mapping's row."""
+        row, given = place.row, self.configuration.factorizations
+        tree_roles = next(
+            (roles for pattern, roles in dict(given).items() if matched_depths(pattern, place.path)), None
+        )
+        if tree_roles is None:
+            if row.transpose is None and row.reshape is None:
+                raise DataError(
+                    f"the axes are not known; give the configuration factorizations={{{place.path!r}: 'oi'}} for a "
+                    "Linear (out, in), 'io' for an embedding or a Conv1D"
+                )
+            return "oi"
+        own = tree_roles[len(row.stack) :]
+        order = row.transpose or tuple(range(len(own)))
+        return "".join(own[order.index(axis)] for axis in range(len(own)))
+
+    def tensors(self) -> Arrays:
+        """PEFT's tensors by name."""
+        found: Arrays = {}
+        parameters = self._parameters()
+        for name, (_, kind, parts) in self.entries.items():
+            module, _, last = name.rpartition(".")
+            order = parameters_of(module, parameters)
+            level = len(order) - 1 - order.index(last) if name in parameters else None
+            for part, array in parts.items():
+                wrapped = module in self.adapted_modules
+                found[key_of(name, part, embedding=kind == "embedding", wrapped=wrapped, level=level)] = array
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """PEFT's configuration."""
+        parameters = self._parameters()
+        adapted = {
+            name if name in parameters else name.rpartition(".")[0]: path
+            for name, (path, kind, _) in self.entries.items()
+            if kind != "whole"
+        }
+        parts = [set(parts) for _, _, parts in self.entries.values()]
+        whole = [name for name, (_, _, parts) in self.entries.items() if "value" in parts and "A" not in parts]
+        return peft_config(
+            self.configuration,
+            adapted,
+            parameters,
+            conv1d=any(kind == "conv1d" for _, kind, _ in self.entries.values()),
+            dora=any("magnitude" in names for names in parts),
+            lora_bias=any("offset" in names for names in parts),
+            whole=[name.rpartition(".")[0] for name in whole],
+        )
+
+    def _parameters(self) -> list[str]:
+        targets = self.kept.get("target_parameters") or []
+        return [
+            name
+            for name, (_, kind, _) in self.entries.items()
+            if kind.startswith("experts")
+            or (kind != "whole" and not name.endswith(".weight"))
+            or (kind != "whole" and any(name == target or name.endswith(f".{target}") for target in targets))
+        ]
+
+
+def _entries(adapters: Any) -> dict[str, Arrays]:
+    """The entries by path, on the host."""
+    found = leaves_by_path(adapters, is_leaf=is_update)
+    if not found:
+        raise DataError("adapters: there is none to write")
+    if wrong := [path for path, entry in found.items() if not is_update(entry)]:
+        raise DataError(f"{wrong[0] or 'adapters'}: found no adapter {{'A', 'B'}} nor None")
+    return {
+        path: {name: np.asarray(jax.device_get(part)) for name, part in entry.items()} for path, entry in found.items()
+    }
+
+
+def _piece(entry: MappingType[str, Any], place: Place) -> Arrays:
+    """The entry of one place of a stack."""
+    return {name: part[place.index] for name, part in entry.items()}
