@@ -1,6 +1,7 @@
 """The static configuration of an adaptation: what is adapted, and how."""
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -14,7 +15,7 @@ import tomli_w
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError, ConfigError
 from jlora.fields import check_keys, choice, number, refusal, whole
-from jlora.paths import matched_depths
+from jlora.paths import PatternIndex
 
 __all__ = ["INITS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
 
@@ -122,13 +123,23 @@ class LoraConfig:
         check_keys(changes, field_names(type(self)), "LoraConfig.replace")
         return dataclasses.replace(self, **changes)
 
+    def matches(self, field: str, path: str) -> list[tuple[str, Any]]:
+        """The patterns of a field that match the leaf at `path`, or a module that holds it, with their values."""
+        return self._indices[field].matches(path)
+
+    @functools.cached_property
+    def _indices(self) -> dict[str, PatternIndex]:
+        plain = ("target_modules", "exclude_modules")
+        indices = {name: PatternIndex((pattern, None) for pattern in getattr(self, name)) for name in plain}
+        return indices | {name: PatternIndex(dict(getattr(self, name)).items()) for name in _PATTERN_FIELDS}
+
     def rank_of(self, path: str) -> int:
         """The rank of the adapter at `path`."""
-        return _first_match(self.rank_pattern, path, self.rank)
+        return next((rank for _, rank in self.matches("rank_pattern", path)), self.rank)
 
     def alpha_of(self, path: str) -> float:
         """The alpha of the adapter at `path`."""
-        return _first_match(self.alpha_pattern, path, self.alpha)
+        return next((alpha for _, alpha in self.matches("alpha_pattern", path)), self.alpha)
 
     def effective_alpha_of(self, path: str) -> float:
         """The alpha that, divided by the rank, is the scaling of the update at `path`."""
@@ -163,7 +174,8 @@ class LoraConfig:
             raise ConfigError(f"{path}: {error}") from None
 
 
-_PAIR_FIELDS = ("rank_pattern", "alpha_pattern", "factorizations", "extras")
+_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "factorizations")
+_PAIR_FIELDS = (*_PATTERN_FIELDS, "extras")
 
 
 def field_names(cls: Any) -> tuple[str, ...]:
@@ -265,7 +277,3 @@ def _dtype_name(value: Any) -> str | None:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise refusal("dtype", value, "a floating dtype such as 'float32' or 'bfloat16', or None for the weight's")
     return dtype.name
-
-
-def _first_match(pairs: Any, path: str, default: Any) -> Any:
-    return next((value for pattern, value in pairs if matched_depths(pattern, path)), default)

@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import glob
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 from jlora.errors import TargetError
 
 __all__ = [
+    "PatternIndex",
     "format_nearest",
     "leaves_by_path",
     "literal_pattern",
@@ -69,6 +71,35 @@ def matched_depths(pattern: str, path: str) -> set[int]:
         else:
             depths = {d + 1 for d in depths if d < len(parts) and fnmatch.fnmatchcase(parts[d], segment)}
     return depths
+
+
+class PatternIndex:
+    """Patterns, each with a value, that are looked up by path; as fast for thousands of literal ones as for one.
+
+    >>> PatternIndex([("encoder", 1), ("**/query", 2), ("decoder", 3)]).matches("encoder/0/query")
+    [('encoder', 1), ('**/query', 2)]
+    """
+
+    def __init__(self, items: Iterable[tuple[str, Any]]) -> None:
+        self._items = list(items)
+        self._literal: dict[str, list[int]] = {}
+        self._globs: list[int] = []
+        for position, (pattern, _) in enumerate(self._items):
+            path = _ESCAPED.sub(r"\1", pattern)
+            if glob.escape(path) == pattern:
+                self._literal.setdefault(path, []).append(position)
+            else:
+                self._globs.append(position)
+
+    def matches(self, path: str) -> list[tuple[str, Any]]:
+        """The patterns that match the leaf at `path` or a module that holds it, with their values, in their order."""
+        ends = [index for index, letter in enumerate(path) if letter == "/"]
+        found = [position for end in (*ends, len(path)) for position in self._literal.get(path[:end], ())]
+        found += [position for position in self._globs if matched_depths(self._items[position][0], path)]
+        return [self._items[position] for position in sorted(found)]
+
+
+_ESCAPED = re.compile(r"\[([*?[])\]")
 
 
 def literal_pattern(path: str) -> str:

@@ -1,6 +1,7 @@
 """Which leaves of a params tree a configuration adapts, and how each: the one place where patterns meet paths."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_le
 from jlora.tree._flax_rules import flax_factorization
 
 _MOST_PROBLEMS = 12
+_PAIRS = ("rank_pattern", "alpha_pattern", "factorizations")
 _UNADAPTED = "excluded, or is a bias, a scale or a vector"
 
 
@@ -82,7 +84,8 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
                 f"{path or 'adapters'}: found {type(update).__name__}, wanted an adapter {{'A', 'B'}} or None"
             )
         elif path not in shapes:
-            problems.append(f"{path}: an adapter where params has no leaf; {format_nearest(path, shapes)}")
+            near = format_nearest(path, shapes) if len(problems) < _MOST_PROBLEMS else "and no near path was sought"
+            problems.append(f"{path}: an adapter where params has no leaf; {near}")
         else:
             try:
                 if "A" in update:
@@ -123,11 +126,7 @@ def check_floating(weights: Mapping[str, Any]) -> None:
 
 def is_targeted(config: LoraConfig, path: str) -> bool:
     """Whether the patterns take in the leaf at `path`; whether it is a weight is another question."""
-    target, exclude = (
-        any(matched_depths(pattern, path) for pattern in patterns)
-        for patterns in (config.target_modules, config.exclude_modules)
-    )
-    return target and not exclude
+    return bool(config.matches("target_modules", path)) and not config.matches("exclude_modules", path)
 
 
 def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str], unadapted: str = _UNADAPTED) -> None:
@@ -141,7 +140,7 @@ def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str], una
 def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Target | None:
     """The target at a path that the patterns match, or None where they only span something that is no weight."""
     shape = shapes[path]
-    named = next((pattern for pattern in config.target_modules if names_leaf(pattern, path)), None)
+    named = next((pattern for pattern, _ in config.matches("target_modules", path) if names_leaf(pattern, path)), None)
     if named is not None and len(shape) < 2:
         raise TargetError(f"{path} {shape}, named by {named!r}, has fewer than two axes: name weights only")
     factorization = _factorization(path, shapes, config)
@@ -177,8 +176,8 @@ def _factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: Lor
 
 def _given_factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
     """The first factorization of the configuration that names the leaf, or a module of which it is a weight."""
-    for pattern, roles in dict(config.factorizations).items():
-        if matched_depths(pattern, path) and (names_leaf(pattern, path) or _is_weight(path, shapes)):
+    for pattern, roles in config.matches("factorizations", path):
+        if names_leaf(pattern, path) or _is_weight(path, shapes):
             if len(roles) != len(shapes[path]):
                 raise TargetError(
                     f"{path} {shapes[path]}: the factorization {roles!r} given by {pattern!r} has {len(roles)} axes"
@@ -216,20 +215,27 @@ def _unused_patterns(
 ) -> Iterator[str]:
     """A problem for every pattern of the configuration that has no effect."""
 
-    def without(patterns: Any, among: list[str]) -> list[str]:
-        return [pattern for pattern in patterns if not any(matched_depths(pattern, path) for path in among)]
+    def without(field: str, among: list[str]) -> list[str]:
+        used = {pattern for path in among for pattern, _ in config.matches(field, path)}
+        patterns = getattr(config, field)
+        return [pattern for pattern in (dict(patterns) if field in _PAIRS else patterns) if pattern not in used]
 
-    for pattern in without(config.target_modules, targets):
-        if without([pattern], paths):
-            yield f"target_modules: {pattern!r} matches nothing; {format_nearest(pattern, paths)}"
+    hints = itertools.count()
+
+    def hint(pattern: str, among: list[str]) -> str:
+        return format_nearest(pattern, among) if next(hints) < _MOST_PROBLEMS else "and no near path was sought"
+
+    for pattern in without("target_modules", targets):
+        found = [path for path in paths if matched_depths(pattern, path)][:3]
+        if not found:
+            yield f"target_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
         else:
-            found = [path for path in paths if matched_depths(pattern, path)][:3]
             yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({', '.join(found)})"
-    for pattern in without(config.exclude_modules, paths):
-        yield f"exclude_modules: {pattern!r} matches nothing; {format_nearest(pattern, paths)}"
-    for field in ("rank_pattern", "alpha_pattern", "factorizations"):
-        for pattern in without(dict(getattr(config, field)), targets):
-            yield f"{field}: {pattern!r} matches nothing that is adapted; {format_nearest(pattern, targets or paths)}"
+    for pattern in without("exclude_modules", paths):
+        yield f"exclude_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
+    for field in _PAIRS:
+        for pattern in without(field, targets):
+            yield f"{field}: {pattern!r} matches nothing that is adapted; {hint(pattern, targets or paths)}"
 
 
 def raise_all(found: Iterable[str]) -> None:

@@ -16,10 +16,10 @@ from jlora.interop.peft._keys import key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._read import CONFIG, TENSORS
-from jlora.paths import leaves_by_path, matched_depths
+from jlora.paths import leaves_by_path
 from jlora.tree import check_config
 
-_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "shared")
+_EMBEDDINGS = ("wte", "wpe", "shared")
 
 
 def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> None:
@@ -98,17 +98,15 @@ class _Writer:
             return "conv"
         if roles.strip("i").strip("o") == "" and roles[0] == "i":
             name = module.rpartition(".")[2]
-            return "embedding" if name in _EMBEDDINGS or "embedding" in name else "conv1d"
+            return "embedding" if name in _EMBEDDINGS or "emb" in name else "conv1d"
         if roles.strip("o").strip("i") == "":
             return "linear"
         raise DataError(f"a weight with the axes {roles!r} in the Hugging Face model: PEFT has no module for it")
 
     def _roles(self, place: Place) -> str:
         """The roles of the axes of the weight in the Hugging Face model, before it is split by the mapping's row."""
-        row, given = place.row, self.configuration.factorizations
-        tree_roles = next(
-            (roles for pattern, roles in dict(given).items() if matched_depths(pattern, place.path)), None
-        )
+        row = place.row
+        tree_roles = next((roles for _, roles in self.configuration.matches("factorizations", place.path)), None)
         if tree_roles is None:
             if row.transpose is None and row.reshape is None:
                 raise DataError(

@@ -1,0 +1,270 @@
+"""Several adapters of one base as one."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.compose._factors import (
+    Factors,
+    balanced,
+    is_slot,
+    padded,
+    read_factors,
+    refuse,
+    replaced,
+    truncated,
+    unit_config,
+)
+from jlora.compose._svd import cut, leading_triples
+from jlora.compose._tasks import RULES, SIGNS, Task
+from jlora.config import LoraConfig
+from jlora.errors import AdapterError, ConfigError
+from jlora.fields import choice, number, refusal, whole
+from jlora.paths import path_number
+from jlora.tree import check_config
+
+_PRUNING = tuple(name for name, rule in RULES.items() if rule.prune)
+METHODS = ("linear", "cat", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
+
+Part = tuple[Any, LoraConfig]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """One part's adapter of a weight: its number among the parts, its factors, its weight and its scaling."""
+
+    part: int
+    factors: Factors
+    weight: float
+    scaling: float
+
+    @property
+    def scale(self) -> float:
+        return self.weight * self.scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What `combine` was asked for, checked."""
+
+    method: str
+    task: Task
+    rank: int | None
+    seed: int
+
+    @property
+    def on_factors(self) -> bool:
+        """Whether A is combined with A and B with B, so that all ranks have to be the same."""
+        return self.method in RULES
+
+    def streams(self, path: str, members: Sequence[_Member]) -> list[np.random.Generator]:
+        return [np.random.default_rng([self.seed, path_number(path), member.part]) for member in members]
+
+
+def combine(
+    parts: Sequence[Part],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str = "linear",
+    density: float | None = None,
+    rank: int | None = None,
+    majority_sign: str = "total",
+    seed: int = 0,
+) -> tuple[Any, LoraConfig]:
+    """One adapter per weight from those of several parts; the methods of PEFT's `add_weighted_adapter`.
+
+    With w the weight of a part, s its scaling there, and the sums over the parts that adapt the weight:
+
+    - "cat": sum w s A@B exactly; the ranks add.
+    - "svd": the best approximation of that sum of rank `rank`, from the factors; the dense delta is never built.
+    - "linear": (sum sign(w s) sqrt|w s| A) @ (sum sqrt|w s| B), which has products of one part's A with another's B.
+    - "magnitude_prune": "linear" of A and B of which the largest `density` are kept and the rest is zero.
+    - "dare_linear": "linear" of A and B of which a random `density` is kept and divided by it (Yu et al. 2023).
+    - "ties": pruned as by "magnitude_prune"; a sign is elected for each scalar of A and of B, and the mean is taken
+      over the parts that have it (Yadav et al. 2023). "dare_ties": the same, pruned as by "dare_linear".
+    - "magnitude_prune_svd", "dare_linear_svd", "ties_svd", "dare_ties_svd": the same done to the deltas s A@B in place
+      of A and B, then "svd". These build the dense delta of every part, one weight (one entry of its batch axes) at a
+      time; where its smaller side is above 512 its singular vectors may come from a random sketch.
+
+    Args:
+      parts: pairs (adapters, config). Ranks, alphas, scaling modes and adapted weights may differ; ranks may not where
+        A is combined with A and B with B.
+      weights: one number per part, negative ones too; all 1 unless given.
+      method: one of the above.
+      density: the share that is kept, 0 < density <= 1; for the methods that prune, and needed by them.
+      rank: of the result of "svd" and "..._svd", cut to the smaller side of each weight, beyond which it has no use;
+        the largest of the parts at each weight unless given.
+      majority_sign: the sign of the "total" of the values, or of most ("frequency").
+      seed: of the random pruning, which draws from `default_rng([seed, path_number(path), part])`, A before B.
+
+    Returns:
+      Adapters and a configuration with a scaling of 1, that targets each adapted weight by its path and has all else of
+      the first part. The structure is the one that the parts share; else nested dicts with the keys of all. The dtypes
+      are those of the parts, float32 (float64 where a part has it) where they differ; the arithmetic is in float64, the
+      dense one in float32 where no part has float64.
+
+    Raises:
+      ConfigError: an argument that is not allowed.
+      AdapterError: with the path: a node that is no plain adapter, shapes, ranks or factorizations of the parts that do
+        not go together, a value that is not finite.
+
+    >>> part = {'up': {'A': np.ones((2, 1), 'float32'), 'B': np.ones((1, 3), 'float32')}}, LoraConfig(rank=1, alpha=2)
+    >>> adapters, config = combine([part, part], [1.0, 0.5], method="cat")
+    >>> adapters['up']['A'].tolist(), config.rank, config.alpha
+    ([[2.0, 1.0], [2.0, 1.0]], 2, 2.0)
+
+    Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708. Yu et al. 2023, "Language Models are Super Mario" (DARE),
+    arXiv 2311.03099.
+    """
+    parts = _checked_parts(parts)
+    scales = _checked_weights(weights, len(parts))
+    plan = _Plan(
+        choice("method", method, METHODS),
+        _task(method, density, majority_sign),
+        _checked_rank(rank, method),
+        whole("seed", seed, 0, 2**32),
+    )
+    read = [read_factors(adapters, config, f"parts[{i}], ") for i, (adapters, config) in enumerate(parts)]
+    members = {path: _members(path, parts, read, scales) for found in read for path in found}
+    if not members:
+        raise AdapterError("parts: none of them holds an adapter")
+    refuse(
+        problem for path, here in members.items() for problem in _problems(path or "the root", here, plan.on_factors)
+    )
+    by_path = {path: _combined(path, here, plan) for path, here in members.items()}
+    ranks = {path: int(adapter["A"].shape[-1]) for path, adapter in by_path.items()}
+    roles = {path: next(iter(given)) for path, here in members.items() if (given := _roles(here))}
+    structure = _joined([adapters for adapters, _ in parts], "")
+    return replaced(structure, by_path), unit_config(parts[0][1], ranks, roles)
+
+
+def _checked_parts(parts: Any) -> list[Part]:
+    found = list(parts)
+    if not found:
+        raise AdapterError("parts: wanted at least one (adapters, config), found none")
+    for i, part in enumerate(found):
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            raise AdapterError(f"parts[{i}]: found {type(part).__name__}, wanted (adapters, config)")
+        check_config(part[1])
+    return found
+
+
+def _checked_weights(weights: Any, count: int) -> list[float]:
+    found = [1.0] * count if weights is None else [number(f"weights[{i}]", w) for i, w in enumerate(weights)]
+    if len(found) != count:
+        raise ConfigError(f"weights: found {len(found)} for {count} parts; wanted one for each")
+    return found
+
+
+def _checked_rank(rank: Any, method: str) -> int | None:
+    if rank is None:
+        return None
+    if not method.endswith("svd"):
+        raise refusal("rank", rank, f"none with method={method!r}, whose rank follows from the parts; use method='svd'")
+    return whole("rank", rank, 1)
+
+
+def _task(method: str, density: Any, majority_sign: str) -> Task:
+    rule = RULES.get(method.removesuffix("_svd"), RULES["linear"])
+    choice("majority_sign", majority_sign, SIGNS)
+    if not rule.prune:
+        if density is not None:
+            raise refusal("density", density, f"none with method={method!r}, which does not prune")
+        return Task(rule)
+    share = math.nan if density is None else number("density", density)
+    if not 0 < share <= 1:
+        raise refusal("density", density, f"a share 0 < density <= 1 with method={method!r}, which prunes")
+    return Task(rule, share, majority_sign)
+
+
+def _members(
+    path: str, parts: Sequence[Part], read: Sequence[Mapping[str, Factors]], weights: Sequence[float]
+) -> list[_Member]:
+    return [
+        _Member(i, found[path], weight, config.effective_alpha_of(path) / config.rank_of(path))
+        for i, ((_, config), found, weight) in enumerate(zip(parts, read, weights, strict=True))
+        if path in found
+    ]
+
+
+def _roles(members: Sequence[_Member]) -> dict[str, None]:
+    return dict.fromkeys(member.factors.roles for member in members if member.factors.roles is not None)
+
+
+def _problems(path: str, members: Sequence[_Member], same_rank: bool) -> Iterator[str]:
+    """What keeps the parts' adapters of one weight from going together."""
+    sides = {f"parts[{m.part}] batch {m.factors.batch}, in {m.factors.ins}, out {m.factors.outs}" for m in members}
+    if len({member.factors.sides for member in members}) > 1:
+        yield f"{path}: the parts are of different weights: {'; '.join(sorted(sides))}"
+    if len(roles := _roles(members)) > 1:
+        yield f"{path}: the parts have different factorizations: {', '.join(map(repr, roles))}"
+    if same_rank and len({member.factors.rank for member in members}) > 1:
+        ranks = ", ".join(f"{member.factors.rank} in parts[{member.part}]" for member in members)
+        yield f"{path}: found ranks {ranks}; wanted one rank, or method='cat' or 'svd', which take any"
+
+
+def _combined(path: str, members: Sequence[_Member], plan: _Plan) -> dict[str, Any]:
+    own = [member.factors for member in members]
+    like = dataclasses.replace(own[0], a_dtype=_dtype(f.a_dtype for f in own), b_dtype=_dtype(f.b_dtype for f in own))
+    if plan.on_factors:
+        return like.adapter(path, *_on_factors(path, members, plan))
+    rank = min(plan.rank or max(factors.rank for factors in own), like.smaller_side)
+    if plan.method != "cat" and not plan.task.is_linear:
+        return like.adapter(path, *_on_deltas(path, members, plan, rank))
+    a = np.concatenate([member.scale * member.factors.a for member in members], axis=-1)
+    b = np.concatenate([factors.b for factors in own], axis=-2)
+    return like.adapter(path, *((a, b) if plan.method == "cat" else truncated(a, b, rank)))
+
+
+def _on_factors(path: str, members: Sequence[_Member], plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
+    """A with A and B with B; the sign of a weight goes to A alone, as the two would cancel."""
+    streams = plan.streams(path, members)
+    roots = [math.sqrt(abs(member.scale)) for member in members]
+    signed = [math.copysign(root, member.scale) for root, member in zip(roots, members, strict=True)]
+    a = plan.task.join([member.factors.a for member in members], signed, streams)
+    return a, plan.task.join([member.factors.b for member in members], roots, streams)
+
+
+def _on_deltas(path: str, members: Sequence[_Member], plan: _Plan, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The deltas joined as dense matrices, then the best approximation of their rank."""
+    streams = plan.streams(path, members)
+    sketch = np.random.default_rng([plan.seed, path_number(path), len(members), 1])
+    wide = _dtype(dtype for m in members for dtype in (m.factors.a_dtype, m.factors.b_dtype, np.dtype(np.float32)))
+    weights = [member.weight for member in members]
+    done = []
+    for entry in range(len(members[0].factors.a)):
+        deltas = [(m.scaling * m.factors.a[entry] @ m.factors.b[entry]).astype(wide)[None] for m in members]
+        joined = plan.task.join(deltas, weights, streams)
+        triples = cut(leading_triples(joined[0], rank, sketch), rank)
+        done.append(balanced(*(array.astype(np.float64) for array in triples)))
+    return padded(np.stack([a for a, _ in done]), np.stack([b for _, b in done]), rank)
+
+
+def _dtype(dtypes: Any) -> Any:
+    """The dtype that all share, else float32, or float64 where one of them is."""
+    found = dict.fromkeys(dtypes)
+    if len(found) == 1:
+        return next(iter(found))
+    return np.dtype(np.float64 if any(jnp.dtype(dtype) == np.float64 for dtype in found) else np.float32)
+
+
+def _joined(nodes: Sequence[Any], path: str) -> Any:
+    """One structure that holds the adapters of all: the shared one, else nested dicts with the keys of all."""
+    present = [node for node in nodes if node is not None]
+    if not present:
+        return None
+    if len({jax.tree.structure(node, is_leaf=is_slot) for node in present}) == 1:
+        return present[0]
+    if any(is_slot(node) or not isinstance(node, Mapping) for node in present):
+        kinds = ", ".join("an adapter" if is_slot(node) else f"a {type(node).__name__}" for node in present)
+        raise AdapterError(
+            f"{path or 'the root'}: the parts are built differently here ({kinds}) and are no dicts to join; bring "
+            "them to one structure first"
+        )
+    keys = dict.fromkeys(key for node in present for key in node)
+    return {key: _joined([node.get(key) for node in present], f"{path}/{key}".lstrip("/")) for key in keys}

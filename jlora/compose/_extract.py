@@ -1,0 +1,193 @@
+"""Adapters from a base and its fine-tuned copy."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.compose._difference import difference_of, squared_norm, squared_residual
+from jlora.compose._factors import balanced, rounded, unit_config
+from jlora.compose._report import Extracted, Extraction
+from jlora.compose._svd import stacked_triples
+from jlora.config import LoraConfig
+from jlora.contraction import Factorization
+from jlora.errors import AdapterError, ConfigError
+from jlora.fields import number, refusal, whole
+from jlora.paths import format_nearest, leaves_by_path, path_number, path_string
+from jlora.tree import find_targets
+from jlora.tree._targets import raise_all
+
+
+def extract_weight(
+    base: Any,
+    tuned: Any,
+    factorization: Factorization | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
+    dtype: Any = None,
+) -> tuple[dict[str, Any], Extracted]:
+    """The best adapter of one weight's difference D = tuned - base: its truncated SVD.
+
+    A@B = U_r diag(s_r) V_r^H, the roots of the singular values on each side, so that the scaling is 1 (alpha = rank).
+    Exact where the smaller side is at most 512 or the rank a large share of it; else from a random sketch.
+
+    Args:
+      base: `(*batch, *in, *out)` in the order that `factorization` says, of any floating dtype.
+      tuned: the same shape.
+      factorization: one letter per axis, `b`, `i` or `o`.
+      rank: at least 1 and at most the smaller side, the same for every entry of the batch axes.
+      energy: 0 < energy <= 1, the share of ||D||_F^2, over all entries together, that is to be kept: by the smallest
+        rank that does, at most `rank` where it is given. One of the two is needed.
+      seed: of the sketch.
+      dtype: of A and B; float32 unless given, float64 for float64 weights.
+
+    Returns:
+      `{'A': (*batch, *in, r), 'B': (*batch, r, *out)}` and how well it does. The difference is formed and factored in
+      float32, in float64 for float64 weights; zero where nothing changed. float64 adapters are NumPy arrays where JAX
+      does not have x64 enabled.
+
+    Raises:
+      ConfigError: rank, energy, seed or dtype are not allowed.
+      AdapterError: shapes that differ, a dtype that is not floating, a rank larger than the smaller side, a difference
+        that is not finite.
+
+    >>> base, tuned = np.zeros((3, 2), 'float32'), np.diag([4., 3.]).astype('float32')
+    >>> adapter, found = extract_weight(base, np.vstack([tuned, [[0., 0.]]]), "io", rank=1)
+    >>> np.asarray(adapter['A'] @ adapter['B']).round(4).tolist(), round(found.error, 4), round(found.norm, 4)
+    ([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]], 0.6, 5.0)
+
+    Eckart and Young 1936, Psychometrika 1; Halko, Martinsson and Tropp 2011, arXiv 0909.4061.
+    """
+    split = factorization if isinstance(factorization, Factorization) else Factorization(factorization)
+    if rank is None and energy is None:
+        raise ConfigError("extract_weight: give rank=, energy=, or both")
+    most = None if rank is None else whole("rank", rank, 1)
+    return _extracted(base, tuned, split, most, _energy(energy), (whole("seed", seed, 0, 2**32),), dtype)
+
+
+def extract(
+    base: Any, tuned: Any, config: LoraConfig, *, energy: float | None = None, seed: int = 0
+) -> tuple[Any, LoraConfig, Extraction]:
+    """The best adapters of the difference of two params trees; see `extract_weight`.
+
+    Args:
+      base: the params that the adapters will be added to.
+      tuned: the fine-tuned params, of the same paths and shapes.
+      config: which weights are adapted, with what rank and dtype (float32, float64 for float64 weights, unless given).
+      energy: where given, each weight has the smallest rank that keeps this share of its squared Frobenius norm, at
+        most that of `config`.
+      seed: of the random sketches, together with each path.
+
+    Returns:
+      Adapters in the structure of `base`, `None` also where a weight did not change at all; their configuration, which
+      targets each by its path, with the ranks found and a scaling of 1; and a table of what is kept of each.
+
+    Raises:
+      TargetError: the trees differ in paths or shapes, or the configuration does not fit; every problem is named.
+      AdapterError: a weight cannot be extracted, with its path; or none of them changed.
+
+    >>> base = {'up': {'kernel': np.zeros((3, 2), 'float32'), 'bias': np.zeros(2, 'float32')}}
+    >>> tuned = {'up': {'kernel': np.ones((3, 2), 'float32'), 'bias': np.ones(2, 'float32')}}
+    >>> adapters, found, report = extract(base, tuned, LoraConfig(rank=2), energy=0.99)
+    >>> found.rank, adapters['up']['kernel']['A'].shape, report.left_out
+    (1, (3, 1), ('up/bias',))
+    """
+    share, seed = _energy(energy), whole("seed", seed, 0, 2**32)
+    targets = find_targets(base, config)
+    leaves, others = leaves_by_path(base), leaves_by_path(tuned)
+    raise_all(_differences(leaves, others))
+    changed = {path: _changed(leaf, others[path]) for path, leaf in leaves.items()}
+    adapters: dict[str, Any] = {}
+    found: list[Extracted] = []
+    for path, target in targets.items():
+        if not changed[path]:
+            continue
+        weights, stream = (leaves[path], others[path]), (seed, path_number(path))
+        try:
+            adapter, one = _extracted(*weights, target.factorization, target.rank, share, stream, config.dtype)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+        adapters[path] = adapter
+        found.append(dataclasses.replace(one, path=path))
+    if not found:
+        raise AdapterError("none of the targeted weights changed: base and tuned are the same there")
+    ranks = {one.path: one.rank for one in found}
+    roles = {path: targets[path].factorization.roles for path in ranks if targets[path].factorization.roles != "io"}
+    report = Extraction(
+        tuple(found),
+        tuple(path for path in targets if path not in adapters),
+        tuple(path for path, is_changed in changed.items() if is_changed and path not in adapters),
+    )
+    tree = jax.tree_util.tree_map_with_path(lambda key_path, _: adapters.get(path_string(key_path)), base)
+    return tree, unit_config(config, ranks, roles), report
+
+
+def _energy(energy: Any) -> float | None:
+    if energy is None:
+        return None
+    share = number("energy", energy, wanted="a share 0 < energy <= 1")
+    if not 0 < share <= 1:
+        raise refusal("energy", energy, "a share 0 < energy <= 1")
+    return share
+
+
+def _differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[str]:
+    for path in tuned:
+        if path not in base:
+            yield f"{path}: in tuned, not in base; {format_nearest(path, base)}"
+    for path, leaf in base.items():
+        if path not in tuned:
+            yield f"{path}: in base, not in tuned; {format_nearest(path, tuned)}"
+        elif (shape := getattr(leaf, "shape", ())) != (other := getattr(tuned[path], "shape", ())):
+            yield f"{path}: shape {tuple(shape)} in base, {tuple(other)} in tuned"
+
+
+def _changed(base: Any, tuned: Any) -> bool:
+    """Whether two numeric leaves differ; what is no array of numbers does not count."""
+    if not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, np.number) for leaf in (base, tuned)):
+        return False
+    x, y = np.asarray(base), np.asarray(tuned)
+    return not bool(np.all((x == y) | ((x != x) & (y != y))))
+
+
+def _extracted(
+    base: Any,
+    tuned: Any,
+    split: Factorization,
+    rank: int | None,
+    energy: float | None,
+    stream: tuple[int, ...],
+    dtype: Any,
+) -> tuple[dict[str, Any], Extracted]:
+    shape = tuple(np.shape(base))
+    if np.shape(tuned) != shape:
+        raise AdapterError(f"the base is of shape {shape}, the tuned weight of {np.shape(tuned)}")
+    most = split.max_rank(shape)
+    if rank is not None and rank > most:
+        raise AdapterError(f"rank {rank} is larger than the smaller side {most} of the weight {shape}")
+    difference = difference_of(base, tuned, split)
+    total = squared_norm(difference)
+    if not math.isfinite(total):
+        raise AdapterError("the difference of tuned and base is not finite")
+    triples = stacked_triples(difference, most if rank is None else rank, energy, stream)
+    pairs = [balanced(*(array.astype(np.float64) for array in one)) for one in triples]
+    a, b = np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+    found, a_shape, b_shape = a.shape[-1], *split.adapter_shapes(shape, a.shape[-1])
+    to = _adapter_dtype(dtype, difference.dtype)
+    adapter = {"A": rounded("A", a.reshape(a_shape), to), "B": rounded("B", b.reshape(b_shape), to)}
+    a, b = (np.asarray(adapter[name], np.float64).reshape(full.shape) for name, full in (("A", a), ("B", b)))
+    error = math.sqrt(squared_residual(difference, a, b) / total) if total else 0.0
+    return adapter, Extracted("", shape, found, max(0.0, 1 - error**2), error, math.sqrt(total))
+
+
+def _adapter_dtype(dtype: Any, wide: Any) -> Any:
+    to = wide if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(to, jnp.floating):
+        raise refusal("dtype", dtype, "a floating dtype")
+    return to

@@ -1,0 +1,213 @@
+"""Adapters as stacks of matrices in float64, and back; what resizing and combining share."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapter import is_adapter
+from jlora.config import LoraConfig
+from jlora.contraction import Factorization, split_batch_axes
+from jlora.errors import AdapterError, JloraError, TargetError
+from jlora.paths import leaves_by_path, literal_pattern, matched_depths, path_string
+from jlora.tree._targets import raise_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """One adapter, the batch axes joined to one: `a (n, in, r)` and `b (n, r, out)` in float64.
+
+    `roles` is the factorization that the configuration gives, if it gives one.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    batch: tuple[int, ...]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    a_dtype: Any
+    b_dtype: Any
+    roles: str | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[-1])
+
+    @property
+    def smaller_side(self) -> int:
+        return min(math.prod(self.ins), math.prod(self.outs))
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the batch, in and out axes."""
+        return self.batch, self.ins, self.outs
+
+    def adapter(self, path: str, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+        """The adapter of these matrices in the shapes and dtypes of this one."""
+        rank = a.shape[-1]
+        return {
+            "A": rounded(path, a.reshape(*self.batch, *self.ins, rank), self.a_dtype),
+            "B": rounded(path, b.reshape(*self.batch, rank, *self.outs), self.b_dtype),
+        }
+
+
+def read_factors(adapters: Any, config: LoraConfig, where: str = "") -> dict[str, Factors]:
+    """The factors of every adapter by path.
+
+    Raises:
+      AdapterError: with every problem at once: a node that is no plain adapter, a dtype that is not floating, a value
+        that is not finite, A and B that do not fit each other or the configuration's rank.
+    """
+    found: dict[str, Factors] = {}
+    problems: list[str] = []
+    for path, node in leaves_by_path(adapters, is_leaf=_is_node).items():
+        try:
+            found[path] = _read(path, node, config)
+        except JloraError as error:
+            problems.append(f"{where}{path or 'the root'}: {error}")
+    refuse(problems)
+    return found
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises one AdapterError for all problems, if there are any."""
+    try:
+        raise_all(problems)
+    except TargetError as error:
+        raise AdapterError(str(error)) from None
+
+
+def replaced(adapters: Any, by_path: Mapping[str, Any]) -> Any:
+    """The tree with the adapters of `by_path` in it, `None` at the other paths."""
+
+    def at(key_path: Any, _: Any) -> Any:
+        return by_path.get(path_string(key_path))
+
+    return jax.tree_util.tree_map_with_path(at, adapters, is_leaf=is_slot)
+
+
+def is_slot(node: Any) -> bool:
+    """Whether a node stands where a weight does: an adapter, or None."""
+    return node is None or is_adapter(node)
+
+
+def rounded(path: str, array: np.ndarray, dtype: Any) -> Any:
+    """The array in this dtype: a JAX array, or a NumPy array where JAX would narrow it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype)
+    if not np.isfinite(result.astype(np.float64)).all():
+        raise AdapterError(
+            f"{path or 'the root'}: values up to {np.max(np.abs(array)):.3g} do not fit the dtype {dtype}"
+        )
+    return jnp.asarray(result) if jax.dtypes.canonicalize_dtype(result.dtype) == result.dtype else result
+
+
+def truncated(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best approximation of a@b of this rank, the roots of the singular values on each side.
+
+    With a = Q_a R_a and b^T = Q_b R_b, the SVD of a@b is that of the small core R_a R_b^T (Eckart and Young 1936).
+    Columns beyond the rank of a@b are zero.
+    """
+    q_a, r_a = np.linalg.qr(a)
+    q_b, r_b = np.linalg.qr(b.swapaxes(-1, -2))
+    u, s, vh = np.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
+    return padded(*balanced(q_a @ u[..., :rank], s[..., :rank], vh[..., :rank, :] @ q_b.swapaxes(-1, -2)), rank)
+
+
+def balanced(u: np.ndarray, s: np.ndarray, vh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of u diag(s) vh with the roots of the singular values on each side."""
+    root = np.sqrt(s)
+    return u * root[..., None, :], root[..., :, None] * vh
+
+
+def padded(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The factors with zero columns up to this rank."""
+    more = rank - a.shape[-1]
+    return np.pad(a, ((0, 0), (0, 0), (0, more))), np.pad(b, ((0, 0), (0, more), (0, 0)))
+
+
+def unit_config(config: LoraConfig, ranks: Mapping[str, int], roles: Mapping[str, str]) -> LoraConfig:
+    """The configuration for adapters at exactly these paths, of these ranks, with a scaling of 1.
+
+    `roles` holds the factorizations to write down. The rank that most have needs no pattern. Everything else is as in
+    `config`.
+    """
+    counts = Counter(ranks.values())
+    rank = max(counts, key=lambda value: (counts[value], value))
+    others = {literal_pattern(path): own for path, own in ranks.items() if own != rank}
+    return config.replace(
+        rank=rank,
+        alpha=rank,
+        scaling="standard",
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=tuple(literal_pattern(path) for path in ranks),
+        exclude_modules=(),
+        factorizations={literal_pattern(path): given for path, given in roles.items()},
+    )
+
+
+def _is_node(node: Any) -> bool:
+    """Whether a node is an adapter or was meant as one: a mapping in which A or B is an array."""
+    return isinstance(node, Mapping) and any(hasattr(node.get(name), "ndim") for name in "AB")
+
+
+def _read(path: str, node: Any, config: LoraConfig) -> Factors:
+    if not is_adapter(node):
+        raise AdapterError(f"found {_described(node)}, wanted a plain adapter {{'A', 'B'}} or None")
+    a, b = (_array(name, node[name]) for name in "AB")
+    roles = _given_roles(path, a.shape, b.shape, config)
+    try:
+        n = split_batch_axes(a.shape, b.shape, None if roles is None else roles.count("b"))
+    except AdapterError as error:
+        way_out = f"give the configuration factorizations={{{literal_pattern(path)!r}: 'bio'}} or the like to say"
+        raise AdapterError(str(error).replace("pass batch_dims= to say", way_out)) from None
+    rank, batch, ins, outs = a.shape[-1], a.shape[:n], a.shape[n:-1], b.shape[n + 1 :]
+    if rank != config.rank_of(path):
+        raise AdapterError(f"A {a.shape} does not have the rank {config.rank_of(path)} of the configuration")
+    return Factors(
+        a.reshape(-1, math.prod(ins), rank).astype(np.float64),
+        b.reshape(-1, rank, math.prod(outs)).astype(np.float64),
+        batch,
+        ins,
+        outs,
+        a.dtype,
+        b.dtype,
+        roles,
+    )
+
+
+def _described(node: Any) -> str:
+    if isinstance(node, Mapping):
+        return f"a mapping of {', '.join(repr(str(key)) for key in sorted(node, key=str))}"
+    return f"an array {tuple(node.shape)}" if hasattr(node, "shape") else type(node).__name__
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise AdapterError(f"{name} is of dtype {array.dtype}: wanted a floating dtype; cast or dequantize it first")
+    if 0 in array.shape:
+        raise AdapterError(f"{name} {array.shape} is empty")
+    if not np.isfinite(array.astype(np.float64)).all():
+        raise AdapterError(f"{name} holds values that are not finite")
+    return array
+
+
+def _given_roles(path: str, a_shape: Sequence[int], b_shape: Sequence[int], config: LoraConfig) -> str | None:
+    """The first factorization of the configuration that matches the path."""
+    for pattern, roles in dict(config.factorizations).items():
+        if matched_depths(pattern, path):
+            batch, ins, outs = (len(Factorization(roles).axes(role)) for role in "bio")
+            if (len(a_shape), len(b_shape)) != (batch + ins + 1, batch + outs + 1):
+                raise AdapterError(
+                    f"A {tuple(a_shape)} and B {tuple(b_shape)} do not fit the factorization {roles!r} "
+                    f"given by {pattern!r}"
+                )
+            return roles
+    return None

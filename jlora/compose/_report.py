@@ -1,0 +1,80 @@
+"""What an extraction found, as a table."""
+
+import dataclasses
+import html
+import math
+
+from jlora.tables import html_table, text_table
+
+_COLUMNS = ("path", "shape", "rank", "energy", "error left")
+_MOST_PATHS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """How well one adapter stands for the difference of its weight.
+
+    Attributes:
+      path: of the weight; "" where one weight was given alone.
+      shape: of the weight.
+      rank: of the adapter.
+      energy: the share of the squared Frobenius norm of the difference that the adapter has, 1 - error^2.
+      error: ||D - A@B||_F / ||D||_F, with A and B as they are returned; 0 where D is zero.
+      norm: ||D||_F.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int
+    energy: float
+    error: float
+    norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """The weights of an extraction; `str` is a table for a terminal, a notebook shows it as HTML.
+
+    Attributes:
+      weights: the adapted ones, in the order of the params.
+      unchanged: paths that the configuration targets and that did not change; they have no adapter.
+      left_out: paths that changed and have no adapter, such as biases and norms: base and adapters together do not
+        give these.
+    """
+
+    weights: tuple[Extracted, ...]
+    unchanged: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """The relative error of all adapted weights together."""
+        norm = math.hypot(*(weight.norm for weight in self.weights))
+        return math.hypot(*(weight.error * weight.norm for weight in self.weights)) / norm if norm else 0.0
+
+    @property
+    def warning(self) -> str:
+        """A line on what changed and is not adapted; empty where all that changed is."""
+        if not self.left_out:
+            return ""
+        shown = [*self.left_out[:_MOST_PATHS], *(["..."] if len(self.left_out) > _MOST_PATHS else [])]
+        return f"{len(self.left_out)} changed, but not adapted, and so not in the adapters: {', '.join(shown)}"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of the table, a last row for the whole."""
+        rows = [
+            (w.path, "x".join(map(str, w.shape)), str(w.rank), f"{w.energy:.2%}", f"{w.error:.2e}")
+            for w in self.weights
+        ]
+        count = f"{len(rows)} weight{'' if len(rows) == 1 else 's'}"
+        return [*rows, (count, "", "", f"{1 - self.error**2:.2%}", f"{self.error:.2e}")]
+
+    def __str__(self) -> str:
+        *rows, total = self.rows()
+        return text_table(_COLUMNS, rows, total, left=2) + (f"\n{self.warning}" if self.warning else "")
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        *rows, total = self.rows()
+        return html_table(_COLUMNS, rows, total) + (f"<p>{html.escape(self.warning)}</p>" if self.warning else "")

@@ -1,0 +1,76 @@
+"""Adapters of another rank."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora.compose._factors import Factors, padded, read_factors, refuse, replaced, truncated
+from jlora.config import LoraConfig, Pairs, effective_alpha
+from jlora.paths import format_nearest, matched_depths
+from jlora.tree import check_config
+
+
+def resize(
+    adapters: Any, config: LoraConfig, rank: int, *, rank_pattern: Mapping[str, int] | Pairs = ()
+) -> tuple[Any, LoraConfig]:
+    """Adapters of another rank, each the best approximation of its delta: the truncated SVD.
+
+    min ||s_old A@B - s_new A'@B'||_F over A', B' of the new rank, from the factors alone; the dense delta is never
+    built. alpha and the scaling mode stay, so that s changes with the rank, and A' and B' absorb it. Where the rank
+    shrinks, the roots of the singular values go to A' and to B'.
+
+    Args:
+      adapters: adapters of any floating dtype, `None` where nothing is adapted.
+      config: the configuration that they were made with.
+      rank: the new rank, at least 1 and at most the smaller side of each weight. Where it is larger than the old one
+        the delta is kept, and zero columns are added to A' and B'; these have no gradient until one of the two is
+        made random.
+      rank_pattern: pattern -> rank, for paths that differ; it replaces that of `config`.
+
+    Returns:
+      Adapters in the structure and dtypes of `adapters`, and their configuration. The arithmetic is in float64 and
+      rounded once. float64 adapters are NumPy arrays where JAX does not have x64 enabled.
+
+    Raises:
+      ConfigError: a rank that is no whole number of at least 1.
+      AdapterError: with every problem at once: a node that is no plain adapter, a rank larger than the smaller side, a
+        pattern that matches nothing, a value that is not finite.
+
+    >>> adapters = {'up': {'A': np.eye(3, 2, dtype='float32'), 'B': np.array([[1., 0.], [0., 3.]], 'float32')}}
+    >>> small, config = resize(adapters, LoraConfig(rank=2, alpha=2), rank=1)
+    >>> delta = config.effective_alpha_of('up') / 1 * small['up']['A'] @ small['up']['B']
+    >>> abs(delta).round(4).tolist()
+    [[0.0, 0.0], [0.0, 3.0], [0.0, 0.0]]
+
+    Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
+    """
+    check_config(config)
+    resized = config.replace(rank=rank, rank_pattern=rank_pattern)
+    found = read_factors(adapters, config)
+    refuse(_problems(found, resized))
+    by_path = {path: _resized(path, factors, config, resized.rank_of(path)) for path, factors in found.items()}
+    return replaced(adapters, by_path), resized
+
+
+def _resized(path: str, factors: Factors, config: LoraConfig, rank: int) -> dict[str, Any]:
+    old = factors.rank
+    # One alpha divides out of s_old / s_new, also where it is 0.
+    ratio = (effective_alpha(1.0, old, config.scaling) / old) / (effective_alpha(1.0, rank, config.scaling) / rank)
+    if rank >= old:
+        return factors.adapter(path, *padded(factors.a, factors.b * ratio, rank))
+    root = np.sqrt(ratio)
+    return factors.adapter(path, *truncated(factors.a * root, factors.b * root, rank))
+
+
+def _problems(found: Mapping[str, Factors], config: LoraConfig) -> Iterator[str]:
+    for pattern in dict(config.rank_pattern):
+        if not any(matched_depths(pattern, path) for path in found):
+            yield f"rank_pattern: {pattern!r} matches nothing that is adapted; {format_nearest(pattern, found)}"
+    for path, factors in found.items():
+        rank, most = config.rank_of(path), factors.smaller_side
+        if rank > most:
+            yield (
+                f"{path or 'the root'}: rank {rank} is larger than the smaller side {most}; lower it, or give "
+                f"rank_pattern={{{path!r}: {most}}}"
+            )
