@@ -66,7 +66,8 @@ def apply_update(
         total = merge_lora_weight(total, adapter, scaling * update["A"].shape[-1], factorization=factorization)
     if "magnitude" in update and factorization is not None:
         axes = factorization.axes("i")
-        norm = lax.stop_gradient(jnp.sqrt(jnp.sum(total * total, axes, keepdims=True)))
+        squares = lax.stop_gradient(jnp.sum(total * total, axes, keepdims=True))
+        norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))  # what is zero stays zero
         magnitude = jnp.expand_dims(factorization.out_like(update["magnitude"]), axes)
         total = total * (magnitude.astype(total.dtype) / norm)
     return total.astype(dtype)
@@ -77,14 +78,16 @@ def undo_update(
 ) -> jax.Array:
     """The weight before `apply_update`, by the same arithmetic backwards; up to rounding where it `is_reversible`."""
     check_update(jnp.shape(weight), update, factorization)
+    if set(update) == {"A", "B"}:
+        return unmerge_lora_weight(weight, update, scaling * update["A"].shape[-1], factorization=factorization)
     total = jnp.asarray(weight)
+    total = total.astype(common_dtype(total.dtype, jnp.float32))
     if "A" in update:
         adapter = {name: update[name] for name in "AB"}
         total = unmerge_lora_weight(total, adapter, scaling * update["A"].shape[-1], factorization=factorization)
     if "offset" in update:
-        wide = common_dtype(total.dtype, jnp.float32)
-        total = (total.astype(wide) - scaling * update["offset"].astype(wide)).astype(total.dtype)
-    return total
+        total = total - scaling * update["offset"].astype(total.dtype)
+    return total.astype(weight.dtype)
 
 
 def is_reversible(update: Mapping[str, Any]) -> bool:

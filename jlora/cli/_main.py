@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from jlora.cli._files import add_file_commands
 from jlora.errors import JloraError
 
 _INTERRUPTED = 130
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest  # argparse leaves those that stand behind an option
+    if rest and not hasattr(arguments, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest  # argparse leaves those that stand behind an option
     try:
         return arguments.run(arguments)
     except JloraError as error:
@@ -53,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in ("orbax", "sklearn", "matplotlib"):
             raise
         print(f"jlora: {error.name} is not installed: pip install 'jlora[train]'", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\njlora: interrupted; the same command goes on where it can, or starts anew", file=sys.stderr)
+        return _INTERRUPTED
     return 2
 
 
@@ -81,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
     again.add_argument("--force", action="store_true", help="replace the run that the output folder holds")
     train.set_defaults(run=_train)
+    add_file_commands(commands)
     return parser
 
 

@@ -1,17 +1,25 @@
 """Files: written whole or not at all, tensors in safetensors, checkpoints of one file or of many."""
 
-from jlora.disk._atomic import file_written_whole, write_whole
+from jlora.disk._atomic import file_written_whole, remove_leftovers, sync_folder, write_whole
 from jlora.disk._checkpoint import Checkpoint
-from jlora.disk._json import dump_json, read_json
-from jlora.disk._safetensors import TensorEntry, TensorFile, tensor_bytes, write_tensors
+from jlora.disk._json import dump_json, parse_json, read_json, shortened
+from jlora.disk._open import read_bytes, reason
+from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
 
 __all__ = [
     "Checkpoint",
     "TensorEntry",
     "TensorFile",
+    "can_store",
     "dump_json",
     "file_written_whole",
+    "parse_json",
+    "read_bytes",
     "read_json",
+    "reason",
+    "remove_leftovers",
+    "shortened",
+    "sync_folder",
     "tensor_bytes",
     "write_tensors",
     "write_whole",

@@ -14,26 +14,27 @@ from jlora.errors import DataError
 
 
 @contextlib.contextmanager
-def file_written_whole(path: str | Path) -> Iterator[BinaryIO]:
+def file_written_whole(path: str | Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write to under a temporary name beside `path`, which it takes when the block ends without an error.
 
     The contents are on the disk before the name is: a crash, a full disk or a kill leaves the old file or the new one.
-    A link at `path` is replaced, never followed. The mode bits are those of the file that was there, or the usual ones.
+    A link at `path` is replaced, never followed. The mode bits are those of the file that was there,
+    or of the file `like`, or the usual ones.
 
     Raises:
       DataError: the system refuses, as for a full disk or a folder that is missing or may not be written to.
     """
     target = Path(path)
     try:
-        with _replacing(target) as file:
+        with _replacing(target, like or target) as file:
             yield file
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {reason(error)}") from None
 
 
-def write_whole(path: str | Path, contents: bytes) -> None:
+def write_whole(path: str | Path, contents: bytes, *, like: Path | None = None) -> None:
     """Writes a small file whole or not at all."""
-    with file_written_whole(path) as file:
+    with file_written_whole(path, like=like) as file:
         file.write(contents)
 
 
@@ -58,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
+def _replacing(target: Path, like: Path) -> Iterator[BinaryIO]:
     temporary = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.tmp"
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -66,7 +67,7 @@ def _replacing(target: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{str(target)!r}: cannot be written: {error}") from None
     try:
         with os.fdopen(handle, "w+b") as file:
-            _copy_mode(target, temporary)
+            _copy_mode(like, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -83,8 +84,8 @@ def _prefix(target: Path) -> str:
 
 
 def _copy_mode(old: Path, new: Path) -> None:
-    """Gives a new file the mode bits of the regular file that it replaces, before anything is in it."""
+    """Gives a new file the mode bits of a regular file, where there is one, before anything is in it."""
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(old).st_mode
-        if stat.S_ISREG(mode):
+        if stat.S_ISREG(mode) and (mode ^ os.lstat(new).st_mode) & 0o777:
             os.chmod(new, mode & 0o777)

@@ -1,12 +1,14 @@
 """Checkpoints: one safetensors file, or a folder of them with an index."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.disk._json import read_json
+from jlora.disk._json import read_json, shortened
+from jlora.disk._open import reason
 from jlora.disk._safetensors import TensorEntry, TensorFile
 from jlora.errors import DataError
 
@@ -36,7 +38,9 @@ class Checkpoint:
         for shard in self.shards:
             with self.open(shard) as file:
                 if twice := self.entries.keys() & file.entries.keys():
-                    raise DataError(f"{self.folder / shard}: {min(twice)!r} is in another file of the checkpoint too")
+                    raise DataError(
+                        f"{self.folder / shard}: {shortened(min(twice))} is in another file of the checkpoint too"
+                    )
                 self.entries |= file.entries
                 self.shard_of |= dict.fromkeys(file.entries, shard)
         if self.index is not None:
@@ -48,38 +52,31 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor, in memory of its own."""
+        if name not in self.shard_of:
+            raise DataError(f"{self.path}: no tensor {shortened(name)}")
         with self.open(self.shard_of[name]) as file:
             return file.read(name)
 
     def side_files(self) -> list[Path]:
         """What else belongs to the model, such as configuration and tokenizer; no weights of other formats."""
-        if self.path.is_file():
+        if os.path.isfile(self.path):
             return []
         return [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file() and not path.name.startswith(".") and path.suffix not in _OTHER_WEIGHTS
+            self.folder / name
+            for name in _names(self.folder)
+            if os.path.isfile(self.folder / name) and name[0] != "." and Path(name).suffix not in _OTHER_WEIGHTS
         ]
 
 
 def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
     """The folder of a checkpoint, the names of its files, and its index."""
-    if path.is_file():
+    if os.path.isfile(path):
         return path.parent, [path.name], None
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{path}: no such file or folder")
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise DataError(f"{path / INDEX}: wanted a weight_map from tensors to files")
-        names = sorted(set(map(str, weight_map.values())))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise DataError(f"{path / INDEX}: {outside[0]!r} is no file name of this folder")
-        if missing := [name for name in names if not (path / name).is_file()]:
-            raise DataError(f"{path}: {len(missing)} files of the index are missing: {', '.join(missing[:3])}")
-        return path, names, index
-    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if os.path.isfile(path / INDEX):
+        return path, *_indexed(path)
+    found = [name for name in _names(path) if name.endswith(".safetensors")]
     if "model.safetensors" in found:
         found = ["model.safetensors"]
     if len(found) != 1:
@@ -88,11 +85,33 @@ def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
     return path, found, None
 
 
+def _indexed(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """The names of the files in an index, and the index."""
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise DataError(f"{folder / INDEX}: wanted a weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if not name or "\0" in name or Path(name).name != name]:
+        raise DataError(f"{folder / INDEX}: {shortened(outside[0])} is no file name of this folder")
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
+        shown = ", ".join(map(shortened, missing[:3]))
+        raise DataError(f"{folder}: {len(missing)} files of the index are missing: {shown}")
+    return names, index
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {reason(error)}") from None
+
+
 def _check_index(path: Path, weight_map: Mapping[str, str], shard_of: Mapping[str, str]) -> None:
     wrong = [name for name in weight_map.keys() | shard_of.keys() if weight_map.get(name) != shard_of.get(name)]
     if wrong:
         name = min(wrong)
         raise DataError(
-            f"{path}: the index and the files differ in {len(wrong)} tensors, such as {name!r}: "
+            f"{path}: the index and the files differ in {len(wrong)} tensors, such as {shortened(name)}: "
             f"by the index in {weight_map.get(name)}, found in {shard_of.get(name)}"
         )

@@ -55,7 +55,10 @@ def shortened(value: Any, most: int = 100) -> str:
     """The repr of what a file holds, no longer than a message bears."""
     if isinstance(value, str):
         value = value[: most + 1]
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        return type(value).__name__
     return text if len(text) <= most else f"{text[:most]}..."
 
 

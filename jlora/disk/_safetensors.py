@@ -10,12 +10,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import ml_dtypes
 import numpy as np
 
-from jlora.disk._json import parse_json
+from jlora.disk._json import parse_json, shortened
+from jlora.disk._open import open_to_read, reason
 from jlora.errors import DataError
 
 _MOST_HEADER = 100_000_000
@@ -28,9 +29,9 @@ _DTYPES: dict[str, Any] = {
     "I8": np.int8,
     "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "I16": np.int16,
     "U16": np.uint16,
     "F16": np.float16,
@@ -46,7 +47,13 @@ _DTYPES: dict[str, Any] = {
 _BITS = {code: 8 * np.dtype(dtype).itemsize for code, dtype in _DTYPES.items()}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # carried as bytes, never read as numbers
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
-_ORDER = {dtype: position for position, dtype in enumerate(_CODES)}
+
+
+class Writer(Protocol):
+    """What tensors are written to: a file, or what passes the bytes on to one."""
+
+    def write(self, data: Any, /) -> Any:
+        """Takes bytes."""
 
 
 class TensorEntry(NamedTuple):
@@ -83,38 +90,60 @@ class TensorFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            self._handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self._handle = open_to_read(self.path)
         try:
             self.entries, self.metadata, self.data_start = self._header()
-        except (ValueError, OSError) as error:
-            os.close(self._handle)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, ValueError) or isinstance(error, DataError):
+                raise
             raise DataError(f"{self.path}: not a readable safetensors file: {error}") from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
     def fileno(self) -> int:
         """The file's descriptor."""
         return self._handle
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """One tensor, `entries[name].shape`, in memory of its own."""
+        """One tensor, `entries[name].shape`, in memory of its own.
+
+        Raises:
+          DataError: no such tensor, a dtype that NumPy lacks, bytes that are no bool, too large for the memory.
+        """
+        if name not in self.entries:
+            raise DataError(f"{self.path}: no tensor {shortened(name)}")
         entry = self.entries[name]
-        flat = np.empty(math.prod(entry.shape), entry.dtype)
+        if entry.code not in _DTYPES:
+            raise DataError(f"{self.path}: {shortened(name)}: dtype {entry.code} cannot be read as numbers")
+        try:
+            flat = np.empty(math.prod(entry.shape), entry.dtype)
+        except MemoryError:
+            size = entry.stop - entry.start
+            raise DataError(f"{self.path}: {shortened(name)}: no memory for its {size:,} bytes") from None
         self.read_into(entry.start, flat)
+        if entry.code == "BOOL" and flat.size and flat.view(np.uint8).max() > 1:
+            raise DataError(f"{self.path}: {shortened(name)}: a bool that is neither 0 nor 1")
         return flat.reshape(entry.shape)
 
     def read_into(self, start: int, array: np.ndarray[Any, Any]) -> None:
         """Fills a contiguous array with the bytes of the file from `start` on."""
         left = _bytes_of(array)
         while left.nbytes:
-            count = os.preadv(self._handle, [left], start)
+            try:
+                count = os.preadv(self._handle, [left], start)
+            except OSError as error:
+                raise DataError(f"{self.path}: cannot be read: {reason(error)}") from None
             if count <= 0:
                 raise DataError(f"{self.path}: cut short at byte {start:,} while it was read")
             left, start = left[count:], start + count
@@ -123,7 +152,9 @@ class TensorFile:
         size = os.fstat(self._handle).st_size
         if size < 8:
             raise ValueError(f"{size} bytes, which is less than a header")
-        length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
+        first = np.empty(8, np.uint8)
+        self.read_into(0, first)
+        length = int.from_bytes(first.tobytes(), "little")
         if length > min(size - 8, _MOST_HEADER):
             raise ValueError(f"a header of {length:,} bytes in a file of {size:,}: cut short, or another format")
         text = np.empty(length, np.uint8)
@@ -133,12 +164,16 @@ class TensorFile:
         return _entries(data, 8 + length, size), metadata, 8 + length
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(file: Writer, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes arrays as one safetensors file, wide dtypes first and then by name, as the format's own library does.
 
-    Arrays may be in any order in memory; each is brought to C order as it is written.
+    Arrays may be in any order in memory; each is brought to C order as it is written. Those of JAX come to the host one
+    at a time.
+
+    Raises:
+      DataError: a dtype or a name that the format cannot hold.
     """
-    arrays = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-_ORDER.get(tensors[n].dtype, 0), n))}
+    arrays = {name: tensors[name] for name in sorted(tensors, key=lambda n: (-_position(tensors[n].dtype), n))}
     file.write(header_bytes({name: (array.dtype, array.shape) for name, array in arrays.items()}, metadata))
     for array in arrays.values():
         file.write(tensor_bytes(array))
@@ -149,13 +184,37 @@ def header_bytes(layout: Mapping[str, tuple[Any, Iterable[int]]], metadata: Mapp
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     stop = 0
     for name, (dtype, shape) in layout.items():
-        if np.dtype(dtype) not in _CODES or name == "__metadata__":
-            raise DataError(f"{name}: dtype {np.dtype(dtype)} has no place in a safetensors file")
-        start, stop = stop, stop + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, stop]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        code = _code(dtype)
+        if code is None:
+            raise DataError(f"{name}: dtype {dtype} has no place in a safetensors file")
+        if name == "__metadata__":
+            raise DataError(f"{name}: the name is taken by the format: rename the tensor")
+        start, stop = stop, stop + math.prod(shape) * _BITS[code] // 8
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("half of a surrogate pair in a name or in the metadata") from None
     text += b" " * (-len(text) % 8)
+    if len(text) > _MOST_HEADER:
+        raise DataError(f"a header of {len(text):,} bytes: the format's readers take at most {_MOST_HEADER:,}")
     return len(text).to_bytes(8, "little") + text
+
+
+def can_store(dtype: Any) -> bool:
+    """Whether a safetensors file can hold numbers of this dtype."""
+    return _code(dtype) is not None
+
+
+def _code(dtype: Any) -> str | None:
+    try:
+        return _CODES.get(np.dtype(dtype).newbyteorder("="))
+    except TypeError:  # such as the dtype of a PRNG key
+        return None
+
+
+def _position(dtype: Any) -> int:
+    return list(_BITS).index(_code(dtype) or "BOOL")
 
 
 def tensor_bytes(array: Any) -> memoryview:
@@ -182,7 +241,7 @@ def _entries(data: Mapping[str, Any], data_start: int, size: int) -> dict[str, T
     position = data_start
     for name, entry in entries.items():
         if entry.start != position:
-            raise ValueError(f"the bytes of {name!r} overlap with another tensor's, or leave a gap")
+            raise ValueError(f"the bytes of {shortened(name)} overlap with another tensor's, or leave a gap")
         position = entry.stop
     if position != size:
         cut = "cut short" if position > size else "bytes at its end that belong to no tensor"
@@ -192,17 +251,17 @@ def _entries(data: Mapping[str, Any], data_start: int, size: int) -> dict[str, T
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the entry of {name!r} is not made of dtype, shape and data_offsets")
+        raise ValueError(f"the entry of {shortened(name)} is not made of dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in _BITS:
-        raise ValueError(f"{name!r} has the unknown dtype {code!r}")
-    if not _naturals(shape) or len(shape) > _MOST_AXES:
-        raise ValueError(f"{name!r} has the shape {str(shape)[:100]}")
+        raise ValueError(f"{shortened(name)} has the unknown dtype {shortened(code)}")
+    if not _naturals(shape) or len(shape) > _MOST_AXES or 16 * math.prod(size or 1 for size in shape) >= 2**63:
+        raise ValueError(f"{shortened(name)} has the shape {shortened(shape)}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name!r} has the data_offsets {str(offsets)[:100]}")
+        raise ValueError(f"{shortened(name)} has the data_offsets {shortened(offsets)}")
     start, stop = offsets
     if math.prod(shape) * _BITS[code] != 8 * (stop - start):
-        raise ValueError(f"{name!r} {code} {shape} does not fit in its {stop - start:,} bytes")
+        raise ValueError(f"{shortened(name)} {code} {shape} does not fit in its {stop - start:,} bytes")
     return TensorEntry(code, tuple(shape), data_start + start, data_start + stop)
 
 

@@ -143,16 +143,16 @@ def peft_config(
     if not same:
         data |= {"r": config.rank, "lora_alpha": _number(config.alpha), "use_rslora": scaling}
         data["rank_pattern"] = {
-            re.escape(module): config.rank_of(path)
+            _exactly(module): config.rank_of(path)
             for module, path in modules.items()
             if config.rank_of(path) != config.rank
         }
         data["alpha_pattern"] = {
-            re.escape(module): _number(config.alpha_of(path))
+            _exactly(module): _number(config.alpha_of(path))
             for module, path in modules.items()
             if config.alpha_of(path) != config.alpha
         }
-    if kept is None or config.dropout != data.get("lora_dropout"):
+    if kept is None or config.dropout != (data.get("lora_dropout") or 0.0):
         data["lora_dropout"] = config.dropout
     if kept is None:
         named = set(parameters)
@@ -170,6 +170,11 @@ def _compiled(patterns: Any) -> list[tuple[re.Pattern[str], Any]]:
         return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
     except re.error as error:
         raise DataError(f"a pattern of ranks or alphas is no regular expression: {error}") from None
+
+
+def _exactly(module: str) -> str:
+    """The pattern that matches this module alone; without the anchor "q" would match "layers.0.q" too."""
+    return f"^{re.escape(module)}"
 
 
 def _number(value: float) -> int | float:

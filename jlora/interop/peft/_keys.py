@@ -16,6 +16,7 @@ _SUFFIXES = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_B.bias": "offset",
 }
+_EMBEDDINGS = ("wte", "wpe", "shared")
 _VARIANT = re.compile(r"(^|\.)(lora_\w+|\w*trainable_tokens\w*|token_adapter)(\.|$)")
 _REGISTERED = (
     "gate_proj",
@@ -100,6 +101,11 @@ def key_of(name: str, part: str, *, embedding: bool, wrapped: bool, level: int |
         part: suffix for suffix, part in _SUFFIXES.items() if ("embedding" in suffix) == (embedding and part in "AB")
     }
     return f"{PREFIX}{module}{suffixes[part]}"
+
+
+def names_embedding(module: str) -> bool:
+    """Whether a module of this name, without those around it, is an embedding in the models of transformers."""
+    return module in _EMBEDDINGS or "emb" in module
 
 
 def parameters_of(module: str, target_parameters: Sequence[str]) -> list[str]:

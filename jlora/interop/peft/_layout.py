@@ -111,27 +111,37 @@ def to_model(arrays: Arrays, kind: str, row: Row) -> Arrays:
             raise DataError(f"the shape of a whole tensor is not known through the reshape of the row {row.name}")
         back = {name: _untransposed(array, row) for name, array in arrays.items()}
         return back if row.reshape is None else {name: array.reshape(-1) for name, array in back.items()}
-    nb = 1 if kind.startswith("experts") else 0
+    if kind == "conv" and row.reshape is not None:
+        raise DataError(f"a convolution is not written through the reshape of the row {row.name}")
+    nb = _batch_axes(arrays, row) if kind.startswith("experts") else 0
     ni, no = arrays["A"].ndim - 1 - nb, arrays["B"].ndim - 1 - nb
     roles = {"o": "o" * no, "i": "i" * ni, "b": "b" * nb}
     split_roles = "".join(roles[role] for role in dict.fromkeys(roles_of(kind, 2)))
     order = _transpose(row, len(split_roles))
-    inverse_i, inverse_o = (np.argsort(_order(split_roles, order, role)) for role in "io")
+    inverse_b, inverse_i, inverse_o = (np.argsort(_order(split_roles, order, role)) for role in "bio")
     window = kind == "conv"
     placed: Arrays = {}
     for name, array in arrays.items():
         if name == "A":
-            full = array.transpose(*range(nb), *(nb + axis for axis in inverse_i), nb + ni)
-            placed[name] = full if window else full.reshape(*full.shape[:nb], -1, full.shape[-1])
+            full = array.transpose(*inverse_b, *(nb + axis for axis in inverse_i), nb + ni)
+            placed[name] = full if window else full.reshape(*_joined(full.shape[:nb]), -1, full.shape[-1])
         elif name == "B":
-            full = array.transpose(*range(nb + 1), *(nb + 1 + axis for axis in inverse_o))
-            placed[name] = full.reshape(*full.shape[: nb + 1], -1)
+            full = array.transpose(*inverse_b, nb, *(nb + 1 + axis for axis in inverse_o))
+            placed[name] = full.reshape(*_joined(full.shape[:nb]), full.shape[nb], -1)
         elif name == "magnitude":
-            full = array.transpose(*range(nb), *(nb + axis for axis in inverse_o))
-            placed[name] = full.reshape(*full.shape[:nb], -1)
+            placed[name] = array.transpose(inverse_o).reshape(-1)
         else:
             placed[name] = _merged(_untransposed(array, row), split_roles, window)
     return placed
+
+
+def _batch_axes(arrays: Arrays, row: Row) -> int:
+    """How many axes of the tree's weight are batch axes, those of the experts split."""
+    return arrays["A"].ndim + arrays["B"].ndim - 2 - (3 if row.reshape is None else len(row.reshape))
+
+
+def _joined(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod(sizes),) if sizes else ()
 
 
 def _check(kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], rank: int) -> None:
@@ -159,12 +169,11 @@ def _split(shape: tuple[int, ...], roles: str, row: Row) -> tuple[tuple[int, ...
     split = tuple(math.prod(shape) // known if n == -1 and known else n for n in row.reshape)
     split_roles, axis, size = "", 0, 1
     for n in split:
-        if axis < len(shape):
-            split_roles += roles[axis]
-            size *= n
-            if size == shape[axis]:
-                axis, size = axis + 1, 1
-    if len(split_roles) < len(split) or axis < len(shape) or math.prod(split) != math.prod(shape):
+        split_roles += roles[min(axis, len(shape) - 1)]
+        size *= n
+        if axis < len(shape) and size == shape[axis]:
+            axis, size = axis + 1, 1
+    if axis < len(shape) or math.prod(split) != math.prod(shape):
         raise DataError(f"reshape {row.reshape} of the row {row.name} does not fit a weight {shape}")
     return split, split_roles
 

@@ -68,6 +68,11 @@ def places_of_names(mapping: Mapping, names: Iterable[str]) -> dict[str, Place]:
         for place in places[:1]:
             if (other := taken.setdefault((place.path, place.index), name)) != name:
                 problems.append(f"{name} and {other} both map to {place.path} {list(place.index) or ''}".rstrip())
+    by_path: dict[str, list[Place]] = {}
+    for places in found.values():
+        for place in places[:1]:
+            by_path.setdefault(place.path, []).append(place)
+    problems += _differing_stacks(by_path)
     _raise_all(problems)
     return {name: places[0] for name, places in found.items()}
 
@@ -85,6 +90,7 @@ def places_of_paths(mapping: Mapping, paths: Iterable[str]) -> dict[str, list[Pl
         for index, places in _grouped(all_places)
         if len(places) > 1
     ]
+    problems += _differing_stacks(found)
     problems += _unclear({p: places[:1] for p, places in found.items()}, "path", [row.path for row in mapping])
     _raise_all(problems)
     return found
@@ -144,6 +150,17 @@ def _index(place: str | int, values: dict[str, str]) -> int:
 def _grouped(places: Sequence[Place]) -> Iterator[tuple[tuple[int, ...], list[Place]]]:
     ordered = sorted(places, key=lambda place: place.index)
     yield from ((index, list(group)) for index, group in itertools.groupby(ordered, key=lambda place: place.index))
+
+
+def _differing_stacks(found: dict[str, list[Place]]) -> list[str]:
+    """A problem for each path that is a stack in one row and another stack, or one weight, in another."""
+    problems = []
+    for path, places in found.items():
+        counts = {place.row.name: tuple(count for _, count in place.row.stack) for place in places}
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{name} {list(sizes)}" for name, sizes in counts.items())
+            problems.append(f"{path}: rows map it as stacks of other sizes: {shown}")
+    return problems
 
 
 def _unclear(found: dict[str, list[Place]], what: str, rows: list[str]) -> list[str]:

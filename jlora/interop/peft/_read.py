@@ -1,6 +1,7 @@
 """PEFT's files as adapters and a configuration."""
 
 import json
+import math
 from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapter import check_update, is_update
+from jlora.adapter import check_update
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import TensorFile, read_json
-from jlora.errors import ConfigError, DataError, JloraError
+from jlora.errors import ConfigError, DataError, JloraError, TargetError
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._keys import Entry, entries_of
 from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
-from jlora.paths import format_nearest, leaves_by_path, literal_pattern, path_string
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest, path_string
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _MOST_SHOWN = 12
@@ -61,7 +62,10 @@ def read_peft(
     entries, config = read_peft_arrays(path, mapping, params=params, transposed_experts=transposed_experts)
     adapters = {at: {name: _on_device(path, at, part) for name, part in entry.items()} for at, entry in entries.items()}
     if params is None:
-        return _nested(adapters), config
+        try:
+            return nest(adapters), config
+        except TargetError as error:
+            raise DataError(f"{path}: {error}") from None
     return jax.tree_util.tree_map_with_path(lambda key_path, _: adapters.get(path_string(key_path)), params), config
 
 
@@ -167,6 +171,13 @@ class _Reader:
             names = ", ".join(place.name for place, _ in pieces[:3])
             self.problems.append(f"{path}: {names} differ in rank, alpha, shape or dtype; one array cannot hold them")
             return first
+        if missing := math.prod(counts) - len(pieces):
+            replaced = [name for name in first if name in ("value", "magnitude")]
+            if replaced:
+                self.problems.append(
+                    f"{path}: {missing} of {math.prod(counts)} weights of the stack have no {replaced[0]}, in whose "
+                    "place zeros would make them zero"
+                )
         stacks = {name: np.zeros((*counts, *part.shape), part.dtype) for name, part in first.items()}
         for place, parts in pieces:
             for name, part in parts.items():
@@ -227,16 +238,3 @@ def _on_device(folder: str | Path, path: str, array: np.ndarray[Any, Any]) -> ja
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise DataError(f"{folder}: {path} has the dtype {array.dtype}: set jax_enable_x64")
     return jnp.asarray(np.ascontiguousarray(array))
-
-
-def _nested(by_path: MappingType[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, entry in by_path.items():
-        *modules, last = path.split("/")
-        node = tree
-        for name in modules:
-            node = node.setdefault(name, {})
-            if is_update(node):
-                raise DataError(f"{path}: {name} is a weight and a module at once")
-        node[last] = entry
-    return tree

@@ -1,0 +1,174 @@
+"""A weight in a file, changed block by block along its first axis: sums in float32, rounded once.
+
+The blocks are small enough to stay in the cache, and the same in both directions, so that what was merged block by
+block is unmerged by the same arithmetic.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jlora.contraction import Factorization
+from jlora.errors import DataError
+
+Array = Any  # np.ndarray; its stubs do not know the operators of a dtype that is Any
+
+BLOCK = 1 << 18  # numbers; 1 MiB in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What one adapter does to one tensor: an entry of the adapters, its scaling, and how the tensor's axes split."""
+
+    parts: dict[str, Array]
+    scaling: float
+    factorization: Factorization | None = None
+
+    @property
+    def is_reversible(self) -> bool:
+        """Whether arithmetic takes it out again."""
+        return not {"value", "magnitude"} & set(self.parts)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The ranges of the first axis that make up the blocks of a tensor."""
+    count = shape[0] if shape else 1
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    yield from ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+class Weight:
+    """One tensor with all its changes, ready to be worked through block by block; safe to share between threads.
+
+    Norms under a magnitude span blocks where the first axis is one of the in axes: `add_norms` has to have seen all
+    blocks before `merged` is called.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], changes: Sequence[Change]) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+        if len(changes) > 1 and any(not change.is_reversible for change in changes):
+            raise DataError("an update with a magnitude or a whole value goes alone; merge the adapters one by one")
+        self._value = changes[0].parts.get("value")
+        self._offsets = [(change.scaling, change.parts["offset"]) for change in changes if "offset" in change.parts]
+        self._products = [_Product(change, self.wide) for change in changes if "A" in change.parts]
+        self._magnitude, self._norms, self._in_axes = _magnitude(changes[0], shape)
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether there is a magnitude."""
+        return self._magnitude is not None
+
+    def add_norms(self, block: Array, start: int, stop: int) -> None:
+        """Takes in the squares of a block before it is scaled by its magnitude; blocks in order."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self._sum(block, start, stop)
+        squares = np.sum(np.square(total, dtype=np.float64), self._in_axes, keepdims=True)
+        self._norms[self._rows(self._norms, start, stop)] += squares
+
+    def merged(self, block: Array, start: int, stop: int) -> Array:
+        """Rows start to stop of the merged tensor, from those of the base."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self._sum(block, start, stop)
+            if self._magnitude is not None:
+                rows = self._rows(self._norms, start, stop)
+                squares = np.where(self._norms[rows] > 0, self._norms[rows], 1)  # what is zero stays zero
+                total *= (self._magnitude[rows] / np.sqrt(squares)).astype(self.wide)
+            return total.astype(self.dtype)
+
+    def unmerged(self, block: Array, start: int, stop: int) -> Array:
+        """Rows of what arithmetic makes of the merged tensor: the base up to rounding where all is reversible."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _less(block.astype(self.wide), self._addends(start, stop)).astype(self.dtype)
+
+    def uncertain(self, block: Array, start: int, stop: int) -> tuple[int, float]:
+        """Of rows of the merged tensor, how many numbers of the base rounding leaves open, and by how much at most.
+
+        Rounded sums are monotone: a number is certain where what unmerging gives merges to what is there, and neither
+        of its neighbours does. An open one lies within half a spacing of the merged number, and the sums' own rounding.
+        """
+        addends = list(self._addends(start, stop))
+        with np.errstate(over="ignore", invalid="ignore"):
+            exact = _less(block.astype(self.wide), addends)
+            guess = exact.astype(self.dtype)
+            most = np.asarray(ml_dtypes.finfo(self.dtype).max, self.dtype)
+            near, *beside = (
+                _plus(number.astype(self.wide), addends).astype(self.dtype)
+                for number in (guess, np.nextafter(guess, most), np.nextafter(guess, -most))
+            )
+            open_ = (near != block) | (beside[0] == block) | (beside[1] == block)
+            size = sum((np.abs(addend) for addend in addends), np.abs(block.astype(self.wide)))
+            rounding = 2 * (len(addends) + 1) * np.finfo(self.wide).eps * size
+            half = np.spacing(np.abs(block)).astype(self.wide) / 2
+            reach = (half + np.abs(guess.astype(self.wide) - exact) + rounding)[open_]
+        return int(open_.sum()), float(np.fmax.reduce(reach, initial=0.0))
+
+    def _sum(self, block: Array, start: int, stop: int) -> Array:
+        source = block if self._value is None else self._value[start:stop] if self.shape else self._value
+        return _plus(source.astype(self.wide), self._addends(start, stop))
+
+    def _addends(self, start: int, stop: int) -> Iterator[Array]:
+        """What is added to rows start to stop, in order."""
+        for scaling, offset in self._offsets:
+            yield scaling * (offset[start:stop] if self.shape else offset).astype(self.wide)
+        for product in self._products:
+            yield product.rows(start, stop)
+
+    def _rows(self, array: Array, start: int, stop: int) -> slice:
+        return slice(None) if array.shape[0] == 1 else slice(start, stop)
+
+
+def _plus(total: Array, addends: Iterable[Array]) -> Array:
+    for addend in addends:
+        total += addend
+    return total
+
+
+def _less(total: Array, addends: Iterable[Array]) -> Array:
+    for addend in addends:
+        total -= addend
+    return total
+
+
+class _Product:
+    """Rows of scaling * A@B, in the order of the weight's axes."""
+
+    def __init__(self, change: Change, wide: np.dtype[Any]) -> None:
+        assert change.factorization is not None
+        roles = change.factorization.roles
+        self._batch, self._ins = roles.count("b"), roles.count("i")
+        self._first = roles[0]
+        order = [axis for role in "bio" for axis in change.factorization.axes(role)]
+        self._back = [order.index(axis) for axis in range(len(roles))]
+        self._swapped = roles == "b" * self._batch + "o" * roles.count("o") + "i" * self._ins
+        a, b = change.parts["A"], change.parts["B"]
+        self._a = np.ascontiguousarray(a.astype(wide))
+        self._b = np.ascontiguousarray((b.astype(np.float64) * change.scaling).astype(wide))
+
+    def rows(self, start: int, stop: int) -> Array:
+        n, a, b = self._batch, self._a, self._b
+        if self._first == "b":
+            a, b = a[start:stop], b[start:stop]
+        elif self._first == "i":
+            a = a[(slice(None),) * n + (slice(start, stop),)]
+        else:
+            b = b[(slice(None),) * (n + 1) + (slice(start, stop),)]
+        batch, ins, outs, rank = a.shape[:n], a.shape[n:-1], b.shape[n + 1 :], a.shape[-1]
+        left, right = a.reshape(*batch, math.prod(ins), rank), b.reshape(*batch, rank, math.prod(outs))
+        if self._swapped:
+            return np.matmul(right.swapaxes(-1, -2), left.swapaxes(-1, -2)).reshape(*batch, *outs, *ins)
+        return np.matmul(left, right).reshape(*batch, *ins, *outs).transpose(self._back)
+
+
+def _magnitude(change: Change, shape: tuple[int, ...]) -> tuple[Array | None, Array, tuple[int, ...]]:
+    """The magnitude with the axes of the weight, room for the squares of the norms, and the axes they are over."""
+    split = change.factorization
+    if "magnitude" not in change.parts or split is None:
+        return None, np.zeros(()), ()
+    axes = split.axes("i")
+    magnitude = np.expand_dims(split.out_like(change.parts["magnitude"]).astype(np.float64), axes)
+    return magnitude, np.zeros([1 if axis in axes else size for axis, size in enumerate(shape)]), axes

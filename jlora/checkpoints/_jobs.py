@@ -1,0 +1,222 @@
+"""Adapters on the disk: extracted from checkpoints, resized, combined, converted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora import compose
+from jlora.adapter import is_update
+from jlora.checkpoints._lazy import lazy_tree
+from jlora.checkpoints._rewrite import Progress
+from jlora.config import LoraConfig
+from jlora.disk import Checkpoint
+from jlora.errors import DataError
+from jlora.fields import choice
+from jlora.interop.names import from_gemma, from_qwix
+from jlora.interop.peft import FLAT, NESTED, is_peft_folder, names_embedding, read_peft_arrays, write_peft
+from jlora.interop.peft import Mapping as Table
+from jlora.paths import PatternIndex, leaves_by_path, literal_pattern, nest
+from jlora.storage import load_adapters, save_adapters
+from jlora.tree import find_targets, is_targeted
+
+FORMATS = ("own", "peft")
+NAMES = ("gemma", "qwix")
+
+
+def read_adapters(path: str | Path, mapping: Table = NESTED) -> tuple[Any, LoraConfig, str]:
+    """The adapters of a folder, their configuration, and the format that they are in, "own" or "peft"."""
+    if not is_peft_folder(path):
+        return *load_adapters(path), "own"
+    entries, config = read_peft_arrays(path, mapping)
+    return nest(entries), config, "peft"
+
+
+def write_adapters(
+    out: str | Path, adapters: Any, config: LoraConfig, form: str, *, mapping: Table | None = None, force: bool = False
+) -> None:
+    """Writes a folder of adapters; one that holds something is replaced with `force` alone."""
+    choice("format", form, FORMATS)
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise DataError(f"{folder}: is there already; give another folder, or --force (force=True) to replace it")
+    if form == "own":
+        save_adapters(folder, adapters, config)
+    else:
+        write_peft(folder, adapters, config, _table(adapters) if mapping is None else mapping)
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int = 16,
+    energy: float | None = None,
+    target_modules: str | Sequence[str] = "**",
+    exclude_modules: str | Sequence[str] = (),
+    factorizations: Mapping[str, str] | None = None,
+    form: str = "own",
+    seed: int = 0,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> compose.Extraction:
+    """The best adapters of the difference of two checkpoints, written to a folder; see `jlora.compose.extract`.
+
+    One weight at a time is in memory. Paths are the tensors' names with slashes for dots.
+
+    Args:
+      base, tuned: checkpoints with the same tensors.
+      out: the folder to write.
+      rank: of each adapter, at most; less where a weight has a smaller side.
+      energy: where given, each weight has the smallest rank that keeps this share of its squared Frobenius norm.
+      target_modules, exclude_modules: patterns on the paths; the weights that changed.
+      factorizations: pattern -> letters, over what names and shapes say: "oi" for a `weight` of two axes, "io" for an
+        embedding, "oi..." for a convolution, "boi" for experts in one array.
+      form: "own" or "peft".
+      seed: of the random sketches.
+      force: whether to replace `out` where it is there.
+      on_progress: called with (bytes read, bytes in all).
+
+    Returns:
+      The table of what is kept of each weight.
+
+    Raises:
+      DataError, TargetError, AdapterError: checkpoints that cannot be read or do not fit each other, nothing changed.
+    """
+    checkpoints = Checkpoint(base), Checkpoint(tuned)
+    total = 2 * sum(entry.stop - entry.start for found in checkpoints for entry in found.entries.values())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        if on_progress is not None:
+            on_progress(done, total)
+
+    before, after = (lazy_tree(found, advance) for found in checkpoints)
+    config = LoraConfig(
+        rank=rank, alpha=rank, target_modules=_listed(target_modules), exclude_modules=_listed(exclude_modules)
+    )
+    config = _with_factorizations(config, before, dict(factorizations or {}))
+    adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed)
+    entries = {path: entry for path, entry in adapters.items() if entry is not None}
+    write_adapters(out, nest(entries), config, form, force=force)
+    return report
+
+
+def resize(
+    adapters: str | Path,
+    out: str | Path,
+    rank: int,
+    *,
+    rank_pattern: Mapping[str, int] | None = None,
+    form: str | None = None,
+    force: bool = False,
+) -> LoraConfig:
+    """Adapters of another rank, optimal in the Frobenius norm, written to a folder; see `jlora.compose.resize`."""
+    tree, config, found = read_adapters(adapters)
+    resized, config = compose.resize(tree, config, rank, rank_pattern=rank_pattern or ())
+    write_adapters(out, resized, config, form or found, force=force)
+    return config
+
+
+def combine(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    method: str = "linear",
+    form: str | None = None,
+    force: bool = False,
+    **options: Any,
+) -> LoraConfig:
+    """Several adapters as one, written to a folder; methods and options of `jlora.compose.combine`.
+
+    Raises:
+      DataError: as well where an adapter has no path in common with the others.
+    """
+    read = [read_adapters(path) for path in adapters]
+    paths = [set(leaves_by_path(tree, is_leaf=is_update)) for tree, _, _ in read]
+    for path, own in zip(adapters, paths, strict=True):
+        others = set().union(*(found for found in paths if found is not own))
+        if others and not own & others:
+            raise DataError(f"{path}: no weight in common with the others: {min(own)}, but {min(others)} there")
+    combined, config = compose.combine([(tree, config) for tree, config, _ in read], weights, method=method, **options)
+    write_adapters(out, combined, config, form or read[0][2], force=force)
+    return config
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    mapping: Table | None = None,
+    names: str | None = None,
+    alpha: float | None = None,
+    force: bool = False,
+) -> LoraConfig:
+    """Adapters in another format, written to a folder.
+
+    Args:
+      source: a folder of adapters, jlora's own or PEFT's; with `names`, a checkpoint of params that hold adapters.
+      out: the folder to write.
+      to: "own" or "peft".
+      mapping: how the names in PEFT's files meet the paths (`jlora.interop.peft`); by default paths are the names with
+        slashes for dots.
+      names: "gemma" (`lora/a`, `lora/b` beside a weight) or "qwix" (`kernel_lora_a`, `kernel_lora_b`).
+      alpha: that qwix was given; it is not in the params.
+      force: whether to replace `out` where it is there.
+    """
+    choice("to", to, FORMATS)
+    if names is None:
+        adapters, config, _ = read_adapters(source, NESTED if mapping is None else mapping)
+    else:
+        adapters, config = _from_params(source, choice("names", names, NAMES), alpha)
+    write_adapters(out, adapters, config, to, mapping=mapping, force=force)
+    return config
+
+
+def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:
+    checkpoint = Checkpoint(source)
+    params = {name: checkpoint.read(name) for name in checkpoint.entries}
+    if names == "gemma":
+        _, adapters, config = from_gemma(params)
+    elif alpha is None:
+        raise DataError("qwix keeps alpha outside of the params: give alpha")
+    else:
+        _, adapters, config = from_qwix(params, alpha=alpha)
+    return adapters, config
+
+
+def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _table(adapters: Any) -> Table:
+    """The mapping for paths that are the names, with or without slashes for dots."""
+    return NESTED if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_update)) else FLAT
+
+
+def _with_factorizations(config: LoraConfig, tree: Mapping[str, Any], given: Mapping[str, str]) -> LoraConfig:
+    """The configuration with what names and shapes of Hugging Face say, and ranks that fit the smaller sides."""
+    patterns = PatternIndex(given.items())
+    roles = {
+        literal_pattern(path): found
+        for path, leaf in tree.items()
+        if is_targeted(config, path) and not patterns.matches(path) and (found := _roles(path, leaf.ndim))
+    }
+    full = config.replace(factorizations={**given, **roles})
+    targets = find_targets(tree, full.replace(rank=1)).values()
+    sides = {target.path: target.factorization.max_rank(target.shape) for target in targets}
+    return full.replace(rank_pattern={literal_pattern(p): side for p, side in sides.items() if side < config.rank})
+
+
+def _roles(path: str, ndim: int) -> str | None:
+    """The roles of the axes of a Hugging Face tensor; None for what is no weight, or is named as Flax does."""
+    module, _, name = path.rpartition("/")
+    if name == "weight" and ndim >= 2:
+        return "io" if ndim == 2 and names_embedding(module.rpartition("/")[2]) else "o" + "i" * (ndim - 1)
+    if ndim == 3 and module.endswith("experts"):
+        return "boi"
+    return None

@@ -1,0 +1,340 @@
+"""`merge` and `unmerge`: adapters into a checkpoint folder and out of it, in bounded memory."""
+
+import dataclasses
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.checkpoints._arithmetic import Array, Change, Weight, row_blocks
+from jlora.checkpoints._residuals import RESIDUALS, ResidualWriter, residual_file, residual_reader
+from jlora.checkpoints._rewrite import (
+    RECORD,
+    Progress,
+    ShardWriter,
+    blocks_of,
+    file_digest,
+    fingerprint,
+    rewrite_checkpoint,
+)
+from jlora.checkpoints._updates import changes_of, read_adapter
+from jlora.disk import Checkpoint, TensorEntry, TensorFile, read_json
+from jlora.errors import DataError
+from jlora.fields import number
+
+_TENSORS = "adapter_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What `merge` did.
+
+    Attributes:
+      out: the folder that was written.
+      changed: the tensors that are others now.
+      copied: how many are the same, byte by byte.
+      size: of the checkpoint, in bytes.
+      resumed: how many shards an earlier run had written.
+      warnings: what may surprise.
+    """
+
+    out: Path
+    changed: tuple[str, ...]
+    copied: int
+    size: int
+    resumed: int
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        resumed = f", {self.resumed} shards of them by an earlier run" if self.resumed else ""
+        tensors = f"{len(self.changed):,} tensors changed and {self.copied:,} copied"
+        text = f"{tensors}, {self.size / 1e9:.2f} GB{resumed}: {self.out}"
+        return "\n".join([text, *(f"warning: {line}" for line in self.warnings)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmerged:
+    """What `unmerge` did.
+
+    Attributes:
+      out: the folder that was written.
+      changed: the tensors that are others now.
+      exact: whether every bit is known to be the base's.
+      uncertain: how many numbers rounding leaves open, of `numbers` in the changed tensors.
+      largest: by how much one of them may be off at most.
+    """
+
+    out: Path
+    changed: tuple[str, ...]
+    exact: bool
+    uncertain: int
+    numbers: int
+    largest: float
+
+    def __str__(self) -> str:
+        text = f"{len(self.changed):,} tensors unmerged: {self.out}"
+        if self.exact:
+            return f"{text}\nevery bit is the base's, checked by its hash"
+        share = self.uncertain / max(1, self.numbers)
+        return (
+            f"{text}\nup to {self.uncertain:,} of {self.numbers:,} numbers ({share:.2%}) may be off, "
+            f"by {self.largest:.3g} at most: merging rounded them, and no residual was kept. Keep the base, or merge "
+            "with --keep-residual"
+        )
+
+
+def merge(
+    checkpoint: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    keep_residual: bool = False,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> Merged:
+    """Merges adapters into a checkpoint: W + sum of weight * scaling * A@B, the sum in float32, rounded once.
+
+    The checkpoint is worked through block by block: whatever its size, memory holds the adapters and a few MiB. The
+    output has the same shards, names, metadata and side files; tensors without an adapter are copied byte by byte. A
+    run that is killed goes on where it stopped when it is called again with the same arguments.
+
+    Args:
+      checkpoint: a folder of safetensors in the layout of Hugging Face, sharded or not, or one file.
+      adapters: folders of adapters, jlora's own or PEFT's, one or several.
+      out: the folder to write.
+      weights: of the adapters, 1 by default; may be negative.
+      keep_residual: whether to keep beside the output what `unmerge` needs to bring the base back to the bit.
+      force: whether to replace `out` where it is there; it is replaced when all is written.
+      on_progress: called with (bytes done, bytes in all).
+
+    Raises:
+      DataError: a checkpoint or an adapter that cannot be read, adapters that do not fit it, `out` is there, the disk
+        is too small, a sum that the dtype cannot hold.
+    """
+    source = Checkpoint(checkpoint)
+    changes = _changes(source, adapters, weights)
+    record = _record("merge", source, adapters, weights) | {"residual": keep_residual}
+
+    def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
+        _merge_tensor(name, changes[name], file, writer, keep_residual)
+
+    numbers = sum(source.entries[name].stop - source.entries[name].start for name in changes)
+    resumed = rewrite_checkpoint(
+        source,
+        out,
+        changes,
+        rewrite,
+        record,
+        extra_bytes=numbers if keep_residual else 0,
+        leave_out=(RECORD,),
+        force=force,
+        on_progress=on_progress,
+    )
+    size = sum((source.folder / shard).stat().st_size for shard in source.shards)
+    return Merged(
+        Path(out), tuple(changes), len(source.entries) - len(changes), size, resumed, tuple(_warnings(source, changes))
+    )
+
+
+def unmerge(
+    merged: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> Unmerged:
+    """Takes adapters out of a checkpoint that they were merged into, by the same arithmetic backwards.
+
+    Where `merge` kept the residual, every bit of the base comes back, and a hash proves it. Without it, rounding leaves
+    some numbers open; the report says how many at most, and by how much.
+
+    Args:
+      merged: the folder that `merge` wrote.
+      adapters, weights: those that were merged.
+      out: the folder to write.
+      force, on_progress: as for `merge`.
+
+    Raises:
+      DataError: as for `merge`; adapters that are not those that were merged, an update that cannot be taken out
+        without a residual, a residual that does not lead back to the base.
+    """
+    source = Checkpoint(merged)
+    changes = _changes(source, adapters, weights)
+    record = _record("unmerge", source, adapters, weights)
+    _check_same(source.folder, record)
+    exact = (source.folder / RESIDUALS).is_dir()
+    if not exact and (lost := [name for name, found in changes.items() if not all(c.is_reversible for c in found)]):
+        raise DataError(f"{lost[0]}: a value or a norm that is lost cannot be taken out; keep the base, or a residual")
+    tally = _Tally()
+
+    def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
+        weight = Weight(file.entries[name].shape, file.entries[name].dtype, changes[name])
+        if exact:
+            _restore_tensor(name, weight, file, writer, source.folder)
+        else:
+            _unmerge_tensor(name, weight, file, writer, tally)
+
+    rewrite_checkpoint(source, out, changes, rewrite, record, leave_out=(RECORD,), force=force, on_progress=on_progress)
+    numbers = sum(math.prod(source.entries[name].shape) for name in changes)
+    return Unmerged(Path(out), tuple(changes), exact, tally.count, numbers, tally.largest)
+
+
+class _Tally:
+    """What rounding leaves open, over all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self.count, self.largest = threading.Lock(), 0, 0.0
+
+    def add(self, count: int, largest: float) -> None:
+        with self._lock:
+            self.count, self.largest = self.count + count, max(self.largest, largest)
+
+
+def _changes(
+    source: Checkpoint, adapters: str | Path | Sequence[str | Path], weights: Sequence[float] | None
+) -> dict[str, list[Change]]:
+    """The changes of each tensor, in the order of the checkpoint's bytes."""
+    folders = _listed(adapters)
+    factors = [1.0] * len(folders) if weights is None else [number("weights", weight) for weight in weights]
+    if len(factors) != len(folders):
+        raise DataError(f"{len(folders)} adapters and {len(factors)} weights: give one weight for each")
+    found: dict[str, list[Change]] = {}
+    for folder, factor in zip(folders, factors, strict=True):
+        entries, config = read_adapter(folder)
+        try:
+            for name, change in changes_of(entries, config, factor, source).items():
+                found.setdefault(name, []).append(change)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from None
+    return {name: found[name] for name in source.entries if name in found}
+
+
+def _listed(adapters: str | Path | Sequence[str | Path]) -> list[Path]:
+    folders = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if not folders:
+        raise DataError("no adapters are given")
+    return [Path(folder) for folder in folders]
+
+
+def _record(
+    command: str, source: Checkpoint, adapters: str | Path | Sequence[str | Path], weights: Sequence[float] | None
+) -> dict[str, Any]:
+    folders = _listed(adapters)
+    return {
+        "command": command,
+        "source": fingerprint(source),
+        "adapters": [file_digest(folder / _TENSORS) for folder in folders],
+        "names": [folder.resolve().name for folder in folders],
+        "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
+    }
+
+
+def _check_same(folder: Path, record: dict[str, Any]) -> None:
+    """Refuses adapters that are not those that were merged, where the record of the merge is there."""
+    if not (folder / RECORD).is_file():
+        return
+    merged = read_json(folder / RECORD)
+    if merged.get("command") != "merge":
+        raise DataError(f"{folder}: nothing is merged here; its {RECORD} tells of {merged.get('command')!r}")
+    for key in ("adapters", "weights"):
+        if merged.get(key) != record[key]:
+            raise DataError(
+                f"{folder}: merged were the adapters {', '.join(map(str, merged.get('names', [])))} with the weights "
+                f"{merged.get('weights')}; given are {', '.join(record['names'])} with {record['weights']}"
+            )
+
+
+def _merge_tensor(name: str, changes: list[Change], file: TensorFile, writer: ShardWriter, keep_residual: bool) -> None:
+    entry = file.entries[name]
+    weight = Weight(entry.shape, entry.dtype, changes)
+    blocks = list(blocks_of(entry, row_blocks(entry.shape)))
+    if weight.needs_norms:
+        for start, stop, at, shape in blocks:
+            weight.add_norms(_read(file, at, shape, entry), start, stop)
+
+    def one(start: int, stop: int, at: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        block = _read(file, at, shape, entry)
+        merged = weight.merged(block, start, stop)
+        _check_range(name, block, merged)
+        writer.put(at, merged)
+        return block, merged
+
+    def some(part: list[Any]) -> None:
+        for block in part:
+            one(*block)
+
+    if not keep_residual:
+        for first in range(0, len(blocks), 16):
+            writer.run(some, blocks[first : first + 16])
+        return
+
+    def all_in_order() -> None:
+        residual = ResidualWriter(residual_file(writer.path.parent, writer.path.name, name))
+        for start, stop, at, shape in blocks:
+            block, merged = one(start, stop, at, shape)
+            residual.add(block, weight.unmerged(merged, start, stop))
+        residual.close()
+
+    writer.run(all_in_order)
+
+
+def _unmerge_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWriter, tally: _Tally) -> None:
+    entry = file.entries[name]
+
+    def some(part: list[Any]) -> None:
+        for start, stop, at, shape in part:
+            block = _read(file, at, shape, entry)
+            tally.add(*weight.uncertain(block, start, stop))
+            writer.put(at, weight.unmerged(block, start, stop))
+
+    blocks = list(blocks_of(entry, row_blocks(entry.shape)))
+    for first in range(0, len(blocks), 16):
+        writer.run(some, blocks[first : first + 16])
+
+
+def _restore_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWriter, folder: Path) -> None:
+    entry = file.entries[name]
+
+    def all_in_order() -> None:
+        with residual_reader(residual_file(folder, writer.path.name, name)) as unpacker:
+            for start, stop, at, shape in blocks_of(entry, row_blocks(entry.shape)):
+                block = _read(file, at, shape, entry)
+                writer.put(at, unpacker.restore(weight.unmerged(block, start, stop)))
+
+    writer.run(all_in_order)
+
+
+def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry) -> Array:
+    block = np.empty(shape, entry.dtype)
+    file.read_into(at, block)
+    return block
+
+
+def _check_range(name: str, block: Array, merged: Array) -> None:
+    """Refuses a sum that the dtype cannot hold; bfloat16 and float32 hold what float32 does."""
+    if merged.dtype.itemsize <= 2 and merged.dtype.name != "bfloat16":
+        wide = merged.astype(np.float32)
+        if not np.isfinite(wide).all() and np.isfinite(block.astype(np.float32)).all():
+            raise DataError(
+                f"{name}: a sum is too large for {merged.dtype}; scale the adapter, or use a wider checkpoint"
+            )
+
+
+def _warnings(source: Checkpoint, changes: dict[str, Any]) -> list[str]:
+    config = source.folder / "config.json"
+    if not config.is_file():
+        return []
+    try:
+        tied = read_json(config).get("tie_word_embeddings")
+    except DataError:
+        return []
+    embeddings = [name for name in changes if any(part in name for part in ("embed_tokens", "wte", "word_embeddings"))]
+    if tied and embeddings and not any("lm_head" in name for name in source.entries):
+        return [f"{embeddings[0]} is the output head too (tie_word_embeddings): the adapter acts on both now"]
+    return []

@@ -1,0 +1,279 @@
+"""A checkpoint folder written anew with some tensors changed, a shard at a time, and resumable.
+
+A shard of the output has the header of its source, so that every tensor keeps its place: the file is a copy in which
+the bytes of the changed tensors are others. Finished shards are noted in a journal; a run that was killed goes on
+behind the last.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from jlora.disk import Checkpoint, TensorEntry, TensorFile, dump_json, read_json
+from jlora.errors import DataError
+
+RECORD = "jlora_merge.json"
+_COPY = 64 << 20
+_SPARE = 64 << 20
+
+Progress = Callable[[int, int], None]
+Rewrite = Callable[[str, TensorFile, "ShardWriter"], None]
+
+
+class ShardWriter:
+    """A shard of the output, of which tensors are written by ranges; a context manager."""
+
+    def __init__(self, path: Path, source: TensorFile, advance: Callable[[int], None], workers: int) -> None:
+        self.path, self.source, self.advance = path, source, advance
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._pool, self._running, self._most = ThreadPoolExecutor(workers), set[Future[None]](), 4 * workers
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+            if kind is None:
+                self._collect(self._running)
+        finally:
+            os.close(self._handle)
+
+    def run(self, task: Callable[..., None], *args: Any) -> None:
+        """Runs a task beside others; waits where too many are under way."""
+        if len(self._running) >= self._most:
+            done, self._running = wait(self._running, return_when=FIRST_COMPLETED)
+            self._collect(done)
+        self._running.add(self._pool.submit(task, *args))
+
+    def finish(self) -> None:
+        """Waits for all tasks."""
+        running, self._running = self._running, set()
+        self._collect(running)
+
+    def put(self, start: int, array: np.ndarray[Any, Any]) -> None:
+        """Writes the bytes of an array from byte `start` on."""
+        left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        while left.nbytes:
+            count = os.pwrite(self._handle, left, start)
+            left, start = left[count:], start + count
+        self.advance(array.nbytes)
+
+    def copy(self, start: int, stop: int) -> None:
+        """Copies a range of the source, in the kernel where it can."""
+        while start < stop:
+            count = min(_COPY, stop - start)
+            copied = _copy_range(self.source.fileno(), self._handle, start, count)
+            if not copied:
+                raise DataError(f"{self.source.path}: cut short at byte {start:,} while it was copied")
+            start += copied
+            self.advance(copied)
+
+    @staticmethod
+    def _collect(futures: Iterable[Future[None]]) -> None:
+        for future in futures:
+            future.result()
+
+
+def rewrite_checkpoint(
+    source: Checkpoint,
+    out: str | Path,
+    changed: Iterable[str],
+    rewrite: Rewrite,
+    record: Mapping[str, Any],
+    *,
+    extra_bytes: int = 0,
+    leave_out: Iterable[str] = (),
+    force: bool = False,
+    on_progress: Progress | None = None,
+    workers: int | None = None,
+) -> int:
+    """Writes the checkpoint `source` to the folder `out`, the tensors `changed` by `rewrite`.
+
+    Args:
+      source: what is read.
+      out: a folder that is not there, or is replaced with `force`.
+      changed: the tensors that `rewrite` writes; all other bytes are copied.
+      rewrite: called with (tensor, the shard's source, the shard's writer).
+      record: what is done, for `jlora_merge.json` in the output; a run that was killed resumes where it is the same.
+      extra_bytes: what is written beside the checkpoint at most.
+      leave_out: side files that are not copied.
+      force: whether a folder that is there is replaced, when all is written.
+      on_progress: called with (bytes done, bytes in all).
+      workers: threads; as many as processors by default, eight at most.
+
+    Returns:
+      How many shards an earlier run had written.
+
+    Raises:
+      DataError: `out` is there, or is the source; the disk is too small; a file cannot be read or written.
+    """
+    target = Path(out).absolute()
+    partial, old = (target.parent / f".{target.name}.{kind}" for kind in ("partial", "old"))
+    if old.exists() and not target.exists():
+        old.rename(target)
+    _check_target(source, target, force)
+    total = sum((source.folder / shard).stat().st_size for shard in source.shards)
+    journal = _Journal(partial, record)
+    try:
+        done = journal.begin()
+        _check_room(target.parent, total + extra_bytes, partial)
+        progress = _Progress(on_progress, total)
+        names = set(changed)
+        count = workers or min(8, os.cpu_count() or 1)
+        with threadpool_limits(limits=1, user_api="blas"):
+            for shard in source.shards:
+                if shard in done:
+                    progress.advance((source.folder / shard).stat().st_size)
+                    continue
+                _write_shard(source, partial / shard, shard, names, rewrite, progress, count)
+                journal.finished(shard)
+        for file in source.side_files():
+            if file.name not in leave_out:
+                shutil.copy2(file, partial / file.name)
+        journal.close()
+        _replace(partial, target, old)
+    except OSError as error:
+        raise DataError(f"{error.filename or partial}: {error.strerror}; the same command resumes") from None
+    return len(done)
+
+
+def _write_shard(
+    source: Checkpoint, path: Path, shard: str, changed: set[str], rewrite: Rewrite, progress: "_Progress", workers: int
+) -> None:
+    with source.open(shard) as file, ShardWriter(path, file, progress.advance, workers) as writer:
+        start = 0
+        for name, entry in file.entries.items():
+            if name in changed:
+                _copy_in_pieces(writer, start, entry.start)
+                rewrite(name, file, writer)
+                start = entry.stop
+        _copy_in_pieces(writer, start, os.fstat(file.fileno()).st_size)
+
+
+def _copy_in_pieces(writer: ShardWriter, start: int, stop: int) -> None:
+    for piece in range(start, stop, _COPY):
+        writer.run(writer.copy, piece, min(piece + _COPY, stop))
+
+
+class _Journal:
+    """Which shards of a run are finished, and of which run they are."""
+
+    def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
+        self.folder, self.record = folder, dict(record)
+        self.path = folder / RECORD
+        self.done: list[str] = []
+
+    def begin(self) -> list[str]:
+        """The shards that an earlier run of the same has finished; what another run left is taken away."""
+        found: dict[str, Any] = {}
+        if self.path.is_file():
+            with contextlib.suppress(DataError):
+                found = read_json(self.path)
+        same = json.loads(json.dumps(self.record))
+        if found.get("job") == same and found.get("machine") == _machine() and isinstance(found.get("done"), list):
+            self.done = [shard for shard in found["done"] if (self.folder / str(shard)).is_file()]
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write({"job": self.record, "machine": _machine(), "done": self.done})
+        return list(self.done)
+
+    def finished(self, shard: str) -> None:
+        self.done.append(shard)
+        self._write({"job": self.record, "machine": _machine(), "done": self.done})
+
+    def close(self) -> None:
+        """Leaves the record alone in the journal's place."""
+        self._write(self.record)
+
+    def _write(self, data: Mapping[str, Any]) -> None:
+        # No fsync: it would wait for the shards, which a copy does not either.
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_bytes(dump_json(data))
+        fresh.replace(self.path)
+
+
+class _Progress:
+    def __init__(self, report: Progress | None, total: int) -> None:
+        self._report, self._total, self._done, self._lock = report, total, 0, threading.Lock()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._report is not None:
+                self._report(min(self._done, self._total), self._total)
+
+
+def blocks_of(entry: TensorEntry, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """For each range of rows: its start and stop, the byte where it begins in the file, and its shape."""
+    rows = entry.shape[0] if entry.shape else 1
+    width = (entry.stop - entry.start) // max(1, rows)
+    for start, stop in ranges:
+        yield start, stop, entry.start + start * width, (stop - start, *entry.shape[1:]) if entry.shape else ()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(source: Checkpoint) -> dict[str, Any]:
+    """What tells whether the files of a checkpoint are still the same: their sizes and times."""
+    stats = {shard: (source.folder / shard).stat() for shard in source.shards}
+    return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
+
+
+def _check_target(source: Checkpoint, target: Path, force: bool) -> None:
+    if target.resolve() == source.folder.resolve():
+        raise DataError(f"{target}: the output would replace the checkpoint that is read; give another folder")
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target}: is a file; give a folder")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise DataError(f"{target}: is there already; give another folder, or --force (force=True) to replace it")
+    if not target.parent.is_dir():
+        target.parent.mkdir(parents=True)
+
+
+def _check_room(folder: Path, wanted: int, partial: Path) -> None:
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + there < wanted + _SPARE:
+        raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
+
+
+def _replace(partial: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        target.rename(old)
+    partial.rename(target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _copy_range(source: int, target: int, start: int, count: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError):
+            return os.copy_file_range(source, target, count, start, start)
+    data = os.pread(source, min(count, 1 << 20), start)
+    return os.pwrite(target, data, start) if data else 0
+
+
+def _machine() -> str:
+    """The boot of this machine: what was written before a power cut may not have reached the disk."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,169 @@
+"""Adapters from a folder, and the tensors of a checkpoint that they change."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora.adapter import is_update
+from jlora.checkpoints._arithmetic import Change
+from jlora.config import LoraConfig
+from jlora.contraction import Factorization
+from jlora.disk import Checkpoint
+from jlora.errors import DataError, TargetError
+from jlora.interop.peft import is_peft_folder, read_peft_arrays
+from jlora.paths import leaves_by_path, nearest
+from jlora.storage import load_adapters
+from jlora.tree import adapted_targets
+
+Entries = dict[str, dict[str, np.ndarray[Any, Any]]]
+
+_FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_MOST_SHOWN = 12
+
+
+def read_adapter(path: str | Path) -> tuple[Entries, LoraConfig]:
+    """The entries by path and the configuration of an adapter, jlora's own or PEFT's."""
+    if is_peft_folder(path):
+        return read_peft_arrays(path)
+    adapters, config = load_adapters(path)
+    return host_entries(adapters), config
+
+
+def host_entries(adapters: Any) -> Entries:
+    """The entries of a pytree of adapters by path, as NumPy arrays."""
+    found = leaves_by_path(adapters, is_leaf=is_update)
+    return {path: {name: np.asarray(part) for name, part in entry.items()} for path, entry in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What changes one tensor: an entry, or a part of one that the checkpoint keeps in several tensors."""
+
+    tensor: str
+    path: str
+    parts: dict[str, np.ndarray[Any, Any]]
+    whole: bool = True
+
+
+def changes_of(entries: Entries, config: LoraConfig, weight: float, checkpoint: Checkpoint) -> dict[str, Change]:
+    """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
+
+    Paths and tensors meet where they are the same but for dots and slashes, or a prefix that all have or lack. Experts
+    that an adapter holds as one array are taken apart where the checkpoint has them one by one.
+
+    Raises:
+      DataError: every entry without a tensor, or that does not fit its tensor, at once.
+    """
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    pieces = _pieces(entries, shapes)
+    problems = _missing(entries, pieces, shapes)
+    for piece in (piece for found in pieces.values() for piece in found):
+        problems += _unfit(piece, checkpoint)
+        if weight != 1 and {"value", "magnitude"} & set(piece.parts):
+            problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
+    _raise_all(problems)
+    tree = {path: jax.ShapeDtypeStruct(_whole_shape(found, shapes), np.float32) for path, found in pieces.items()}
+    try:
+        targets = adapted_targets(tree, entries, config)
+    except TargetError as error:
+        raise DataError(f"the adapters do not fit the checkpoint: {error}") from None
+    changes: dict[str, Change] = {}
+    for path, found in pieces.items():
+        scaling = weight * config.effective_alpha_of(path) / config.rank_of(path)
+        split = targets[path].factorization if path in targets else None
+        for piece in found:
+            changes[piece.tensor] = Change(piece.parts, scaling, split if piece.whole else Factorization("oi"))
+    return changes
+
+
+def _pieces(entries: Entries, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[_Piece]]:
+    """The pieces of each entry, by path; none where the checkpoint has no tensor for it."""
+    names = {name.replace("/", "."): name for name in shapes}
+    dotted = {path: path.replace("/", ".") for path in entries}
+    best: dict[str, list[_Piece]] = {}
+    for strip, add in _prefixes(list(dotted.values()), names):
+        found = {}
+        for path, name in dotted.items():
+            if name.startswith(strip):
+                found[path] = _pieces_of(path, add + name.removeprefix(strip), entries[path], names)
+        found = {path: pieces for path, pieces in found.items() if pieces}
+        if len(found) == len(entries):
+            return found
+        best = best or found
+        if best:
+            break
+    return best
+
+
+def _prefixes(paths: list[str], names: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """What may have to be taken from the paths, or put before them, to meet the names; nothing at first."""
+    yield "", ""
+    segments = paths[0].split(".")
+    for depth in range(1, len(segments) - 1):
+        yield ".".join(segments[:depth]) + ".", ""
+    for path in paths[:1]:
+        yield from (("", name.removesuffix(path)) for name in names if name.endswith(f".{path}"))
+
+
+def _pieces_of(path: str, name: str, parts: dict[str, Any], names: Mapping[str, str]) -> list[_Piece]:
+    if name in names:
+        return [_Piece(names[name], path, parts)]
+    module, _, last = name.rpartition(".")
+    if set(parts) != {"A", "B"} or parts["A"].ndim != 3 or parts["B"].ndim != 3:
+        return []
+    a, b = parts["A"], parts["B"]
+    for group in _FUSED.get(last, ()):
+        tensors = [[f"{module}.{e}.{part}.weight" for part in group] for e in range(a.shape[0])]
+        if all(tensor in names for row in tensors for tensor in row) and b.shape[2] % len(group) == 0:
+            width = b.shape[2] // len(group)
+            return [
+                _Piece(names[tensor], path, {"A": a[e], "B": b[e][:, j * width : (j + 1) * width]}, whole=False)
+                for e, row in enumerate(tensors)
+                for j, tensor in enumerate(row)
+            ]
+    return []
+
+
+def _whole_shape(pieces: list[_Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the weight that an entry is for; of experts one by one, as if they were one array."""
+    first = shapes[pieces[0].tensor]
+    if pieces[0].whole:
+        return first
+    modules = len({piece.tensor.rsplit(".", 2)[0] for piece in pieces})
+    return (modules, first[0] * (len(pieces) // modules), first[1])
+
+
+def _missing(entries: Entries, pieces: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
+    missing = [path for path in entries if path not in pieces]
+    shown = [
+        f"{path}: the checkpoint has no such tensor; nearest: {', '.join(nearest(path.replace('/', '.'), shapes))}"
+        for path in missing[:_MOST_SHOWN]
+    ]
+    return [*shown, *missing[_MOST_SHOWN:]]
+
+
+def _unfit(piece: _Piece, checkpoint: Checkpoint) -> Iterable[str]:
+    code = checkpoint.entries[piece.tensor].code
+    scales = [f"{piece.tensor}{end}" for end in ("_scale", "_scale_inv", ".absmax", "_packed")]
+    if code not in _FLOATING:
+        yield f"{piece.tensor}: dtype {code} is not floating; dequantize the checkpoint first"
+    elif code.startswith("F8") and any(name in checkpoint.entries for name in scales):
+        yield f"{piece.tensor}: is quantized, with a scale beside it; dequantize the checkpoint first"
+    elif not piece.whole:
+        wanted = (piece.parts["B"].shape[1], piece.parts["A"].shape[0])
+        if checkpoint.entries[piece.tensor].shape != wanted:
+            yield f"{piece.tensor} {checkpoint.entries[piece.tensor].shape}: the experts of {piece.path} want {wanted}"
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        shown = problems[:_MOST_SHOWN]
+        more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        raise DataError(
+            "\n  ".join([f"the adapters do not fit the checkpoint: {len(problems)} problems:", *shown, *more])
+        )

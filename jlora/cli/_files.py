@@ -1,0 +1,246 @@
+"""The commands on files: arguments to the functions of `jlora.checkpoints`, which have the same names."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jlora.cli._progress import progress_line
+from jlora.errors import DataError
+
+_ADAPTERS = "a folder of adapters, jlora's own or PEFT's"
+_CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
+
+
+def add_file_commands(commands: Any) -> None:
+    """Adds merge, unmerge, extract, resize, combine, convert, inspect and diff to the parser's commands."""
+    _merge(_command(commands, "merge", _run_merge, "adapters into a checkpoint, in bounded memory"))
+    _unmerge(_command(commands, "unmerge", _run_unmerge, "adapters out of a checkpoint again"))
+    _extract(_command(commands, "extract", _run_extract, "the best adapters of a fine-tuned checkpoint"))
+    _resize(_command(commands, "resize", _run_resize, "adapters of another rank"))
+    _combine(_command(commands, "combine", _run_combine, "several adapters as one"))
+    _convert(_command(commands, "convert", _run_convert, "adapters in another format"))
+    _inspect(_command(commands, "inspect", _run_inspect, "what adapters hold, and whether anything looks wrong"))
+    _diff(_command(commands, "diff", _run_diff, "how two adapters or two checkpoints differ"))
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_,
+        description=f"{help_[0].upper()}{help_[1:]}. In Python: jlora.checkpoints.{name}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _out(parser: argparse.ArgumentParser, *, form: bool = False) -> None:
+    parser.add_argument("--out", "-o", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--force", action="store_true", help="replace the folder where it is there")
+    if form:
+        parser.add_argument("--format", choices=("own", "peft"), help="of the adapters that are written")
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter, 1 by default")
+
+
+def _merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help=_CHECKPOINT)
+    parser.add_argument("adapters", nargs="+", help=_ADAPTERS)
+    _out(parser)
+    _weights(parser)
+    parser.add_argument("--keep-residual", action="store_true", help="keep what unmerge needs to be exact")
+
+
+def _unmerge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="the folder that merge wrote")
+    parser.add_argument("adapters", nargs="+", help="the adapters that were merged")
+    _out(parser)
+    _weights(parser)
+
+
+def _extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help=_CHECKPOINT)
+    parser.add_argument("tuned", help="the fine-tuned checkpoint, with the same tensors")
+    _out(parser, form=True)
+    parser.add_argument("--rank", type=int, default=16, help="of each adapter, at most (16)")
+    parser.add_argument("--energy", type=float, help="the share of each difference that its rank has to keep, up to 1")
+    parser.add_argument("--target", action="append", metavar="PATTERN", help="weights to adapt, such as '**/q_proj'")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", default=[], help="weights to leave out")
+    parser.add_argument("--seed", type=int, default=0, help="of the random sketches (0)")
+
+
+def _resize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", help=_ADAPTERS)
+    parser.add_argument("--rank", type=int, required=True, help="the new rank")
+    _out(parser, form=True)
+
+
+def _combine(parser: argparse.ArgumentParser) -> None:
+    from jlora.compose import METHODS
+
+    parser.add_argument("adapters", nargs="+", help=_ADAPTERS)
+    _out(parser, form=True)
+    _weights(parser)
+    parser.add_argument("--method", choices=METHODS, default="linear", help="how (linear)")
+    parser.add_argument("--density", type=float, help="the share of numbers that pruning keeps")
+    parser.add_argument("--rank", type=int, help="of the result, for the methods that end in svd")
+    parser.add_argument("--majority-sign", choices=("total", "frequency"), default="total", help="of ties (total)")
+    parser.add_argument("--seed", type=int, default=0, help="of random pruning (0)")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=f"{_ADAPTERS}; with --names, a checkpoint")
+    parser.add_argument("--to", choices=("own", "peft"), required=True, help="the format to write")
+    _out(parser)
+    parser.add_argument(
+        "--mapping",
+        metavar="FILE",
+        help="a .toml or .json file with tables [[row]] of name, path, transpose, reshape, stack; by default paths are "
+        "the names in the Hugging Face model, with slashes for dots",
+    )
+    parser.add_argument("--names", choices=("gemma", "qwix"), help="read params that hold another library's LoRA")
+    parser.add_argument("--alpha", type=float, help="that qwix was given")
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", help=_ADAPTERS)
+
+
+def _diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("left", help="a folder of adapters, or a checkpoint")
+    parser.add_argument("right", help="another of the same kind")
+
+
+def _run_merge(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    with progress_line("merge") as show:
+        done = checkpoints.merge(
+            arguments.checkpoint,
+            arguments.adapters,
+            arguments.out,
+            weights=arguments.weights,
+            keep_residual=arguments.keep_residual,
+            force=arguments.force,
+            on_progress=show,
+        )
+    print(done)
+    return 0
+
+
+def _run_unmerge(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    with progress_line("unmerge") as show:
+        done = checkpoints.unmerge(
+            arguments.checkpoint,
+            arguments.adapters,
+            arguments.out,
+            weights=arguments.weights,
+            force=arguments.force,
+            on_progress=show,
+        )
+    print(done)
+    return 0
+
+
+def _run_extract(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    with progress_line("extract") as show:
+        report = checkpoints.extract(
+            arguments.base,
+            arguments.tuned,
+            arguments.out,
+            rank=arguments.rank,
+            energy=arguments.energy,
+            target_modules=arguments.target or "**",
+            exclude_modules=arguments.exclude,
+            form=arguments.format or "own",
+            seed=arguments.seed,
+            force=arguments.force,
+            on_progress=show,
+        )
+    print(f"{report}\nwritten to {arguments.out}")
+    return 0
+
+
+def _run_resize(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    checkpoints.resize(arguments.adapters, arguments.out, arguments.rank, form=arguments.format, force=arguments.force)
+    print(f"adapters of rank {arguments.rank} written to {arguments.out}")
+    return 0
+
+
+def _run_combine(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    checkpoints.combine(
+        arguments.adapters,
+        arguments.out,
+        arguments.weights,
+        method=arguments.method,
+        density=arguments.density,
+        rank=arguments.rank,
+        majority_sign=arguments.majority_sign,
+        seed=arguments.seed,
+        form=arguments.format,
+        force=arguments.force,
+    )
+    print(f"{len(arguments.adapters)} adapters combined by {arguments.method}, written to {arguments.out}")
+    return 0
+
+
+def _run_convert(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    checkpoints.convert(
+        arguments.source,
+        arguments.out,
+        arguments.to,
+        mapping=None if arguments.mapping is None else _mapping(arguments.mapping),
+        names=arguments.names,
+        alpha=arguments.alpha,
+        force=arguments.force,
+    )
+    print(f"written to {arguments.out}")
+    return 0
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    print(checkpoints.inspect(arguments.adapters))
+    return 0
+
+
+def _run_diff(arguments: argparse.Namespace) -> int:
+    from jlora import checkpoints
+
+    with progress_line("diff") as show:
+        difference = checkpoints.diff(arguments.left, arguments.right, on_progress=show)
+    print(difference)
+    return 0
+
+
+def _mapping(path: str) -> Any:
+    """The rows of a mapping that a file gives."""
+    from jlora.config import read_mapping
+    from jlora.interop.peft import Row
+
+    rows = read_mapping(Path(path)).get("row")
+    known = {"name", "path", "transpose", "reshape", "stack"}
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path}: wanted tables [[row]] with name and path")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"name", "path"} <= set(row) <= known:
+            raise DataError(f"{path}: row {number}: wanted name, path, and of {', '.join(sorted(known))} what it needs")
+    return [Row(**{key: _frozen(value) for key, value in row.items()}) for row in rows]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,233 @@
+"""Two trees of adapters: what is in one only, and how far the updates lie apart."""
+
+import dataclasses
+import html
+import math
+from typing import Any
+
+import numpy as np
+
+from jlora.config import LoraConfig, field_names
+from jlora.diagnostics._factors import (
+    Arrays,
+    Factors,
+    count,
+    entries_of,
+    factors_of,
+    is_same,
+    largest_difference,
+    roles_of,
+    short,
+    singular_values,
+)
+from jlora.errors import AdapterError
+from jlora.tables import html_table, text_table
+from jlora.tree import check_config
+
+_COLUMNS = ("path", "status", "rank", "alpha", "|left|", "|right|", "|difference|", "cosine")
+STATUSES = ("identical", "changed", "only left", "only right")
+
+Pair = tuple[Any, LoraConfig]
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryDifference:
+    """How one entry differs; None for what a side, or an entry of these parts, does not have.
+
+    Attributes:
+      path: of the weight.
+      status: "identical" (the same bytes and the same scaling), "changed", "only left" or "only right".
+      is_same_bytes: whether all parts are bitwise equal, whatever the scaling.
+      ranks, alphas: left and right.
+      norms: ||delta||_F, left and right.
+      distance: ||delta_left - delta_right||_F.
+      cosine: of the angle between the two deltas.
+      parts: of the parts beside A and B, the name and the largest absolute difference; None where one side has no
+        such part, or the shapes differ.
+    """
+
+    path: str
+    status: str
+    is_same_bytes: bool = False
+    ranks: tuple[int | None, int | None] = (None, None)
+    alphas: tuple[float | None, float | None] = (None, None)
+    norms: tuple[float | None, float | None] = (None, None)
+    distance: float | None = None
+    cosine: float | None = None
+    parts: tuple[tuple[str, float | None], ...] = ()
+
+    def row(self) -> tuple[str, ...]:
+        """The cells of the table."""
+        shown = tuple(f"{name} {'differs in shape' if d is None else short(d)}" for name, d in self.parts)
+        return (
+            self.path or "the root",
+            ", ".join((self.status, *shown)),
+            _both([None if rank is None else str(rank) for rank in self.ranks]),
+            _both([None if alpha is None else f"{alpha:g}" for alpha in self.alphas]),
+            *map(short, self.norms),
+            short(self.distance),
+            "-" if self.cosine is None else f"{self.cosine:.4f}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What `diff` found; `str` is a table for a terminal, a notebook shows it as HTML.
+
+    Attributes:
+      entries: one for each path of either side, those of the left first.
+      config: the fields of the configurations that differ, with both values.
+    """
+
+    entries: tuple[EntryDifference, ...]
+    config: tuple[tuple[str, Any, Any], ...]
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether the two sides have the same entries, bytes and scalings; the rest of the configuration may differ."""
+        return all(entry.status == "identical" for entry in self.entries)
+
+    def counts(self) -> dict[str, int]:
+        """How many entries have each status."""
+        return {status: sum(entry.status == status for entry in self.entries) for status in STATUSES}
+
+    def _footer(self) -> tuple[str, ...]:
+        found = [f"{n:,} {status}" for status, n in self.counts().items() if n]
+        distance = math.hypot(*(e.distance for e in self.entries if e.distance is not None))
+        return (count(len(self.entries), "entry", "entries"), ", ".join(found), "", "", "", "", short(distance), "")
+
+    def _lines(self) -> list[str]:
+        return [f"config.{field}: {left!r} in the left, {right!r} in the right" for field, left, right in self.config]
+
+    def __str__(self) -> str:
+        table = text_table(_COLUMNS, [entry.row() for entry in self.entries], self._footer(), left=2)
+        return "\n".join([table, *self._lines()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in self._lines())
+        table = html_table(_COLUMNS, [entry.row() for entry in self.entries], self._footer())
+        return table + (f"<ul>{items}</ul>" if items else "")
+
+
+def diff(left: Pair, right: Pair) -> Difference:
+    """How two trees of adapters differ, entry by entry, without any delta being built.
+
+    The distance of two deltas is the norm of the product of the stacked factors [A_l, A_r] and [s_l B_l; -s_r B_r], by
+    the QR of both, in float64 on the host.
+
+    Args:
+      left, right: `(adapters, config)` each; the ranks may differ.
+
+    Returns:
+      A `Difference`: print it, or read its `entries` and `config`.
+
+    Raises:
+      TargetError: a leaf that is no adapter, an A and a B that do not fit each other or in two ways.
+
+    >>> a, config = np.ones((3, 1)), LoraConfig(rank=1, alpha=1)
+    >>> left, right = ({'up': {'A': a, 'B': np.full((1, 3), b)}} for b in (1.0, 3.0))
+    >>> found = diff((left, config), (right, config)).entries[0]
+    >>> round(found.distance, 6), round(found.cosine, 6)
+    (6.0, 1.0)
+    """
+    sides = [_side(side, name) for side, name in ((left, "left"), (right, "right"))]
+    (lefts, left_config), (rights, right_config) = sides
+    entries = []
+    for path in dict.fromkeys([*lefts, *rights]):
+        updates = (lefts.get(path), rights.get(path))
+        entries.append(_difference(path, updates, (left_config, right_config)))
+    fields = ((name, getattr(left_config, name), getattr(right_config, name)) for name in field_names(LoraConfig))
+    return Difference(tuple(entries), tuple((name, x, y) for name, x, y in fields if x != y))
+
+
+def _side(side: Any, name: str) -> tuple[dict[str, Arrays], LoraConfig]:
+    if not isinstance(side, tuple | list) or len(side) != 2:
+        raise AdapterError(f"{name}: found {type(side).__name__}, wanted (adapters, config)")
+    check_config(side[1])
+    return entries_of(side[0], name), side[1]
+
+
+def _difference(
+    path: str, updates: tuple[Arrays | None, Arrays | None], configs: tuple[LoraConfig, LoraConfig]
+) -> EntryDifference:
+    ends = [_End(path, update, config) for update, config in zip(updates, configs, strict=True)]
+    left, right = ends
+    same = updates[0] is not None and updates[1] is not None and _is_same(updates[0], updates[1])
+    distance, cosine = _apart(left.factors, right.factors, same and left.scaling == right.scaling)
+    if updates[1] is None or updates[0] is None:
+        status = "only left" if updates[1] is None else "only right"
+    else:
+        status = "identical" if same and left.scaling == right.scaling else "changed"
+    return EntryDifference(
+        path,
+        status,
+        same,
+        ranks=(left.rank, right.rank),
+        alphas=(left.alpha, right.alpha),
+        norms=(left.norm, right.norm),
+        distance=distance,
+        cosine=cosine,
+        parts=_parts(*updates),
+    )
+
+
+class _End:
+    """One side of an entry: its numbers, and A and the scaled B as stacks of matrices in float64."""
+
+    def __init__(self, path: str, update: Arrays | None, config: LoraConfig) -> None:
+        self.rank: int | None = None
+        self.alpha: float | None = None
+        self.norm: float | None = None
+        self.scaling: float | None = None
+        self.factors: Factors | None = None
+        if update is None or not update.keys() & {"A", "offset"}:
+            return
+        self.alpha = config.alpha_of(path)
+        self.scaling = config.effective_alpha_of(path) / config.rank_of(path)
+        if "A" in update:
+            a, b = factors_of(path, update, roles_of(path, update, config))
+            self.rank, self.factors = a.shape[2], (a, self.scaling * b)
+            self.norm = _norm(self.factors)
+
+
+def _norm(factors: Factors) -> float:
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.sum(singular_values(factors) ** 2)))
+
+
+def _apart(left: Factors | None, right: Factors | None, same: bool) -> tuple[float | None, float | None]:
+    """The distance and the cosine of two updates; None where one is missing, or the sizes differ."""
+    if left is None or right is None:
+        return None, None
+    (a_left, b_left), (a_right, b_right) = left, right
+    if a_left.shape[:2] != a_right.shape[:2] or b_left.shape[2] != b_right.shape[2]:
+        return None, None
+    stacked = np.concatenate([a_left, a_right], 2), np.concatenate([b_left, -b_right], 1)
+    with np.errstate(all="ignore"):
+        norms = _norm(left) * _norm(right)
+        product = float(np.sum((a_left.mT @ a_right) * (b_left @ b_right.mT)))
+        cosine = None if norms == 0 else product / norms
+    return 0.0 if same else _norm(stacked), cosine if cosine is None or math.isnan(cosine) else min(
+        1.0, max(-1.0, cosine)
+    )
+
+
+def _is_same(left: Arrays, right: Arrays) -> bool:
+    return left.keys() == right.keys() and all(is_same(left[name], right[name]) for name in left)
+
+
+def _parts(left: Arrays | None, right: Arrays | None) -> tuple[tuple[str, float | None], ...]:
+    """The largest difference of each part beside A and B that both sides could have."""
+    if left is None or right is None:
+        return ()
+    names = sorted((left.keys() | right.keys()) - {"A", "B"})
+    comparable = {n for n in names if n in left and n in right and left[n].shape == right[n].shape}
+    return tuple((name, largest_difference(left[name], right[name]) if name in comparable else None) for name in names)
+
+
+def _both(texts: list[str | None]) -> str:
+    """`8`, `8 | 16` where the sides differ."""
+    known = [text for text in texts if text is not None]
+    return "-" if not known else known[0] if len(set(known)) == 1 else " | ".join(known)

@@ -1,0 +1,158 @@
+"""Norms and singular values from A and B on the host, in float64, the delta never built; and how numbers are shown."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.adapter import is_update
+from jlora.config import LoraConfig
+from jlora.contraction import split_batch_axes
+from jlora.errors import AdapterError, TargetError
+from jlora.paths import leaves_by_path, matched_depths
+
+Arrays = Mapping[str, Any]
+Factors = tuple[np.ndarray, np.ndarray]
+
+MOST_PATHS = 8
+_BLOCK = 1 << 20
+
+
+def entries_of(adapters: Any, what: str = "adapters") -> dict[str, Arrays]:
+    """The entries of a tree of adapters by path; a TargetError names every leaf that is none."""
+    found = leaves_by_path(adapters, is_leaf=is_update)
+    wrong = [f"{path or 'the root'} ({type(leaf).__name__})" for path, leaf in found.items() if not is_update(leaf)]
+    if wrong:
+        raise TargetError(f"{what}: {listed(wrong)}: wanted an adapter {{'A', 'B'}} or None at each leaf")
+    return found
+
+
+def roles_of(path: str, update: Arrays, config: LoraConfig) -> str | None:
+    """The factorization that the configuration gives, where A and B fit it."""
+    for pattern, roles in dict(config.factorizations).items():
+        if matched_depths(pattern, path):
+            batch, ins, outs = (roles.count(role) for role in "bio")
+            return (
+                roles if (np.ndim(update["A"]), np.ndim(update["B"])) == (batch + ins + 1, batch + outs + 1) else None
+            )
+    return None
+
+
+def factors_of(path: str, update: Arrays, roles: str | None) -> Factors:
+    """A (n, in, r) and B (n, r, out) of the n matrices of a stack, in float64.
+
+    Raises:
+      TargetError: A and B do not fit each other, or in two ways.
+    """
+    a_shape, b_shape = tuple(update["A"].shape), tuple(update["B"].shape)
+    try:
+        batch = split_batch_axes(a_shape, b_shape, None if roles is None else roles.count("b"))
+    except AdapterError as error:
+        way_out = (
+            f", or factorizations={{{path!r}: '...'}} in the configuration" if "pass batch_dims=" in str(error) else ""
+        )
+        raise TargetError(
+            f"{path or 'the root'}: {error}".replace("pass batch_dims= to say", "give params") + way_out
+        ) from None
+    n, rank = math.prod(a_shape[:batch]), a_shape[-1]
+    a = host64(update["A"]).reshape(n, math.prod(a_shape[batch:-1]), rank)
+    return a, host64(update["B"]).reshape(n, rank, math.prod(b_shape[batch + 1 :]))
+
+
+def host64(array: Any) -> np.ndarray:
+    """Any array as float64 on the host."""
+    with np.errstate(all="ignore"):
+        return np.asarray(array).astype(np.float64)
+
+
+def singular_values(factors: Factors) -> np.ndarray:
+    """The singular values of each A@B, (n, min(in, r, out)), largest first; nan where a matrix is not finite.
+
+    A = Q_a R_a and B^T = Q_b R_b, so that A@B has the singular values of R_a R_b^T.
+    """
+    a, b = factors
+    values = np.zeros((len(a), min(a.shape[1], a.shape[2], b.shape[2])))
+    if values.size:
+        for row, one_a, one_b in zip(values, a, b, strict=True):
+            row[:] = _singular_values(one_a, one_b)[: len(row)]
+    return values
+
+
+def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return np.full(a.shape[1], np.nan)
+        r_a, r_b = (np.asarray(np.linalg.qr(tall, mode="r")) for tall in (a, b.T))
+        core = r_a @ r_b.T
+        return np.linalg.svd(core, compute_uv=False) if np.isfinite(core).all() else np.full(a.shape[1], np.nan)
+
+
+def effective_rank(values: np.ndarray) -> float:
+    """exp(entropy of the singular values over their sum), the mean over a stack (n, k); 0 for a zero matrix.
+
+    Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", EUSIPCO.
+    """
+    if not values.size:
+        return 0.0
+    ranks = []
+    for row in values:
+        total = row.sum()
+        shares = row[row > 0] / total if total else row[:0]
+        entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)))
+        ranks.append(float("nan") if np.isnan(total) else float(np.exp(entropy)) if total else 0.0)
+    return float(np.mean(ranks))
+
+
+def norm_of(array: Any, other: Any = None) -> float:
+    """The Frobenius norm of an array, or of its difference to another of its shape; blocks at a time in float64."""
+    with np.errstate(all="ignore"):
+        return math.sqrt(sum(float(np.vdot(block, block)) for block in _differences(array, other)))
+
+
+def is_finite(array: Any) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    return all(np.isfinite(block).all() for block in _differences(array, None))
+
+
+def largest_difference(left: Any, right: Any) -> float:
+    """The largest absolute difference of two arrays of one shape; 0 where their bytes are the same."""
+    if is_same(left, right):
+        return 0.0
+    with np.errstate(all="ignore"):
+        return max((float(np.max(np.abs(block))) for block in _differences(left, right)), default=0.0)
+
+
+def _differences(left: Any, right: Any) -> Iterator[np.ndarray]:
+    flat = np.asarray(left).reshape(-1)
+    other = None if right is None else np.asarray(right).reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block = host64(flat[start : start + _BLOCK])
+        yield block if other is None else block - host64(other[start : start + _BLOCK])
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two arrays have one dtype, one shape and the same bytes."""
+    x, y = np.asarray(left), np.asarray(right)
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def listed(names: Sequence[str], most: int = MOST_PATHS) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name or "the root" for name in names[:most]) + more
+
+
+def short(number: float | None) -> str:
+    """Three significant digits; - for what there is not."""
+    return "-" if number is None else f"{number:.3g}"
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """`1 adapter`, `1,234 adapters`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def sized(shape: Sequence[int] | None) -> str:
+    """`5x7`."""
+    return "-" if shape is None else "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,46 @@
+"""The names of the files in a folder of adapters, and what a folder is that has others."""
+
+import os
+from pathlib import Path
+
+from jlora.disk import parse_json, read_bytes
+from jlora.paths import nearest
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+MOST_CONFIG = 16 << 20
+PEFT = "this is a PEFT adapter: read it with jlora.interop.peft.read_peft"
+
+
+def what_it_is(folder: Path) -> str:
+    """What a path is that holds no tensors of adapters."""
+    if os.path.isfile(folder):
+        return f"is a file: wanted the folder that save_adapters wrote, with {CONFIG} and {TENSORS}"
+    if not os.path.isdir(folder):
+        siblings = [path.name for path in _listed(folder.parent) if os.path.isfile(path / TENSORS)]
+        near = ", ".join(nearest(folder.name, siblings)) if siblings else ""
+        return "no such folder" + (f"; beside it: {near}" if near else "")
+    if is_peft(folder):
+        return PEFT
+    if os.path.lexists(folder / TENSORS):
+        return f"{TENSORS} is no regular file"
+    names = {path.name for path in _listed(folder)}
+    if names & {"_CHECKPOINT_METADATA", "_METADATA", "_sharding"}:
+        return "this is an Orbax checkpoint: restore it with Orbax"
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return "this is a checkpoint of a model, not a folder of adapters"
+    return f"holds no adapters: wanted {CONFIG} and {TENSORS}, as save_adapters writes them"
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether the configuration in a folder is one of PEFT."""
+    try:
+        return "peft_type" in parse_json(read_bytes(folder / CONFIG, MOST_CONFIG))
+    except ValueError:
+        return False
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))[:1000]]
+    except OSError:
+        return []

@@ -1,0 +1,197 @@
+"""Adapters and their configuration out of a folder."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import numpy as np
+
+from jlora.adapter import is_update
+from jlora.config import LoraConfig
+from jlora.disk import TensorFile, shortened
+from jlora.errors import DataError, JloraError
+from jlora.paths import path_string
+from jlora.storage._checks import check_fit, not_finite
+from jlora.storage._folder import check_seal, opened_folder
+from jlora.storage._kinds import CONFIG, TENSORS
+from jlora.storage._report import LoadReport, compare
+from jlora.storage._structure import Entries, is_name_of, listed, put_together
+
+
+class _Stored(NamedTuple):
+    """What a folder holds: the adapters as NumPy arrays in their structure, and by name."""
+
+    adapters: Any
+    entries: Entries
+    config: LoraConfig
+
+
+@overload
+def load_adapters(
+    path: str | Path, *, params: Any = None, sharding: Any = None, strict: Literal[True] = True
+) -> tuple[Any, LoraConfig]: ...
+
+
+@overload
+def load_adapters(
+    path: str | Path, *, params: Any = None, sharding: Any = None, strict: Literal[False]
+) -> tuple[Any, LoraConfig, LoadReport]: ...
+
+
+def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None, strict: bool = True) -> Any:
+    """The adapters and the configuration that `save_adapters` wrote, bit by bit, or an error that says what is wrong.
+
+    Args:
+      path: the folder.
+      params: the params that the adapters are for, arrays or `jax.ShapeDtypeStruct`: every path and shape is checked,
+        and the adapters come in the structure of the params, `None` where there is none. Without it they come in the
+        structure in which they were saved.
+      sharding: a `jax.sharding.Sharding`, or a tree of them that is a prefix of the adapters; by default the arrays go
+        to JAX's default device.
+      strict: whether what does not fit the params is an error. If not, what fits is returned, with the report.
+
+    Returns:
+      `(adapters, config)`, of JAX arrays; with `strict=False` `(adapters, config, report)`.
+
+    Raises:
+      DataError: no such folder, files that are damaged or do not belong together, another kind of folder, values that
+        are not finite, dtypes that JAX would narrow, adapters that do not fit the params.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from jlora.storage import save_adapters
+    >>> adapters = {'up': {'kernel': {'A': jnp.ones((5, 2)), 'B': jnp.ones((2, 7))}}}
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> save_adapters(folder.name, adapters, LoraConfig(rank=2, target_modules='up'))
+    >>> loaded, config = load_adapters(folder.name)
+    >>> config, loaded['up']['kernel']['B'].shape
+    (LoraConfig(rank=2, target_modules=('up',)), (2, 7))
+    >>> params = {'up': {'kernel': jax.ShapeDtypeStruct((5, 11), 'float32')}, 'down': jnp.ones((11, 5))}
+    >>> print(load_adapters(folder.name, params=params, strict=False)[2])
+    0 of 1 adapters fit the params
+      wrong shape: up/kernel: found A (5, 2), B (2, 7), wanted A (5, 2), B (2, 11) for the weight (5, 11)
+    >>> folder.cleanup()
+    """
+    folder = Path(path)
+    stored = _read(folder)
+    adapters = stored.adapters
+    report = LoadReport(tuple(path for path, _ in stored.entries.values()))
+    if params is not None:
+        _check_paths_once(folder, stored.entries)
+        report = compare(stored.entries, stored.config, params)
+        if strict and not report.fits:
+            raise DataError(f"{folder}: {report}")
+        adapters = _in_structure(params, stored.entries, report)
+    placed = _placed(folder, adapters, sharding)
+    return (placed, stored.config) if strict else (placed, stored.config, report)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that was passed to `save_adapters`; the tensors are not read.
+
+    Raises:
+      DataError: no folder of adapters, or a configuration that was changed after it was written.
+    """
+    with opened_folder(Path(path)) as (_, data):
+        return _metadata(Path(path), data)
+
+
+def _read(folder: Path) -> _Stored:
+    with opened_folder(folder) as (file, data):
+        arrays = {name: file.read(name) for name in file.entries}
+        check_seal(file, arrays)
+        structure = _structure(file)
+    _metadata(folder, data)
+    try:
+        config = LoraConfig.from_dict({name: value for name, value in data.items() if name != "metadata"})
+    except JloraError as error:
+        raise DataError(f"{folder / CONFIG}: {error}") from None
+    try:
+        adapters, entries = _entries(structure, arrays)
+        check_fit(entries, config)
+    except JloraError as error:
+        raise DataError(f"{folder / TENSORS}: {error}") from None
+    _check_numbers(folder, entries)
+    return _Stored(adapters, entries, config)
+
+
+def _metadata(folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = data.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise DataError(f"{folder / CONFIG}: found metadata of {type(metadata).__name__}, wanted an object")
+    return metadata
+
+
+def _structure(file: TensorFile) -> Any:
+    try:
+        return json.loads(file.metadata["structure"])
+    except (KeyError, ValueError, RecursionError):
+        raise DataError(f"{file.path}: its structure is missing, or no JSON") from None
+
+
+def _entries(structure: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[Any, Entries]:
+    """The tree, and name -> (path, entry).
+
+    Raises:
+      DataError: an entry without its tensors, a tensor without its entry, a name that is not of its path.
+    """
+    entries: Entries = {}
+    updates: dict[str, dict[str, Any]] = {}
+    for tensor, array in arrays.items():
+        part = tensor.rpartition("/")[2]
+        updates.setdefault(tensor.removesuffix(part), {})[part] = array
+
+    def entry(name: str, path: str) -> Any:
+        if not is_name_of(name, path):
+            raise DataError(f"its structure has the name {shortened(name)} at {shortened(path)}")
+        update = updates.pop(f"{name}/" if name else "", {})
+        if not is_update(update):
+            found = ", ".join(map(shortened, sorted(update))) or "nothing, or twice the same"
+            raise DataError(f"{shortened(name)}: wanted A and B, or other parts of an adapter, found {found}")
+        entries[name] = path, update
+        return update
+
+    adapters = put_together(structure, entry)
+    if updates:
+        left = sorted(prefix + part for prefix, update in updates.items() for part in update)
+        raise DataError(f"tensors that are not in its structure: {listed([shortened(name) for name in left])}")
+    if not entries:
+        raise DataError("holds no adapters")
+    return adapters, entries
+
+
+def _check_numbers(folder: Path, entries: Entries) -> None:
+    if places := not_finite(entries):
+        raise DataError(f"{folder}: {listed([f'{place}: holds a NaN or an infinity' for place in places])}")
+    arrays = [array for _, update in entries.values() for array in update.values()]
+    narrowed = {array.dtype.name for array in arrays if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype}
+    if narrowed:
+        raise DataError(
+            f"{folder}: holds {', '.join(sorted(narrowed))}, which JAX would narrow: "
+            "jax.config.update('jax_enable_x64', True) before loading keeps it"
+        )
+
+
+def _check_paths_once(folder: Path, entries: Entries) -> None:
+    path, count = Counter(path for path, _ in entries.values()).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{folder}: {count} adapters have the path {path!r}: load without params")
+
+
+def _in_structure(params: Any, entries: Entries, report: LoadReport) -> Any:
+    updates, matched = dict(entries.values()), frozenset(report.matched)
+
+    def at(key_path: Any, _: Any) -> Any:
+        path = path_string(key_path)
+        return updates[path] if path in matched else None
+
+    return jax.tree_util.tree_map_with_path(at, params)
+
+
+def _placed(folder: Path, adapters: Any, sharding: Any) -> Any:
+    try:
+        return jax.device_put(adapters, sharding)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder}: the adapters cannot be placed with this sharding: {error}") from None
