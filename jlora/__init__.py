@@ -15,6 +15,7 @@ from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, DataError, JloraError, TargetError
+from jlora.storage import LoadReport, load_adapters, save_adapters
 from jlora.transform import Explanation, explain, init_lora, lora, resolve_config
 from jlora.tree import (
     combine_params,
@@ -38,6 +39,7 @@ __all__ = [
     "Factorization",
     "JloraError",
     "LoRALayer",
+    "LoadReport",
     "LoraConfig",
     "TargetError",
     "combine_params",
@@ -46,6 +48,7 @@ __all__ = [
     "init_lora",
     "init_lora_adapter",
     "is_adapter",
+    "load_adapters",
     "lora",
     "lora_delta",
     "lora_labels",
@@ -55,6 +58,7 @@ __all__ = [
     "merge_lora_weight",
     "merge_params",
     "resolve_config",
+    "save_adapters",
     "split_params",
     "summary",
     "tree_lora_delta",

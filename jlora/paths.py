@@ -5,7 +5,7 @@ import fnmatch
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ __all__ = [
     "matched_depths",
     "names_leaf",
     "nearest",
+    "nest",
     "path_number",
     "path_string",
 ]
@@ -48,6 +49,29 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
             raise TargetError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
         leaves[path] = leaf
     return leaves
+
+
+def nest(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of what is given by path.
+
+    Raises:
+      TargetError: one path leads through another.
+
+    >>> nest({"layers/0/up": 1, "layers/1/up": 2})
+    {'layers': {'0': {'up': 1}, '1': {'up': 2}}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in by_path.items():
+        *modules, last = path.split("/")
+        node = tree
+        for depth, name in enumerate(modules, 1):
+            node = node.setdefault(name, {})
+            if "/".join(modules[:depth]) in by_path:
+                raise TargetError(f"{path}: {'/'.join(modules[:depth])} is a leaf and a module at once")
+        if last in node:
+            raise TargetError(f"{path} is a leaf and a module at once")
+        node[last] = leaf
+    return tree
 
 
 def matched_depths(pattern: str, path: str) -> set[int]:

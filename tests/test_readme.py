@@ -1,11 +1,16 @@
 """The README does what it shows: its code runs, its tables are printed, its commands are those of the tests."""
 
 import re
+import shlex
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from jlora import init_lora, summary
+from jlora import LoraConfig, init_lora, summary
+from jlora.cli import main
+from jlora.disk import file_written_whole, write_tensors
+from jlora.interop.peft import write_peft
 from jlora.linen import resolve_config
 from jlora.recipes import JobConfig
 
@@ -38,11 +43,28 @@ def test_the_job_section_is_a_valid_job(tmp_path):
 
 
 def test_the_commands_install_what_they_run():
-    demo, tests = blocks("sh")
+    demo, tests, _ = blocks("sh")
     assert demo.endswith(".venv/bin/jlora train configs/digits.toml\n")
     assert '".[train]"' in demo
     assert tests.endswith(".venv/bin/python -m pytest\n")
     assert '".[test]"' in tests
+
+
+def test_the_commands_on_files_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    config = LoraConfig(rank=3, factorizations={"**": "oi"})
+    for folder in ("adapter", "other"):
+        pair = {"A": rng.normal(size=(17, 3)).astype("float32"), "B": rng.normal(size=(3, 13)).astype("float32")}
+        write_peft(folder, {name: pair}, config)
+    for folder in ("base", "tuned"):
+        Path(folder).mkdir()
+        with file_written_whole(f"{folder}/model.safetensors") as file:
+            write_tensors(file, {name: rng.normal(size=(13, 17)).astype("float32")})
+    for command in blocks("sh")[2].splitlines():
+        assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    assert Path("base_again/model.safetensors").read_bytes() == Path("base/model.safetensors").read_bytes()
 
 
 def test_the_table_of_the_digits_job_is_the_one_shown():

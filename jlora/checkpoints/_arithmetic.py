@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 
 from jlora.contraction import Factorization
-from jlora.errors import DataError
 
 Array = Any  # np.ndarray; its stubs do not know the operators of a dtype that is Any
 
@@ -44,6 +43,8 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 class Weight:
     """One tensor with all its changes, ready to be worked through block by block; safe to share between threads.
 
+    A change that is not reversible is the only one.
+
     Norms under a magnitude span blocks where the first axis is one of the in axes: `add_norms` has to have seen all
     blocks before `merged` is called.
     """
@@ -51,8 +52,6 @@ class Weight:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], changes: Sequence[Change]) -> None:
         self.shape, self.dtype = shape, dtype
         self.wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-        if len(changes) > 1 and any(not change.is_reversible for change in changes):
-            raise DataError("an update with a magnitude or a whole value goes alone; merge the adapters one by one")
         self._value = changes[0].parts.get("value")
         self._offsets = [(change.scaling, change.parts["offset"]) for change in changes if "offset" in change.parts]
         self._products = [_Product(change, self.wide) for change in changes if "A" in change.parts]
@@ -91,21 +90,21 @@ class Weight:
         Rounded sums are monotone: a number is certain where what unmerging gives merges to what is there, and neither
         of its neighbours does. An open one lies within half a spacing of the merged number, and the sums' own rounding.
         """
-        addends = list(self._addends(start, stop))
+        addends, limits = list(self._addends(start, stop)), ml_dtypes.finfo(self.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             exact = _less(block.astype(self.wide), addends)
             guess = exact.astype(self.dtype)
-            most = np.asarray(ml_dtypes.finfo(self.dtype).max, self.dtype)
+            most = np.asarray(limits.max, self.dtype)
             near, *beside = (
                 _plus(number.astype(self.wide), addends).astype(self.dtype)
                 for number in (guess, np.nextafter(guess, most), np.nextafter(guess, -most))
             )
             open_ = (near != block) | (beside[0] == block) | (beside[1] == block)
             size = sum((np.abs(addend) for addend in addends), np.abs(block.astype(self.wide)))
-            rounding = 2 * (len(addends) + 1) * np.finfo(self.wide).eps * size
-            half = np.spacing(np.abs(block)).astype(self.wide) / 2
-            reach = (half + np.abs(guess.astype(self.wide) - exact) + rounding)[open_]
-        return int(open_.sum()), float(np.fmax.reduce(reach, initial=0.0))
+            rounding = 2 * len(addends) * np.finfo(self.wide).eps * size
+            half = float(limits.eps) / 2 * np.abs(block.astype(self.wide)) + float(np.spacing(self.dtype.type(0)))
+            reach = half + np.abs(guess.astype(self.wide) - exact) + rounding
+        return int(open_.sum()), float(reach[open_ & np.isfinite(reach)].max(initial=0.0))
 
     def _sum(self, block: Array, start: int, stop: int) -> Array:
         source = block if self._value is None else self._value[start:stop] if self.shape else self._value

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints._arithmetic import Array, Change, Weight, row_blocks
-from jlora.checkpoints._residuals import RESIDUALS, ResidualWriter, residual_file, residual_reader
+from jlora.checkpoints._residuals import RESIDUALS, ResidualReader, ResidualWriter, residual_file
 from jlora.checkpoints._rewrite import (
     RECORD,
     Progress,
@@ -25,7 +25,7 @@ from jlora.disk import Checkpoint, TensorEntry, TensorFile, read_json
 from jlora.errors import DataError
 from jlora.fields import number
 
-_TENSORS = "adapter_model.safetensors"
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,21 +123,21 @@ def merge(
         _merge_tensor(name, changes[name], file, writer, keep_residual)
 
     numbers = sum(source.entries[name].stop - source.entries[name].start for name in changes)
-    resumed = rewrite_checkpoint(
+    written = rewrite_checkpoint(
         source,
         out,
         changes,
         rewrite,
         record,
+        inputs=_listed(adapters),
         extra_bytes=numbers if keep_residual else 0,
         leave_out=(RECORD,),
         force=force,
         on_progress=on_progress,
     )
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
-    return Merged(
-        Path(out), tuple(changes), len(source.entries) - len(changes), size, resumed, tuple(_warnings(source, changes))
-    )
+    copied = len(source.entries) - len(changes)
+    return Merged(Path(out), tuple(changes), copied, size, written.resumed, tuple(_warnings(source, changes)))
 
 
 def unmerge(
@@ -180,20 +180,37 @@ def unmerge(
         else:
             _unmerge_tensor(name, weight, file, writer, tally)
 
-    rewrite_checkpoint(source, out, changes, rewrite, record, leave_out=(RECORD,), force=force, on_progress=on_progress)
+    written = rewrite_checkpoint(
+        source,
+        out,
+        changes,
+        rewrite,
+        record,
+        inputs=_listed(adapters),
+        leave_out=(RECORD,),
+        force=force,
+        on_progress=on_progress,
+        note=tally.take,
+    )
     numbers = sum(math.prod(source.entries[name].shape) for name in changes)
-    return Unmerged(Path(out), tuple(changes), exact, tally.count, numbers, tally.largest)
+    uncertain, largest = sum(count for count, _ in written.notes), max(largest for _, largest in written.notes)
+    return Unmerged(Path(out), tuple(changes), exact, uncertain, numbers, largest)
 
 
 class _Tally:
-    """What rounding leaves open, over all threads."""
+    """What rounding leaves open in a shard, over all threads."""
 
     def __init__(self) -> None:
-        self._lock, self.count, self.largest = threading.Lock(), 0, 0.0
+        self._lock, self._count, self._largest = threading.Lock(), 0, 0.0
 
     def add(self, count: int, largest: float) -> None:
         with self._lock:
-            self.count, self.largest = self.count + count, max(self.largest, largest)
+            self._count, self._largest = self._count + count, max(self._largest, largest)
+
+    def take(self) -> tuple[int, float]:
+        """What was added since it was taken before."""
+        count, largest, self._count, self._largest = self._count, self._largest, 0, 0.0
+        return count, largest
 
 
 def _changes(
@@ -212,7 +229,10 @@ def _changes(
                 found.setdefault(name, []).append(change)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None
-    return {name: found[name] for name in source.entries if name in found}
+    changes = {name: found[name] for name in source.entries if name in found}
+    if alone := [name for name, own in changes.items() if len(own) > 1 and not all(c.is_reversible for c in own)]:
+        raise DataError(f"{alone[0]}: an update with a magnitude or a whole value goes alone; merge one by one")
+    return changes
 
 
 def _listed(adapters: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -229,7 +249,7 @@ def _record(
     return {
         "command": command,
         "source": fingerprint(source),
-        "adapters": [file_digest(folder / _TENSORS) for folder in folders],
+        "adapters": [[file_digest(folder / name) for name in _FILES] for folder in folders],
         "names": [folder.resolve().name for folder in folders],
         "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
     }
@@ -275,11 +295,10 @@ def _merge_tensor(name: str, changes: list[Change], file: TensorFile, writer: Sh
         return
 
     def all_in_order() -> None:
-        residual = ResidualWriter(residual_file(writer.path.parent, writer.path.name, name))
-        for start, stop, at, shape in blocks:
-            block, merged = one(start, stop, at, shape)
-            residual.add(block, weight.unmerged(merged, start, stop))
-        residual.close()
+        with ResidualWriter(residual_file(writer.path.parent, writer.path.name, name)) as residual:
+            for start, stop, at, shape in blocks:
+                block, merged = one(start, stop, at, shape)
+                residual.add(block, weight.unmerged(merged, start, stop))
 
     writer.run(all_in_order)
 
@@ -302,10 +321,10 @@ def _restore_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWr
     entry = file.entries[name]
 
     def all_in_order() -> None:
-        with residual_reader(residual_file(folder, writer.path.name, name)) as unpacker:
+        with ResidualReader(residual_file(folder, writer.path.name, name)) as residual:
             for start, stop, at, shape in blocks_of(entry, row_blocks(entry.shape)):
                 block = _read(file, at, shape, entry)
-                writer.put(at, unpacker.restore(weight.unmerged(block, start, stop)))
+                writer.put(at, residual.restore(weight.unmerged(block, start, stop)))
 
     writer.run(all_in_order)
 
@@ -317,13 +336,14 @@ def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry)
 
 
 def _check_range(name: str, block: Array, merged: Array) -> None:
-    """Refuses a sum that the dtype cannot hold; bfloat16 and float32 hold what float32 does."""
-    if merged.dtype.itemsize <= 2 and merged.dtype.name != "bfloat16":
-        wide = merged.astype(np.float32)
-        if not np.isfinite(wide).all() and np.isfinite(block.astype(np.float32)).all():
-            raise DataError(
-                f"{name}: a sum is too large for {merged.dtype}; scale the adapter, or use a wider checkpoint"
-            )
+    """Refuses a sum that the dtype cannot hold."""
+    if not _is_finite(merged) and _is_finite(block):
+        raise DataError(f"{name}: a sum is too large for {merged.dtype}; scale the adapter, or use a wider checkpoint")
+
+
+def _is_finite(array: Array) -> bool:
+    """Whether all numbers are; five times as fast in float32 as in bfloat16."""
+    return bool(np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32)).all())
 
 
 def _warnings(source: Checkpoint, changes: dict[str, Any]) -> list[str]:

@@ -4,11 +4,14 @@ A file is the deflated bits (`jlora.residual`) and behind them the SHA-256 of th
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import quote
 
 from jlora.checkpoints._arithmetic import Array
+from jlora.disk import reason
 from jlora.errors import DataError
 from jlora.residual import Packer, Unpacker
 
@@ -43,26 +46,44 @@ class ResidualWriter:
                 self._file.write(end + digest.encode("ascii"))
 
 
-@contextlib.contextmanager
-def residual_reader(path: Path) -> Iterator[Unpacker]:
-    """What gives the base back, block by block; its hash is checked at the end.
+class ResidualReader:
+    """Gives the base of one tensor back, block by block; a context manager, at whose end its hash is checked.
 
     Raises:
       DataError: the file is missing or damaged, or does not lead back to the base.
     """
-    with os.fdopen(open_to_read(path), "rb") as file:
-        left = os.fstat(file.fileno()).st_size - _DIGEST
-        digest = os.pread(file.fileno(), _DIGEST, max(left, 0)).decode("ascii", "replace")
 
-        def read(count: int) -> bytes:
-            nonlocal left
-            data = file.read(max(0, min(count, left)))
-            left -= len(data)
-            return data
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._named():
+            self._file = path.open("rb")
+            self._left = max(0, os.fstat(self._file.fileno()).st_size - _DIGEST)
+            digest = os.pread(self._file.fileno(), _DIGEST, self._left)
+        self._unpacker = Unpacker(self._read, digest.decode("ascii", "replace"))
 
-        unpacker = Unpacker(read, digest)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        with self._file, self._named():
+            if kind is None:
+                self._unpacker.check()
+
+    def restore(self, guess: Array) -> Array:
+        """The block of the base whose unmerging gave `guess`."""
+        with self._named():
+            return self._unpacker.restore(guess)
+
+    def _read(self, count: int) -> bytes:
+        data = self._file.read(min(count, self._left))
+        self._left -= len(data)
+        return data
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            yield unpacker
-            unpacker.check()
+            yield
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read: {reason(error)}") from None
         except DataError as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{self._path}: {error}") from None

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -85,6 +85,13 @@ class ShardWriter:
             future.result()
 
 
+class Rewritten(NamedTuple):
+    """How many shards an earlier run had written, and the notes of all, that run's too."""
+
+    resumed: int
+    notes: list[Any]
+
+
 def rewrite_checkpoint(
     source: Checkpoint,
     out: str | Path,
@@ -92,12 +99,14 @@ def rewrite_checkpoint(
     rewrite: Rewrite,
     record: Mapping[str, Any],
     *,
+    inputs: Iterable[Path] = (),
     extra_bytes: int = 0,
     leave_out: Iterable[str] = (),
     force: bool = False,
     on_progress: Progress | None = None,
+    note: Callable[[], Any] = bool,
     workers: int | None = None,
-) -> int:
+) -> Rewritten:
     """Writes the checkpoint `source` to the folder `out`, the tensors `changed` by `rewrite`.
 
     Args:
@@ -106,23 +115,22 @@ def rewrite_checkpoint(
       changed: the tensors that `rewrite` writes; all other bytes are copied.
       rewrite: called with (tensor, the shard's source, the shard's writer).
       record: what is done, for `jlora_merge.json` in the output; a run that was killed resumes where it is the same.
+      inputs: folders that are read beside the source; `out` may not hold them.
       extra_bytes: what is written beside the checkpoint at most.
       leave_out: side files that are not copied.
       force: whether a folder that is there is replaced, when all is written.
       on_progress: called with (bytes done, bytes in all).
+      note: called after each shard; what it returns, plain data, is kept with the shard.
       workers: threads; as many as processors by default, eight at most.
-
-    Returns:
-      How many shards an earlier run had written.
 
     Raises:
       DataError: `out` is there, or is the source; the disk is too small; a file cannot be read or written.
     """
-    target = Path(out).absolute()
+    target = Path(out).resolve()
     partial, old = (target.parent / f".{target.name}.{kind}" for kind in ("partial", "old"))
     if old.exists() and not target.exists():
         old.rename(target)
-    _check_target(source, target, force)
+    _check_target(target, [source.folder, *inputs], force)
     total = sum((source.folder / shard).stat().st_size for shard in source.shards)
     journal = _Journal(partial, record)
     try:
@@ -137,7 +145,7 @@ def rewrite_checkpoint(
                     progress.advance((source.folder / shard).stat().st_size)
                     continue
                 _write_shard(source, partial / shard, shard, names, rewrite, progress, count)
-                journal.finished(shard)
+                journal.finished(shard, note())
         for file in source.side_files():
             if file.name not in leave_out:
                 shutil.copy2(file, partial / file.name)
@@ -145,7 +153,7 @@ def rewrite_checkpoint(
         _replace(partial, target, old)
     except OSError as error:
         raise DataError(f"{error.filename or partial}: {error.strerror}; the same command resumes") from None
-    return len(done)
+    return Rewritten(len(done), [journal.done[shard] for shard in source.shards])
 
 
 def _write_shard(
@@ -167,35 +175,38 @@ def _copy_in_pieces(writer: ShardWriter, start: int, stop: int) -> None:
 
 
 class _Journal:
-    """Which shards of a run are finished, and of which run they are."""
+    """Which shards of a run are finished, each with a note, and of which run they are."""
 
     def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
         self.folder, self.record = folder, dict(record)
         self.path = folder / RECORD
-        self.done: list[str] = []
+        self.done: dict[str, Any] = {}
 
-    def begin(self) -> list[str]:
+    def begin(self) -> set[str]:
         """The shards that an earlier run of the same has finished; what another run left is taken away."""
         found: dict[str, Any] = {}
         if self.path.is_file():
             with contextlib.suppress(DataError):
                 found = read_json(self.path)
         same = json.loads(json.dumps(self.record))
-        if found.get("job") == same and found.get("machine") == _machine() and isinstance(found.get("done"), list):
-            self.done = [shard for shard in found["done"] if (self.folder / str(shard)).is_file()]
+        if found.get("job") == same and found.get("machine") == _machine() and isinstance(found.get("done"), dict):
+            self.done = {shard: note for shard, note in found["done"].items() if (self.folder / shard).is_file()}
         elif self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write({"job": self.record, "machine": _machine(), "done": self.done})
-        return list(self.done)
+        self._keep()
+        return set(self.done)
 
-    def finished(self, shard: str) -> None:
-        self.done.append(shard)
-        self._write({"job": self.record, "machine": _machine(), "done": self.done})
+    def finished(self, shard: str, note: Any) -> None:
+        self.done[shard] = note
+        self._keep()
 
     def close(self) -> None:
         """Leaves the record alone in the journal's place."""
         self._write(self.record)
+
+    def _keep(self) -> None:
+        self._write({"job": self.record, "machine": _machine(), "done": self.done})
 
     def _write(self, data: Mapping[str, Any]) -> None:
         # No fsync: it would wait for the shards, which a copy does not either.
@@ -235,9 +246,10 @@ def fingerprint(source: Checkpoint) -> dict[str, Any]:
     return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
 
 
-def _check_target(source: Checkpoint, target: Path, force: bool) -> None:
-    if target.resolve() == source.folder.resolve():
-        raise DataError(f"{target}: the output would replace the checkpoint that is read; give another folder")
+def _check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
+    for folder in (folder.resolve() for folder in inputs):
+        if target in (folder, *folder.parents):
+            raise DataError(f"{target}: the output would replace {folder}, which is read; give another folder")
     if target.exists() and not target.is_dir():
         raise DataError(f"{target}: is a file; give a folder")
     if target.is_dir() and any(target.iterdir()) and not force:

@@ -62,7 +62,10 @@ def changes_of(entries: Entries, config: LoraConfig, weight: float, checkpoint: 
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     pieces = _pieces(entries, shapes)
     problems = _missing(entries, pieces, shapes)
+    taken: dict[str, str] = {}
     for piece in (piece for found in pieces.values() for piece in found):
+        if taken.setdefault(piece.tensor, piece.path) != piece.path:
+            problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
         problems += _unfit(piece, checkpoint)
         if weight != 1 and {"value", "magnitude"} & set(piece.parts):
             problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
@@ -86,17 +89,23 @@ def _pieces(entries: Entries, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     names = {name.replace("/", "."): name for name in shapes}
     dotted = {path: path.replace("/", ".") for path in entries}
     best: dict[str, list[_Piece]] = {}
+    fitting: list[str] = []
     for strip, add in _prefixes(list(dotted.values()), names):
-        found = {}
-        for path, name in dotted.items():
-            if name.startswith(strip):
-                found[path] = _pieces_of(path, add + name.removeprefix(strip), entries[path], names)
-        found = {path: pieces for path, pieces in found.items() if pieces}
+        tried = {
+            path: _pieces_of(path, add + name.removeprefix(strip), entries[path], names)
+            for path, name in dotted.items()
+            if name.startswith(strip)
+        }
+        found = {path: pieces for path, pieces in tried.items() if pieces}
+        best = max(best, found, key=len)
         if len(found) == len(entries):
-            return found
-        best = best or found
-        if best:
-            break
+            fitting.append(found[next(iter(found))][0].tensor)
+            if not strip + add:
+                return found
+    if len(fitting) > 1:
+        raise DataError(
+            f"the adapters fit several parts of the checkpoint: {next(iter(entries))} is {' or '.join(fitting)}"
+        )
     return best
 
 
@@ -106,8 +115,10 @@ def _prefixes(paths: list[str], names: Iterable[str]) -> Iterable[tuple[str, str
     segments = paths[0].split(".")
     for depth in range(1, len(segments) - 1):
         yield ".".join(segments[:depth]) + ".", ""
-    for path in paths[:1]:
-        yield from (("", name.removesuffix(path)) for name in names if name.endswith(f".{path}"))
+    stem = paths[0].rpartition(".")[0] or paths[0]
+    yield from dict.fromkeys(
+        ("", name[: f"{name}.".index(f".{stem}.") + 1]) for name in names if f".{stem}." in f"{name}."
+    )
 
 
 def _pieces_of(path: str, name: str, parts: dict[str, Any], names: Mapping[str, str]) -> list[_Piece]:
@@ -119,7 +130,8 @@ def _pieces_of(path: str, name: str, parts: dict[str, Any], names: Mapping[str, 
     a, b = parts["A"], parts["B"]
     for group in _FUSED.get(last, ()):
         tensors = [[f"{module}.{e}.{part}.weight" for part in group] for e in range(a.shape[0])]
-        if all(tensor in names for row in tensors for tensor in row) and b.shape[2] % len(group) == 0:
+        more = f"{module}.{a.shape[0]}.{group[0]}.weight" in names
+        if all(tensor in names for row in tensors for tensor in row) and not more and b.shape[2] % len(group) == 0:
             width = b.shape[2] // len(group)
             return [
                 _Piece(names[tensor], path, {"A": a[e], "B": b[e][:, j * width : (j + 1) * width]}, whole=False)

@@ -14,7 +14,7 @@ from jlora.adapter import is_adapter
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, split_batch_axes
 from jlora.errors import AdapterError, JloraError, TargetError
-from jlora.paths import leaves_by_path, literal_pattern, matched_depths, path_string
+from jlora.paths import leaves_by_path, literal_pattern, path_string
 from jlora.tree._targets import raise_all
 
 
@@ -201,13 +201,11 @@ def _array(name: str, leaf: Any) -> np.ndarray:
 
 def _given_roles(path: str, a_shape: Sequence[int], b_shape: Sequence[int], config: LoraConfig) -> str | None:
     """The first factorization of the configuration that matches the path."""
-    for pattern, roles in dict(config.factorizations).items():
-        if matched_depths(pattern, path):
-            batch, ins, outs = (len(Factorization(roles).axes(role)) for role in "bio")
-            if (len(a_shape), len(b_shape)) != (batch + ins + 1, batch + outs + 1):
-                raise AdapterError(
-                    f"A {tuple(a_shape)} and B {tuple(b_shape)} do not fit the factorization {roles!r} "
-                    f"given by {pattern!r}"
-                )
-            return roles
+    for pattern, roles in config.matches("factorizations", path):
+        batch, ins, outs = (len(Factorization(roles).axes(role)) for role in "bio")
+        if (len(a_shape), len(b_shape)) != (batch + ins + 1, batch + outs + 1):
+            raise AdapterError(
+                f"A {tuple(a_shape)} and B {tuple(b_shape)} do not fit the factorization {roles!r} given by {pattern!r}"
+            )
+        return str(roles)
     return None

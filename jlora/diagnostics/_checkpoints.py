@@ -84,23 +84,25 @@ class CheckpointDifference:
         return {status: found[status] for status in STATUSES}
 
     def _footer(self) -> tuple[str, ...]:
-        found = ", ".join(f"{n:,} {status}" for status, n in self.counts().items() if n)
         elements = sum(row.elements or 0 for row in self.rows)
-        return count(len(self.rows), "tensor"), found, "", "", f"{elements:,}", "", ""
+        return count(len(self.rows), "tensor"), "", "", "", f"{elements:,}", "", ""
 
-    def _shown(self) -> tuple[list[tuple[str, ...]], str]:
+    def _shown(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """The rows of the table, and the lines below it."""
         changed = [row.row() for row in self.rows if row.status != "identical"]
-        return changed[:MOST_ROWS], f"and {len(changed) - MOST_ROWS:,} more" if len(changed) > MOST_ROWS else ""
+        more = [f"and {len(changed) - MOST_ROWS:,} more"] if len(changed) > MOST_ROWS else []
+        counts = [f"{n:,} {status}" for status, n in self.counts().items() if n]
+        return changed[:MOST_ROWS], [*more, *([", ".join(counts)] if counts else [])]
 
     def __str__(self) -> str:
-        rows, more = self._shown()
-        return text_table(_COLUMNS, rows, self._footer(), left=4) + (f"\n{more}" if more else "")
+        rows, lines = self._shown()
+        return "\n".join([text_table(_COLUMNS, rows, self._footer(), left=4), *lines])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows, more = self._shown()
-        return html_table(_COLUMNS, rows, self._footer()) + (f"<p>{more}</p>" if more else "")
+        rows, lines = self._shown()
+        return html_table(_COLUMNS, rows, self._footer()) + "".join(f"<p>{line}</p>" for line in lines)
 
 
 def diff_checkpoints(

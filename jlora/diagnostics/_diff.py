@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jlora.config import LoraConfig, field_names
 from jlora.diagnostics._factors import (
@@ -19,6 +20,7 @@ from jlora.diagnostics._factors import (
     roles_of,
     short,
     singular_values,
+    triangle,
 )
 from jlora.errors import AdapterError
 from jlora.tables import html_table, text_table
@@ -92,12 +94,13 @@ class Difference:
         return {status: sum(entry.status == status for entry in self.entries) for status in STATUSES}
 
     def _footer(self) -> tuple[str, ...]:
-        found = [f"{n:,} {status}" for status, n in self.counts().items() if n]
         distance = math.hypot(*(e.distance for e in self.entries if e.distance is not None))
-        return (count(len(self.entries), "entry", "entries"), ", ".join(found), "", "", "", "", short(distance), "")
+        return (count(len(self.entries), "entry", "entries"), "", "", "", "", "", short(distance), "")
 
     def _lines(self) -> list[str]:
-        return [f"config.{field}: {left!r} in the left, {right!r} in the right" for field, left, right in self.config]
+        counts = ", ".join(f"{n:,} {status}" for status, n in self.counts().items() if n)
+        fields = [f"config.{name}: {left!r} in the left, {right!r} in the right" for name, left, right in self.config]
+        return [*([counts] if counts else []), *fields]
 
     def __str__(self) -> str:
         table = text_table(_COLUMNS, [entry.row() for entry in self.entries], self._footer(), left=2)
@@ -134,10 +137,11 @@ def diff(left: Pair, right: Pair) -> Difference:
     """
     sides = [_side(side, name) for side, name in ((left, "left"), (right, "right"))]
     (lefts, left_config), (rights, right_config) = sides
-    entries = []
-    for path in dict.fromkeys([*lefts, *rights]):
-        updates = (lefts.get(path), rights.get(path))
-        entries.append(_difference(path, updates, (left_config, right_config)))
+    configs = (left_config, right_config)
+    with threadpool_limits(limits=1, user_api="blas"):  # the QR of small blocks is ten times slower with two threads
+        entries = [
+            _difference(path, (lefts.get(path), rights.get(path)), configs) for path in dict.fromkeys([*lefts, *rights])
+        ]
     fields = ((name, getattr(left_config, name), getattr(right_config, name)) for name in field_names(LoraConfig))
     return Difference(tuple(entries), tuple((name, x, y) for name, x, y in fields if x != y))
 
@@ -152,21 +156,19 @@ def _side(side: Any, name: str) -> tuple[dict[str, Arrays], LoraConfig]:
 def _difference(
     path: str, updates: tuple[Arrays | None, Arrays | None], configs: tuple[LoraConfig, LoraConfig]
 ) -> EntryDifference:
-    ends = [_End(path, update, config) for update, config in zip(updates, configs, strict=True)]
-    left, right = ends
-    same = updates[0] is not None and updates[1] is not None and _is_same(updates[0], updates[1])
-    distance, cosine = _apart(left.factors, right.factors, same and left.scaling == right.scaling)
-    if updates[1] is None or updates[0] is None:
-        status = "only left" if updates[1] is None else "only right"
-    else:
+    left, right = (_End(path, update, config) for update, config in zip(updates, configs, strict=True))
+    same, status = False, "only right" if updates[0] is None else "only left"
+    if updates[0] is not None and updates[1] is not None:
+        same = _is_same(updates[0], updates[1])
         status = "identical" if same and left.scaling == right.scaling else "changed"
+    norms, distance, cosine = _apart(left.factors, right.factors, status == "identical")
     return EntryDifference(
         path,
         status,
         same,
         ranks=(left.rank, right.rank),
         alphas=(left.alpha, right.alpha),
-        norms=(left.norm, right.norm),
+        norms=norms,
         distance=distance,
         cosine=cosine,
         parts=_parts(*updates),
@@ -179,7 +181,6 @@ class _End:
     def __init__(self, path: str, update: Arrays | None, config: LoraConfig) -> None:
         self.rank: int | None = None
         self.alpha: float | None = None
-        self.norm: float | None = None
         self.scaling: float | None = None
         self.factors: Factors | None = None
         if update is None or not update.keys() & {"A", "offset"}:
@@ -189,29 +190,41 @@ class _End:
         if "A" in update:
             a, b = factors_of(path, update, roles_of(path, update, config))
             self.rank, self.factors = a.shape[2], (a, self.scaling * b)
-            self.norm = _norm(self.factors)
 
 
-def _norm(factors: Factors) -> float:
+def _apart(
+    left: Factors | None, right: Factors | None, same: bool
+) -> tuple[tuple[float | None, float | None], float | None, float | None]:
+    """The norms of two updates, their distance and their cosine; None where one is missing, or the sizes differ.
+
+    The triangles of [A_l, A_r] and of [B_l; B_r]^T hold those of both sides, in one basis: all follows from the small
+    products of these.
+    """
+    if (
+        left is None
+        or right is None
+        or left[0].shape[:2] != right[0].shape[:2]
+        or left[1].shape[2] != right[1].shape[2]
+    ):
+        return (_norm(left), _norm(right)), None, None
+    dots = np.zeros((2, 2))
+    squares = 0.0
     with np.errstate(all="ignore"):
-        return float(np.sqrt(np.sum(singular_values(factors) ** 2)))
+        for a_left, b_left, a_right, b_right in zip(*left, *right, strict=True):
+            rank = a_left.shape[1]
+            r_a, r_b = triangle(np.concatenate([a_left, a_right], 1)), triangle(np.concatenate([b_left, b_right]).T)
+            cores = [r_a[:, part] @ r_b[:, part].T for part in (slice(rank), slice(rank, None))]
+            dots += [[float(np.vdot(x, y)) for y in cores] for x in cores]
+            squares += float(np.sum((cores[0] - cores[1]) ** 2))
+        if not np.isfinite(dots).all():
+            return (_norm(left), _norm(right)), math.nan, math.nan
+        norms = float(np.sqrt(dots[0, 0])), float(np.sqrt(dots[1, 1]))
+    cosine = min(1.0, max(-1.0, dots[0, 1] / (norms[0] * norms[1]))) if norms[0] * norms[1] else None
+    return norms, 0.0 if same else math.sqrt(squares), cosine
 
 
-def _apart(left: Factors | None, right: Factors | None, same: bool) -> tuple[float | None, float | None]:
-    """The distance and the cosine of two updates; None where one is missing, or the sizes differ."""
-    if left is None or right is None:
-        return None, None
-    (a_left, b_left), (a_right, b_right) = left, right
-    if a_left.shape[:2] != a_right.shape[:2] or b_left.shape[2] != b_right.shape[2]:
-        return None, None
-    stacked = np.concatenate([a_left, a_right], 2), np.concatenate([b_left, -b_right], 1)
-    with np.errstate(all="ignore"):
-        norms = _norm(left) * _norm(right)
-        product = float(np.sum((a_left.mT @ a_right) * (b_left @ b_right.mT)))
-        cosine = None if norms == 0 else product / norms
-    return 0.0 if same else _norm(stacked), cosine if cosine is None or math.isnan(cosine) else min(
-        1.0, max(-1.0, cosine)
-    )
+def _norm(factors: Factors | None) -> float | None:
+    return None if factors is None else float(np.sqrt(np.sum(singular_values(factors) ** 2)))
 
 
 def _is_same(left: Arrays, right: Arrays) -> bool:

@@ -30,10 +30,11 @@ def read_bytes(path: str | Path, most: int) -> bytes:
       DataError: a file that cannot be read, or is larger.
     """
     with os.fdopen(open_to_read(path), "rb") as file:
-        if os.fstat(file.fileno()).st_size > most:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
             raise DataError(f"{path}: larger than {most:,} bytes")
         try:
-            return file.read(most)
+            return file.read(size)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {reason(error)}") from None
 

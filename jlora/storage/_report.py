@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.paths import format_nearest, leaves_by_path, literal_pattern, matched_depths
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern
 from jlora.storage._structure import Entries
 from jlora.tree import Target, adapted_targets, find_targets, is_targeted
 
@@ -89,7 +89,7 @@ def compare(entries: Entries, config: LoraConfig, params: Any) -> LoadReport:
 
 def _roles(path: str, shape: Shape, update: Mapping[str, Any], config: LoraConfig) -> str | None:
     """The factorization of the weight by the shapes of its A and B; None without them; an error where it has none."""
-    given = {pattern: roles for pattern, roles in dict(config.factorizations).items() if matched_depths(pattern, path)}
+    given = dict(config.matches("factorizations", path))
     alone = LoraConfig(rank=config.rank_of(path), factorizations=given)
     target = adapted_targets({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, {path: update}, alone).get(path)
     return None if target is None else target.factorization.roles

@@ -1,12 +1,12 @@
 """PEFT's `adapter_config.json` as a LoraConfig, and back."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jlora.config import LoraConfig
+from jlora.disk import shortened
 from jlora.errors import ConfigError, DataError
 
 EXTRA = "peft"
@@ -60,19 +60,26 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
             f"init_lora_weights = {init!r} changes the base, so that the adapter alone is not portable; in PEFT, "
             "save_pretrained(path_initial_model_for_weight_conversion=...) writes it as a plain LoRA"
         )
-    for key, wanted in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
-        value = data.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
-            raise DataError(f"{key} = {value!r}: wanted a number")
-    for key, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
+    for key in ("lora_alpha", "lora_dropout"):
+        if not _is_number(data.get(key, 0)):
+            raise DataError(f"{key} = {shortened(data[key])}: wanted a number")
+    if not _is_rank(data.get("r", 8)):
+        raise DataError(f"r = {shortened(data['r'])}: wanted a whole number of at least 1")
+    for key, is_allowed in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = data.get(key) or {}
-        if not isinstance(pattern, Mapping) or not all(
-            isinstance(v, kinds) and v is not True for v in pattern.values()
-        ):
-            raise DataError(f"{key} = {pattern!r}: wanted a mapping from patterns to numbers")
+        if not isinstance(pattern, Mapping) or not all(map(is_allowed, pattern.values())):
+            raise DataError(f"{key} = {shortened(pattern)}: wanted a mapping from patterns to numbers")
     targets = data.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise DataError(f"target_parameters = {targets!r}: wanted a list of names")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def has_transposed_experts(data: Mapping[str, Any]) -> bool:

@@ -1,0 +1,392 @@
+"""Damaged folders: each is loaded as it was before, or refused with a JloraError, soon and in little memory.
+
+    python -m tests.fuzz --cases 100000 --seed 3 --format own
+
+A format is a `make_folder(folder, number)`, which writes a valid folder, another for every number, a `load(folder)`,
+whose results compare with `==`, and perhaps a `seal(folder)`, which makes the checksums of a damaged folder right, so
+that what lies behind them is reached. What a sealed folder holds may load as something else.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import JloraError, LoraConfig
+from jlora.disk import Checkpoint, dump_json, file_written_whole, write_tensors
+from jlora.interop.peft import read_peft
+from jlora.storage import load_adapters, save_adapters
+
+Rng = np.random.Generator
+Files = dict[str, bytes]
+
+MOST_SECONDS = 10.0
+MOST_BYTES = 64 << 20
+ODD = [None, True, -1, 0, 3, 2**31, 2**63, 2**64, 10**400, 0.5, 1e308, "", "a", "x" * 5000, "\0", "é", "../up", [], {}]
+ODD_NUMBERS = [b"0", b"-1", b"1e999", b"NaN", b"9" * 5000, b"4294967296", b"18446744073709551615", b"0.5", b"007"]
+
+
+def fuzz(
+    make_folder: Callable[[Path, int], None],
+    load: Callable[[Path], Any],
+    cases: int,
+    seed: int,
+    *,
+    seal: Callable[[Path], None] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Counter[str]:
+    """How many damaged folders were loaded and how many refused; an AssertionError that names the first bad case."""
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        originals = [root / "0", root / "1"]
+        for number, folder in enumerate(originals):
+            make_folder(folder, number)
+        wanted = [load(folder) for folder in originals]
+        start = time.perf_counter()
+        for case in range(cases):
+            counts[_case(originals, wanted, root / "case", load, seal, (seed, case))] += 1
+            if report is not None and (case + 1) % max(1, cases // 20) == 0:
+                report(f"{case + 1:,} of {cases:,} in {time.perf_counter() - start:.0f} s: {dict(counts)}")
+    return counts
+
+
+def _case(
+    originals: list[Path],
+    wanted: list[Any],
+    folder: Path,
+    load: Callable[[Path], Any],
+    seal: Callable[[Path], None] | None,
+    seed: tuple[int, int],
+) -> str:
+    rng = np.random.default_rng(seed)
+    shutil.copytree(originals[0], folder)
+    try:
+        done = [mutate(folder, originals[1], rng) for _ in range(rng.integers(1, 4))]
+        sealed = seal is not None and rng.random() < 0.5
+        if seal is not None and sealed:
+            seal(folder)
+        try:
+            with _bounded():
+                found = load(folder)
+        except JloraError:
+            return "refused"
+        except BaseException as error:
+            raise AssertionError(f"seed {seed[0]} case {seed[1]}, {done}: {type(error).__name__}: {error}") from error
+        assert sealed or found in wanted, f"seed {seed[0]} case {seed[1]}, {done}: loaded something else"
+        return "loaded, sealed" if sealed else "loaded"
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Interrupts what takes too long, and fails for what takes too much memory."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {MOST_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MOST_BYTES, f"{peak:,} bytes"
+
+
+def mutate(folder: Path, other: Path, rng: Rng) -> str:
+    """Damages one file of a folder, and says how."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    if not names:
+        return "nothing left"
+    path = folder / str(rng.choice(names))
+    if rng.random() < 0.12:
+        change = _pick(rng, [_replace_by_other, _replace_by_special, _remove, _rename])
+        change(path, other, rng)
+    else:
+        change = _pick(rng, [*BYTES, *BYTES, change_json, change_json, change_json])
+        data = change(path.read_bytes(), rng)
+        path.write_bytes(data)
+    return f"{change.__name__} {path.name}"
+
+
+def _pick(rng: Rng, options: list[Any]) -> Any:
+    return options[rng.integers(len(options))]
+
+
+def _replace_by_other(path: Path, other: Path, rng: Rng) -> None:
+    sources = sorted(other.iterdir())
+    same = [source for source in sources if source.name == path.name]
+    shutil.copyfile(_pick(rng, same or sources), path)
+
+
+def _replace_by_special(path: Path, other: Path, rng: Rng) -> None:
+    path.unlink()
+    kind = rng.integers(7)
+    if kind == 0:
+        path.mkdir()
+    elif kind == 1:
+        os.mkfifo(path)
+    elif kind == 2:
+        path.write_bytes(b"")
+    else:
+        path.symlink_to([other / path.name, "/dev/zero", path.name, "/no/such/file"][kind - 3])
+
+
+def _remove(path: Path, other: Path, rng: Rng) -> None:
+    path.unlink()
+
+
+def _rename(path: Path, other: Path, rng: Rng) -> None:
+    path.rename(path.with_name(_pick(rng, [f".{path.name}.new", f"{path.name}.bak", "model.safetensors"])))
+
+
+def _span(data: bytes, rng: Rng) -> tuple[int, int]:
+    """A range of the bytes, often at their beginning, mostly a short one."""
+    most = len(data) if rng.random() < 0.5 else min(len(data), 600)
+    start = int(rng.integers(most + 1))
+    return start, min(len(data), start + int(2 ** rng.uniform(0, 9)))
+
+
+def flip_bits(data: bytes, rng: Rng) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 4) if data else 0):
+        changed[min(_span(data, rng)[0], len(data) - 1)] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def cut(data: bytes, rng: Rng) -> bytes:
+    return data[: _span(data, rng)[0]]
+
+
+def drop(data: bytes, rng: Rng) -> bytes:
+    start, stop = _span(data, rng)
+    return data[:start] + data[stop:]
+
+
+def duplicate(data: bytes, rng: Rng) -> bytes:
+    start, stop = _span(data, rng)
+    return data[:stop] + data[start:stop] * int(rng.integers(1, 4)) + data[stop:]
+
+
+def swap(data: bytes, rng: Rng) -> bytes:
+    (a, b), (c, d) = sorted([_span(data, rng), _span(data, rng)])
+    c = max(b, c)
+    return data[:a] + data[c : max(c, d)] + data[b:c] + data[a:b] + data[max(c, d) :]
+
+
+def insert(data: bytes, rng: Rng) -> bytes:
+    start, stop = _span(data, rng)
+    return data[:start] + rng.bytes(stop - start) + data[start:]
+
+
+def overwrite(data: bytes, rng: Rng) -> bytes:
+    start, stop = _span(data, rng)
+    fill = _pick(rng, [b"\0", b"\xff", b"[", b"{", b" "]) * (stop - start)
+    return data[:start] + fill + data[stop:]
+
+
+def change_length(data: bytes, rng: Rng) -> bytes:
+    return int(2 ** rng.uniform(0, 64) - 1).to_bytes(8, "little") + data[8:]
+
+
+def change_number(data: bytes, rng: Rng) -> bytes:
+    numbers = list(re.finditer(rb"(?<![0-9a-f])[0-9]+", data))
+    if not numbers:
+        return data
+    number = _pick(rng, numbers)
+    return data[: number.start()] + _pick(rng, ODD_NUMBERS) + data[number.end() :]
+
+
+def nest(data: bytes, rng: Rng) -> bytes:
+    start, _ = _span(data, rng)
+    depth = int(10 ** rng.uniform(1, 5))
+    return data[:start] + _pick(rng, [b"[", b'{"a":']) * depth + data[start:]
+
+
+BYTES = [flip_bits, cut, drop, duplicate, swap, insert, overwrite, change_length, change_number, nest]
+
+
+def change_json(data: bytes, rng: Rng) -> bytes:
+    """Puts an odd value, or one from elsewhere, into the JSON of a file or of a safetensors header."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        if 8 + length <= len(data):
+            text = json.dumps(_changed(json.loads(data[8 : 8 + length]), rng)).encode()
+            return len(text).to_bytes(8, "little") + text + data[8 + length :]
+        return json.dumps(_changed(json.loads(data), rng)).encode()
+    except (ValueError, RecursionError):
+        return flip_bits(data, rng)
+
+
+def _changed(data: Any, rng: Rng) -> Any:
+    places = list(_places(data))
+    if not places:
+        return _pick(rng, ODD)
+    parent, key = _pick(rng, places)
+    kind = rng.integers(4)
+    if isinstance(parent[key], str) and parent[key][:1] in ("{", "[") and kind:
+        parent[key] = json.dumps(_changed(json.loads(parent[key]), rng))
+    elif kind == 0:
+        parent[key] = _pick(rng, ODD)
+    elif kind == 1:
+        other, name = _pick(rng, places)
+        parent[key], other[name] = other[name], parent[key]
+    elif kind == 2:
+        del parent[key]
+    elif isinstance(parent, dict):
+        parent[str(_pick(rng, ["", "x", "__metadata__", key + "~2", "A"]))] = parent.pop(key)
+    else:
+        parent.append(parent[key])
+    return data
+
+
+def _places(data: Any) -> Iterator[tuple[Any, Any]]:
+    for key in list(data) if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield data, key
+        yield from _places(data[key])
+
+
+def make_own(folder: Path, number: int) -> None:
+    """A folder of adapters of several dtypes."""
+    rng = np.random.default_rng(number)
+
+    def entry(a: tuple[int, ...], b: tuple[int, ...], dtype: str) -> dict[str, Any]:
+        return {
+            name: rng.standard_normal(shape).astype(jax.numpy.dtype(dtype))
+            for name, shape in zip("AB", (a, b), strict=True)
+        }
+
+    adapters = {
+        "embed": {"embedding": entry((7, 2), (2, 5), "float32")},
+        "layers": [
+            {"kernel": entry((5, 2), (2, 3, 4), "bfloat16"), "bias": None},
+            ({"a/b": entry((5, 2), (2, 3), "float8_e5m2")},),
+        ],
+        "norm": {"scale": {"value": rng.standard_normal(5).astype(np.float32)}, "steps": {}},
+    }
+    config = LoraConfig(rank=2, alpha=3 + number, alpha_pattern={"layers/*/kernel": 5.0, "embed": 7.5})
+    save_adapters(folder, adapters, config, metadata={"number": number, "notes": ["a", {"b": None}]})
+
+
+def load_own(folder: Path) -> Any:
+    """The adapters as nested bytes, and the configuration."""
+    adapters, config = load_adapters(folder)
+    leaves, structure = jax.tree.flatten(adapters)
+    return [(leaf.dtype.name, leaf.shape, np.asarray(leaf).tobytes()) for leaf in leaves], str(structure), config
+
+
+def seal_own(folder: Path) -> None:
+    """Makes both checksums right again, where the files still have a place for them."""
+    config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if any(path.is_symlink() or not path.is_file() for path in (config, tensors)):
+        return
+    data = tensors.read_bytes()
+    digest = hashlib.sha256(config.read_bytes()).hexdigest().encode()
+    data = re.sub(rb'"config_sha256": ?"[0-9a-f]{64}"', lambda _: b'"config_sha256":"' + digest + b'"', data)
+    data = re.sub(rb'"sha256": ?"[0-9a-f]{64}"', lambda _: b'"sha256":"' + b"0" * 64 + b'"', data)
+    with contextlib.suppress(ValueError, RecursionError):  # the two substitutions may have taken out spaces
+        _, length = json.JSONDecoder().raw_decode(data[8:].decode("latin-1"))
+        stop = 8 + length
+        while data[stop : stop + 1] == b" ":
+            stop += 1
+        data = (stop - 8).to_bytes(8, "little") + data[8:]
+    whole = hashlib.sha256(data).hexdigest().encode()
+    tensors.write_bytes(data.replace(b'"sha256":"' + b"0" * 64, b'"sha256":"' + whole, 1))
+
+
+def make_peft(folder: Path, number: int) -> None:
+    """A folder in PEFT's format: linear layers, experts, an embedding, a whole tensor, DoRA, the bias of a B."""
+    rng = np.random.default_rng(number)
+    shapes = {
+        "up.lora_A.weight": (2, 7),
+        "up.lora_B.weight": (5, 2),
+        "up.lora_magnitude_vector": (5,),
+        "up.lora_B.bias": (5,),
+        "wide.down.lora_A.weight": (3, 5),
+        "wide.down.lora_B.weight": (7, 3),
+        "embed.lora_embedding_A": (2, 11),
+        "embed.lora_embedding_B": (5, 2),
+        "experts.lora_A.weight": (6, 5),
+        "experts.lora_B.weight": (7, 6),
+        "head.weight": (3, 5),
+    }
+    tensors = {f"base_model.model.{name}": rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3 + number, "rank_pattern": {"down": 3}, "use_rslora": True}
+    config |= {"target_parameters": ["experts.gate_up_proj"], "target_modules": ["up", "down", "embed"]}
+    folder.mkdir(exist_ok=True)
+    with file_written_whole(folder / "adapter_model.safetensors") as file:
+        write_tensors(file, tensors, {"format": "pt"})
+    (folder / "adapter_config.json").write_bytes(dump_json(config))
+
+
+def load_peft(folder: Path) -> str:
+    """That the folder could be read; the format has no checksum that would tell a changed number."""
+    read_peft(folder)
+    return "read"
+
+
+def make_checkpoint(folder: Path, number: int) -> None:
+    """A checkpoint of two files with an index."""
+    rng = np.random.default_rng(number)
+    weight_map = {}
+    folder.mkdir(exist_ok=True)
+    for shard in ("model-1.safetensors", "model-2.safetensors"):
+        names = [f"{shard[6]}.{name}" for name in ("a.weight", "b.weight", "c")]
+        with file_written_whole(folder / shard) as file:
+            write_tensors(file, {name: rng.standard_normal((3, 5), np.float32) for name in names}, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, shard)
+    (folder / "model.safetensors.index.json").write_bytes(dump_json({"weight_map": weight_map}))
+
+
+def load_checkpoint(folder: Path) -> str:
+    """That every tensor could be read."""
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.entries:
+        if checkpoint.entries[name].code not in ("F4", "F6_E2M3", "F6_E3M2"):
+            checkpoint.read(name)
+    return "read"
+
+
+FORMATS: dict[str, Any] = {
+    "own": (make_own, load_own, seal_own),
+    "peft": (make_peft, load_peft, None),
+    "checkpoint": (make_checkpoint, load_checkpoint, None),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Damages folders and loads them.")
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", choices=sorted(FORMATS), default="own")
+    options = parser.parse_args()
+    make_folder, load, seal = FORMATS[options.format]
+    counts = fuzz(
+        make_folder, load, options.cases, options.seed, seal=seal, report=lambda line: print(line, flush=True)
+    )
+    print(f"{options.cases:,} cases of {options.format}, seed {options.seed}: {dict(counts)}; none wrong")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
