@@ -1,18 +1,26 @@
 """`inspect` and `diff` for what lies on the disk."""
 
 from pathlib import Path
+from typing import Any
 
 from jlora import diagnostics
+from jlora.adapter import is_update
 from jlora.checkpoints._jobs import read_adapters
+from jlora.checkpoints._lazy import LazyTensor, lazy_tree
 from jlora.checkpoints._rewrite import Progress
+from jlora.disk import Checkpoint
 from jlora.interop.peft import is_peft_folder
+from jlora.paths import leaves_by_path
 from jlora.storage import is_adapters_folder
 
 
-def inspect(adapters: str | Path) -> diagnostics.Inspection:
-    """The table of what a folder of adapters holds, and what looks wrong; see `jlora.diagnostics.inspect`."""
+def inspect(adapters: str | Path, *, base: str | Path | None = None) -> diagnostics.Inspection:
+    """The table of what a folder of adapters holds, and what looks wrong; see `jlora.diagnostics.inspect`.
+
+    With the checkpoint `base`, also the sizes of the updates beside their weights, and shares of the parameters.
+    """
     tree, config, _ = read_adapters(adapters)
-    return diagnostics.inspect(tree, config)
+    return diagnostics.inspect(tree, config, params=None if base is None else _params(base, tree))
 
 
 def diff(
@@ -28,3 +36,11 @@ def diff(
 def is_adapters(path: str | Path) -> bool:
     """Whether a folder holds adapters, jlora's own or PEFT's."""
     return is_peft_folder(path) or is_adapters_folder(path)
+
+
+def _params(base: str | Path, adapters: Any) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint, read when they are asked for, by paths as the adapters have them."""
+    params = lazy_tree(Checkpoint(base), lambda _: None)
+    if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_update)):
+        return params
+    return {path.replace("/", "."): leaf for path, leaf in params.items()}

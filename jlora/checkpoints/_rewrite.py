@@ -104,7 +104,7 @@ def rewrite_checkpoint(
     leave_out: Iterable[str] = (),
     force: bool = False,
     on_progress: Progress | None = None,
-    note: Callable[[], Any] = bool,
+    note: Callable[[], Any] = lambda: None,
     workers: int | None = None,
 ) -> Rewritten:
     """Writes the checkpoint `source` to the folder `out`, the tensors `changed` by `rewrite`.

@@ -107,6 +107,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", help=_ADAPTERS)
+    parser.add_argument("--base", metavar="CHECKPOINT", help="to compare with: sizes of the updates, shares")
 
 
 def _diff(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +215,7 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     from jlora import checkpoints
 
-    print(checkpoints.inspect(arguments.adapters))
+    print(checkpoints.inspect(arguments.adapters, base=arguments.base))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jlora.diagnostics._factors import count, short, sized
 from jlora.disk import Checkpoint, TensorEntry, TensorFile
@@ -202,11 +203,13 @@ def _is_number(entry: TensorEntry) -> bool:
 def _distance(blocks: Blocks) -> tuple[int, float, float]:
     """How many elements differ, the largest absolute difference, and the relative one in the Frobenius norm."""
     elements, largest, squares, whole = 0, 0.0, 0.0, 0.0
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), threadpool_limits(limits=1, user_api="blas"):
         for x, y in blocks:
             wide_x, wide_y = _wide(x), _wide(y)
             differs = _differs(x, y, wide_x, wide_y)
             whole += float(np.vdot(wide_x, wide_x).real)
+            if not differs.any():
+                continue
             elements += int(np.count_nonzero(differs))
             apart = np.abs(wide_x[differs] - wide_y[differs])
             largest = float(np.max(apart, initial=largest))
@@ -219,8 +222,8 @@ def _distance(blocks: Blocks) -> tuple[int, float, float]:
 def _differs(x: np.ndarray, y: np.ndarray, wide_x: np.ndarray, wide_y: np.ndarray) -> Any:
     """Which elements differ: by their bits where the dtype is one; by value otherwise, NaN being NaN."""
     if x.dtype == y.dtype:
-        bits = [array.view(np.uint8).reshape(array.size, -1) for array in (x, y)]
-        return (bits[0] != bits[1]).any(1)
+        word = f"u{x.dtype.itemsize}"
+        return x.view(word) != y.view(word)
     if x.dtype.kind in "iu" and y.dtype.kind in "iu":
         return x != y
     return (wide_x != wide_y) & ~(np.isnan(wide_x) & np.isnan(wide_y))
