@@ -12,7 +12,6 @@ from jlora.config import LoraConfig
 from jlora.disk import Checkpoint
 from jlora.errors import DataError
 from jlora.fields import choice
-from jlora.interop.names import from_gemma, from_qwix
 from jlora.interop.peft import FLAT, NESTED, is_peft_folder, names_embedding, read_peft_arrays, write_peft
 from jlora.interop.peft import Mapping as Table
 from jlora.paths import PatternIndex, leaves_by_path, literal_pattern, nest
@@ -178,6 +177,8 @@ def convert(
 
 
 def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:
+    from jlora.interop.names import from_gemma, from_qwix  # Flax NNX, of which nothing else here has need
+
     checkpoint = Checkpoint(source)
     params = {name: checkpoint.read(name) for name in checkpoint.entries}
     if names == "gemma":
