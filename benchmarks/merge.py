@@ -94,8 +94,8 @@ def make_adapter(folder: Path, layers: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def measured(command: list[str], out: Path) -> tuple[float, float]:
-    """Seconds and peak memory in MB of a process that writes `out`."""
+def measured(command: list[str], out: Path) -> tuple[float, float, float]:
+    """Of a process that writes `out`: seconds, seconds until all is on the disk, peak memory in MB."""
     if out.exists():
         shutil.rmtree(out)
     os.sync()
@@ -105,7 +105,8 @@ def measured(command: list[str], out: Path) -> tuple[float, float]:
     seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"{' '.join(command)} ended with status {status}")
-    return seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    os.sync()
+    return seconds, time.perf_counter() - begin, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def commands(folder: Path, names: list[str]) -> dict[str, Callable[[Path], list[str]]]:
@@ -139,16 +140,17 @@ def main() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             size = pool.submit(make_checkpoint, folder / "checkpoint", arguments.layers, arguments.shards).result()
             pool.submit(make_adapter, folder / "adapter", arguments.layers).result()
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         forms = commands(folder, names)
         for _ in range(arguments.repeats):
             for name, command in forms.items():
                 runs[name].append(measured(command(folder / "out"), folder / "out"))
     rows = []
     for name, found in runs.items():
-        seconds, peak = statistics.median(s for s, _ in found), max(p for _, p in found)
-        rows.append((name, f"{seconds:.1f}", f"{size / 1e9 / seconds:.2f}", f"{peak:,.0f}"))
-    print(text_table((f"{size / 1e9:.1f} GB in bfloat16", "seconds", "GB/s", "peak MB"), rows))
+        seconds, synced, peak = (statistics.median(values) for values in zip(*found, strict=True))
+        cells = (f"{seconds:.1f}", f"{size / 1e9 / seconds:.2f}", f"{synced:.1f}", f"{peak:,.0f}")
+        rows.append((name, *cells) if name != "cp -r" else (name, *cells[:-1], "-"))
+    print(text_table((f"{size / 1e9:.1f} GB in bfloat16", "seconds", "GB/s", "until on disk", "peak MB"), rows))
 
 
 if __name__ == "__main__":

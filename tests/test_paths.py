@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 from typing import Any, NamedTuple
 
 import flax.core
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import strategies as st
 
 from jlora.errors import TargetError
-from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf, nearest, path_string
+from jlora.paths import (
+    PatternIndex,
+    format_nearest,
+    leaves_by_path,
+    literal_pattern,
+    matched_depths,
+    names_leaf,
+    nearest,
+    path_string,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +114,75 @@ def test_matched_depths_of_known_patterns(pattern, path, depths):
 )
 def test_a_leaf_is_named_by_its_last_segment_and_not_by_a_span(pattern, named):
     assert names_leaf(pattern, "encoder/query/kernel") is named
+
+
+odd = st.text("ab*?[]!-^.\\ \n", min_size=1, max_size=4)
+odd_paths = st.lists(odd, min_size=1, max_size=3).map("/".join)
+
+
+def modules_of(path):
+    """The modules that hold the leaf at a path, and the path."""
+    parts = path.split("/")
+    return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+@hypothesis.settings(max_examples=500)
+@hypothesis.given(st.data())
+def test_an_index_finds_what_each_pattern_alone_would(data):
+    paths = data.draw(st.lists(odd_paths, min_size=1, max_size=4))
+    own = st.sampled_from([module for path in paths for module in modules_of(path)])
+    globs = st.lists(segments.map("/".join) | odd_paths | own | own.map(literal_pattern), max_size=8)
+    items = [(pattern, position) for position, pattern in enumerate(data.draw(globs))]
+    index = PatternIndex(iter(items))
+    for path in paths:
+        assert index.matches(path) == [item for item in items if matched_depths(item[0], path)]
+
+
+@hypothesis.given(odd_paths, odd_paths)
+def test_a_literal_pattern_matches_its_path_alone(path, other):
+    index = PatternIndex([(literal_pattern(path), None)])
+    assert matched_depths(literal_pattern(path), path) == {len(path.split("/"))}
+    assert bool(index.matches(other)) == (path in modules_of(other))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matched"),
+    [
+        ("a", "a/b", True),
+        ("a", "ab", False),
+        ("a/b", "a", False),
+        ("layers[[]0]", "layers[0]/kernel", True),
+        ("layers[0]", "layers0/kernel", True),
+        ("layers[0]", "layers[0]/kernel", False),
+        ("a[*]", "a*/b", True),
+        ("a[*]", "ab", False),
+        ("[*][*]", "**/b", True),
+        ("[*][*]", "a/b", False),
+        ("a[?]", "a?", True),
+        ("a]", "a]/b", True),
+        ("[", "[/b", True),
+        ("[!]", "[!]", True),
+        ("**", "", True),
+        ("a.b", "axb", False),
+    ],
+)
+def test_an_index_of_odd_patterns(pattern, path, matched):
+    assert PatternIndex([(pattern, 3)]).matches(path) == ([(pattern, 3)] if matched else [])
+
+
+def test_an_index_keeps_the_order_and_what_stands_twice():
+    items = [("**", 1), ("a/b", 2), ("a", 3), ("*/b", 4), ("a/b", 5), ("c", 6), ("a/b/c", 7), ("a/*", 8)]
+    assert PatternIndex(items).matches("a/b") == [items[i] for i in (0, 1, 2, 3, 4, 7)]
+    assert PatternIndex(reversed(items)).matches("a/b") == [items[i] for i in (7, 4, 3, 2, 1, 0)]
+    assert PatternIndex([]).matches("a/b") == []
+
+
+def test_an_index_of_many_literal_patterns_is_fast():
+    paths = [f"model/layers[{i}]/kernel" for i in range(20_000)]
+    index = PatternIndex((literal_pattern(path), i) for i, path in enumerate(paths))
+    begin = time.perf_counter()
+    assert all(index.matches(path)[0][1] == i for i, path in enumerate(paths))
+    assert time.perf_counter() - begin < 5
 
 
 TREES = {

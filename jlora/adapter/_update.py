@@ -41,8 +41,10 @@ def check_update(shape: tuple[int, ...], update: Mapping[str, Any], factorizatio
         a_shape, b_shape = factorization.adapter_shapes(shape, update["A"].shape[-1])
         wanted |= {"A": a_shape, "B": b_shape, "magnitude": factorization.out_shape(shape)}
     for name, part in update.items():
-        if tuple(part.shape) != wanted.get(name):
-            raise AdapterError(f"{name} {tuple(part.shape)} does not fit the weight {shape}: wanted {wanted.get(name)}")
+        if name not in wanted:
+            raise AdapterError(f"{name} {tuple(part.shape)} of a weight {shape}: no factorization is given")
+        if tuple(part.shape) != wanted[name]:
+            raise AdapterError(f"{name} {tuple(part.shape)} does not fit the weight {shape}: wanted {wanted[name]}")
 
 
 def apply_update(
@@ -54,11 +56,9 @@ def apply_update(
     Adaptation", arXiv 2402.09353, section 4.3.
     """
     check_update(jnp.shape(weight), update, factorization)
-    dtype = weight.dtype
     if set(update) == {"A", "B"}:
         return merge_lora_weight(weight, update, scaling * update["A"].shape[-1], factorization=factorization)
-    total = jnp.asarray(update.get("value", weight))
-    total = total.astype(common_dtype(total.dtype, jnp.float32))
+    total = jnp.asarray(update.get("value", weight)).astype(_wide(weight))
     if "offset" in update:
         total = total + scaling * update["offset"].astype(total.dtype)
     if "A" in update:
@@ -70,7 +70,7 @@ def apply_update(
         norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))  # what is zero stays zero
         magnitude = jnp.expand_dims(factorization.out_like(update["magnitude"]), axes)
         total = total * (magnitude.astype(total.dtype) / norm)
-    return total.astype(dtype)
+    return total.astype(weight.dtype)
 
 
 def undo_update(
@@ -80,8 +80,7 @@ def undo_update(
     check_update(jnp.shape(weight), update, factorization)
     if set(update) == {"A", "B"}:
         return unmerge_lora_weight(weight, update, scaling * update["A"].shape[-1], factorization=factorization)
-    total = jnp.asarray(weight)
-    total = total.astype(common_dtype(total.dtype, jnp.float32))
+    total = jnp.asarray(weight).astype(_wide(weight))
     if "A" in update:
         adapter = {name: update[name] for name in "AB"}
         total = unmerge_lora_weight(total, adapter, scaling * update["A"].shape[-1], factorization=factorization)
@@ -93,3 +92,11 @@ def undo_update(
 def is_reversible(update: Mapping[str, Any]) -> bool:
     """Whether an entry can be taken out of a merged weight: a value or a norm that it has lost cannot."""
     return not {"value", "magnitude"} & set(update)
+
+
+def _wide(weight: Any) -> Any:
+    """The dtype of the sums."""
+    dtype = jnp.dtype(weight.dtype)
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise AdapterError(f"a weight of dtype {dtype}: set jax_enable_x64, or cast it first")
+    return common_dtype(dtype, jnp.float32)

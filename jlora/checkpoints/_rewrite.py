@@ -124,7 +124,7 @@ def rewrite_checkpoint(
       workers: threads; as many as processors by default, eight at most.
 
     Raises:
-      DataError: `out` is there, or is the source; the disk is too small; a file cannot be read or written.
+      DataError: `out` is there, or holds what is read; the disk is too small; a file cannot be read or written.
     """
     target = Path(out).resolve()
     partial, old = (target.parent / f".{target.name}.{kind}" for kind in ("partial", "old"))

@@ -57,7 +57,8 @@ def changes_of(entries: Entries, config: LoraConfig, weight: float, checkpoint: 
     that an adapter holds as one array are taken apart where the checkpoint has them one by one.
 
     Raises:
-      DataError: every entry without a tensor, or that does not fit its tensor, at once.
+      DataError: every entry without a tensor, or that does not fit its tensor, at once; two entries for one tensor;
+        entries that fit several parts of the checkpoint.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     pieces = _pieces(entries, shapes)
@@ -85,7 +86,11 @@ def changes_of(entries: Entries, config: LoraConfig, weight: float, checkpoint: 
 
 
 def _pieces(entries: Entries, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[_Piece]]:
-    """The pieces of each entry, by path; none where the checkpoint has no tensor for it."""
+    """The pieces of each entry, by path; none where the checkpoint has no tensor for it.
+
+    Raises:
+      DataError: all entries fit under one prefix and under another too.
+    """
     names = {name.replace("/", "."): name for name in shapes}
     dotted = {path: path.replace("/", ".") for path in entries}
     best: dict[str, list[_Piece]] = {}

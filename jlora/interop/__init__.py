@@ -1,1 +1,5 @@
-"""Files of other libraries: `jlora.interop.peft` for Hugging Face PEFT, `jlora.interop.tunix` for its model trees."""
+"""Files and trees of other libraries.
+
+`jlora.interop.peft` is for Hugging Face PEFT, `jlora.interop.tunix` for the params trees of its models, and
+`jlora.interop.names` for the LoRA parameters of gemma and qwix.
+"""

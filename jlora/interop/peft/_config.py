@@ -8,6 +8,7 @@ from typing import Any
 from jlora.config import LoraConfig
 from jlora.disk import shortened
 from jlora.errors import ConfigError, DataError
+from jlora.interop.peft._patterns import compiled
 
 EXTRA = "peft"
 """The name under which a configuration keeps what PEFT's file said."""
@@ -24,7 +25,6 @@ _VARIANTS = {
     "trainable_token_indices": "trainable tokens",
 }
 _PORTABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_NESTED_REPEAT = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 _TRANSPOSED_EXPERTS = ("gpt_oss", "gptoss", "aria", "openai_privacy_filter")
 _NEW: dict[str, Any] = {
     "alpha_pattern": {},
@@ -49,6 +49,8 @@ _NEW: dict[str, Any] = {
 def check_peft_config(data: Mapping[str, Any]) -> None:
     """Raises a DataError for what is no LoRA, or a variant that is no sum of A@B."""
     kind = data.get("peft_type")
+    if "peft_type" not in data:
+        raise DataError("no folder of PEFT's, which names its peft_type; jlora's own are read by load_adapters")
     if kind != "LORA":
         raise DataError(f"peft_type {kind!r}: jlora reads LORA")
     for key, name in _VARIANTS.items():
@@ -93,15 +95,15 @@ class Scales:
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.rank, self.alpha = data.get("r", 8), data.get("lora_alpha", 8)
-        self._ranks, self._alphas = (_compiled(data.get(key)) for key in ("rank_pattern", "alpha_pattern"))
+        self._ranks, self._alphas = (compiled(data.get(key)) for key in ("rank_pattern", "alpha_pattern"))
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's A and B."""
-        return next((value for pattern, value in self._ranks if pattern.match(module)), self.rank)
+        return next((value for pattern, value in self._ranks if pattern.matches(module)), self.rank)
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module."""
-        return next((value for pattern, value in self._alphas if pattern.match(module)), self.alpha)
+        return next((value for pattern, value in self._alphas if pattern.matches(module)), self.alpha)
 
 
 def extras_of(config: LoraConfig) -> dict[str, Any]:
@@ -163,20 +165,16 @@ def peft_config(
         data["lora_dropout"] = config.dropout
     if kept is None:
         named = set(parameters)
+        beside = {"dropout": config.dropout, "Conv1D": conv1d, "DoRA": dora, "the bias of a B": lora_bias}
+        if named and (found := [name for name, value in beside.items() if value]):
+            raise DataError(
+                f"{sorted(named)[0]} is a parameter, beside which PEFT does not have {found[0]}: write two folders"
+            )
         data |= {"fan_in_fan_out": conv1d, "use_dora": dora, "lora_bias": lora_bias}
         data["target_modules"] = sorted(module for module in modules if module not in named)
         data["target_parameters"] = sorted(named) or None
         data["modules_to_save"] = sorted(set(whole)) or None
     return data
-
-
-def _compiled(patterns: Any) -> list[tuple[re.Pattern[str], Any]]:
-    if slow := [key for key in patterns or {} if _NESTED_REPEAT.search(key)]:
-        raise DataError(f"the pattern {slow[0]!r} repeats a repetition, which can take forever to match")
-    try:
-        return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
-    except re.error as error:
-        raise DataError(f"a pattern of ranks or alphas is no regular expression: {error}") from None
 
 
 def _exactly(module: str) -> str:

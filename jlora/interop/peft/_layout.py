@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.contraction import split_batch_axes
 from jlora.errors import DataError
 from jlora.interop.peft._mapping import Row
 
@@ -45,10 +46,15 @@ def from_peft(kind: str, parts: Mapping[str, np.ndarray[Any, Any]], rank: int) -
         return arrays, (count, *sides)
     arrays["A"] = np.moveaxis(a, 0, -1)
     arrays["B"] = b.reshape(b.shape[0], rank).T
+    ins, outs = a.shape[1:], (b.shape[0],)
+    shape = (*outs, *ins) if kind in ("linear", "conv") else (*ins, *outs)
+    magnitude = (1, *outs, *(1 for _ in ins[1:])) if kind == "conv" else outs
+    for name, wanted in (("value", shape), ("magnitude", magnitude)):
+        if name in arrays and arrays[name].shape != wanted:
+            raise DataError(f"{name} {arrays[name].shape} does not fit A and B: wanted {wanted}")
     if "magnitude" in arrays:
         arrays["magnitude"] = arrays["magnitude"].reshape(-1)
-    ins, outs = a.shape[1:], (b.shape[0],)
-    return arrays, (*outs, *ins) if kind in ("linear", "conv") else (*ins, *outs)
+    return arrays, shape
 
 
 def to_peft(kind: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
@@ -114,6 +120,7 @@ def to_model(arrays: Arrays, kind: str, row: Row) -> Arrays:
     if kind == "conv" and row.reshape is not None:
         raise DataError(f"a convolution is not written through the reshape of the row {row.name}")
     nb = _batch_axes(arrays, row) if kind.startswith("experts") else 0
+    split_batch_axes(arrays["A"].shape, arrays["B"].shape, nb)
     ni, no = arrays["A"].ndim - 1 - nb, arrays["B"].ndim - 1 - nb
     roles = {"o": "o" * no, "i": "i" * ni, "b": "b" * nb}
     split_roles = "".join(roles[role] for role in dict.fromkeys(roles_of(kind, 2)))

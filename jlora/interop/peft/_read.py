@@ -85,7 +85,7 @@ def read_peft_arrays(
             arrays = {entry.name: {part: file.read(key) for part, key in entry.parts.items()} for entry in entries}
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
-    _check_finite(folder, arrays)
+    _check_numbers(folder, arrays)
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(data)
     return _Reader(folder, data, mapping, transposed_experts).read(entries, arrays, params)
@@ -96,7 +96,10 @@ class _Reader:
 
     def __init__(self, folder: Path, data: MappingType[str, Any], mapping: Mapping, transposed_experts: bool) -> None:
         self.folder, self.data, self.mapping, self.transposed_experts = folder, data, mapping, transposed_experts
-        self.scales = Scales(data)
+        try:
+            self.scales = Scales(data)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from None
         self.kinds: dict[str, str] = {}
         self.roles: dict[str, str] = {}
         self.matched: dict[str, str] = {}
@@ -150,11 +153,14 @@ class _Reader:
         if entry.is_embedding:
             return "embedding"
         if entry.is_parameter:
-            if arrays["A"].shape[0] == rank:
+            if arrays["A"].shape[:1] == (rank,):
                 return "linear"
             return "experts_t" if self.transposed_experts else "experts"
         if arrays["A"].ndim > 2:
             return "conv"
+        a, b = arrays["A"].shape, arrays["B"].shape
+        if "value" in arrays and len(a) == len(b) == 2 and a[1] != b[0]:
+            return "linear" if arrays["value"].shape == (b[0], a[1]) else "conv1d"
         return "conv1d" if self.data.get("fan_in_fan_out") else "linear"
 
     def _stacked(self, path: str, pieces: list[tuple[Place, Arrays]]) -> Arrays:
@@ -196,11 +202,11 @@ class _Reader:
 
     def _config(self, adapters: MappingType[str, Arrays]) -> LoraConfig:
         """The configuration that gives each path its rank, alpha and factorization."""
-        ranks = {path: self.scales.rank_of(module) for path, module in self.matched.items()}
-        alphas = {path: self.scales.alpha_of(module) for path, module in self.matched.items()}
         targets = [path for path, update in adapters.items() if "A" in update]
         scaled = [path for path, update in adapters.items() if update.keys() & {"A", "offset"}]
         try:
+            ranks = {path: self.scales.rank_of(module) for path, module in self.matched.items()}
+            alphas = {path: self.scales.alpha_of(module) for path, module in self.matched.items()}
             return LoraConfig(
                 rank=self.scales.rank,
                 alpha=self.scales.alpha,
@@ -213,7 +219,7 @@ class _Reader:
                 factorizations={literal_pattern(path): self.roles[path] for path in targets},
                 extras={EXTRA: json.dumps({"config": self.data, "kinds": self.kinds}, sort_keys=True)},
             )
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             raise DataError(f"{self.folder / CONFIG}: {error}") from None
 
     def _raise_all(self) -> None:
@@ -223,13 +229,15 @@ class _Reader:
             raise DataError("\n  ".join([f"{self.folder}: {len(self.problems)} problems:", *shown, *more]))
 
 
-def _check_finite(folder: Path, arrays: MappingType[str, Arrays]) -> None:
-    wrong = [
-        f"{name} ({part})"
-        for name, parts in arrays.items()
-        for part, array in parts.items()
-        if not jnp.issubdtype(array.dtype, jnp.integer) and not np.isfinite(array.astype(np.float64, copy=False)).all()
-    ]
+def _check_numbers(folder: Path, arrays: MappingType[str, Arrays]) -> None:
+    """Raises a DataError for numbers that are not finite, and for those of adapters that are not floating."""
+    wrong = []
+    for name, parts in arrays.items():
+        for part, array in parts.items():
+            if jnp.issubdtype(array.dtype, jnp.floating):
+                wrong += [] if np.isfinite(array.astype(np.float64, copy=False)).all() else [f"{name} ({part})"]
+            elif part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
+                raise DataError(f"{folder}: {part} of {name} has the dtype {array.dtype}: wanted a floating one")
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} tensors hold numbers that are not finite: {', '.join(wrong[:5])}")
 

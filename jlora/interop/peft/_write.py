@@ -75,6 +75,9 @@ class _Writer:
         """Takes in one weight; an entry of a stack that is all zero was not there."""
         if place.row.stack and not any(np.any(part) for part in entry.values()):
             return
+        rank = self.configuration.rank_of(place.path)
+        if "A" in entry and entry["A"].shape[-1] != rank:
+            raise DataError(f"A {entry['A'].shape} does not have the rank {rank} of the configuration")
         kind = self._kind(place, entry)
         self.entries[place.name] = (place.path, kind, to_peft(kind, to_model(entry, kind, place.row)))
 
@@ -96,10 +99,11 @@ class _Writer:
             return kinds[roles]
         if place.row.reshape is None and len(roles) > 2 and roles.strip("i") == "o" and roles[0] == "o":
             return "conv"
-        if roles.strip("i").strip("o") == "" and roles[0] == "i":
+        matrix = len(roles) == 2 or place.row.reshape is not None
+        if matrix and roles.strip("i").strip("o") == "" and roles[0] == "i":
             name = module.rpartition(".")[2]
             return "embedding" if name in _EMBEDDINGS or "emb" in name else "conv1d"
-        if roles.strip("o").strip("i") == "":
+        if matrix and roles.strip("o").strip("i") == "":
             return "linear"
         raise DataError(f"a weight with the axes {roles!r} in the Hugging Face model: PEFT has no module for it")
 

@@ -1,0 +1,323 @@
+"""What merging refuses, and what it says."""
+
+import errno
+import json
+import os
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jlora import LoraConfig
+from jlora.checkpoints import _arithmetic, merge, unmerge
+from jlora.checkpoints import _rewrite as rewrite
+from jlora.errors import DataError
+from tests.checkpoints.make import (
+    DTYPES,
+    bits,
+    factors,
+    llama,
+    peft_parts,
+    random,
+    write_checkpoint,
+    write_file,
+    write_llama,
+    write_own,
+    write_peft,
+)
+
+OI = LoraConfig(rank=2, alpha=2, factorizations={"**": "oi"})
+
+
+@pytest.fixture
+def made(tmp_path, rng):
+    """A base and an adapter."""
+    return write_llama(tmp_path, rng)[1:]
+
+
+def one_weight(tmp_path: Any, rng: Any, weight: Any, entry: Any = None, **others: Any) -> Any:
+    """The checkpoint of a weight `w`, and an adapter of it."""
+    base = write_checkpoint(tmp_path / "base", {"w": weight, **others}, 1)
+    entry = factors(rng, weight.shape, "oi", 2) if entry is None else entry
+    return base, write_own(tmp_path / "adapter", {"w": entry}, OI)
+
+
+def test_an_output_that_is_there(tmp_path, made):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("words")
+    with pytest.raises(DataError, match=r"out: is there already; give another folder, or --force \(force=True\)"):
+        merge(*made, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "words"
+    merge(*made, tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_an_empty_folder_is_a_place_to_write_to(tmp_path, made):
+    (tmp_path / "out").mkdir()
+    merge(*made, tmp_path / "out")
+    merge(*made, tmp_path / "new" / "folder" / "out")
+    assert bits(tmp_path / "out") == bits(tmp_path / "new" / "folder" / "out")
+
+
+@pytest.mark.parametrize("place", ["base", "adapter", "."])
+def test_an_output_that_would_replace_what_is_read(tmp_path, made, place):
+    before = bits(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / place)
+    for out in (tmp_path / place, tmp_path / "link"):
+        with pytest.raises(DataError, match=r"the output would replace \S*, which is read; give another folder"):
+            merge(*made, out, force=True)
+    (tmp_path / "link").unlink()
+    assert bits(tmp_path) == before
+
+
+def test_the_folder_of_the_file_that_is_read(tmp_path, rng):
+    base, adapter = one_weight(tmp_path, rng, random(rng, (7, 5)))
+    with pytest.raises(DataError, match=r"the output would replace \S*base, which is read"):
+        merge(base / "model.safetensors", adapter, base, force=True)
+
+
+def test_an_output_that_is_a_file(tmp_path, made):
+    (tmp_path / "out").write_text("words")
+    with pytest.raises(DataError, match=r"out: is a file; give a folder"):
+        merge(*made, tmp_path / "out", force=True)
+    assert (tmp_path / "out").read_text() == "words"
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_disk_without_room(tmp_path, made, monkeypatch, residual):
+    usage = shutil.disk_usage(tmp_path)
+    size = sum(file.stat().st_size for file in made[0].glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size + (64 << 20) - 2000 * (not residual)))
+    with pytest.raises(DataError, match=r": 0\.00 GB are to be written, 0\.07 GB are free"):
+        merge(*made, tmp_path / "out", keep_residual=residual)
+    assert not (tmp_path / "out").exists()
+    if residual:
+        merge(*made, tmp_path / "out")
+
+
+def test_no_adapters_and_too_few_weights(tmp_path, made):
+    base, adapter = made
+    with pytest.raises(DataError, match=r"^no adapters are given$"):
+        merge(base, [], tmp_path / "out")
+    with pytest.raises(DataError, match=r"^2 adapters and 1 weights: give one weight for each$"):
+        merge(base, [adapter, adapter], tmp_path / "out", weights=[1])
+    with pytest.raises(ValueError, match=r"^weights = nan: wanted a finite number"):
+        merge(base, adapter, tmp_path / "out", weights=[float("nan")])
+
+
+def test_names_that_the_checkpoint_lacks_are_told_with_the_nearest(tmp_path, rng, made):
+    parts = peft_parts(rng, llama(rng), "q_proj", "up_proj")
+    parts = {name.replace("q_proj", "query"): part for name, part in parts.items()}
+    adapter = write_peft(tmp_path / "other", parts)
+    message = (
+        r"other: the adapters do not fit the checkpoint: 2 problems:\n"
+        r"  model\.layers\.0\.self_attn\.query\.weight: the checkpoint has no such tensor; "
+        r"nearest: model\.layers\.0\.self_attn\.[qo]_proj\.weight, .*\n"
+        r"  model\.layers\.1\.self_attn\.query\.weight: "
+    )
+    with pytest.raises(DataError, match=message):
+        merge(made[0], adapter, tmp_path / "out")
+
+
+def test_all_problems_are_told_at_once_and_many_are_counted(tmp_path, rng):
+    tensors = {"count": np.arange(35).reshape(7, 5), "w": random(rng, (7, 5))}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    entries = {name: factors(rng, (7, 5), "oi", 2) for name in ("count", *(f"missing_{i:02}" for i in range(20)))}
+    adapter = write_own(tmp_path / "adapter", entries, OI)
+    with pytest.raises(DataError, match=r"(?s)21 problems:\n.*missing_00: .*missing_11: .*\n  and 9 more$"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_shapes_that_do_not_fit(tmp_path, rng):
+    base = write_checkpoint(tmp_path / "base", {name: random(rng, (7, 5)) for name in "vw"})
+    wrong = {"v": factors(rng, (7, 3), "oi", 2), "w": {"offset": random(rng, (5, 7))}}
+    adapter = write_own(tmp_path / "adapter", wrong, OI)
+    message = (
+        r"(?s)do not fit the checkpoint: 2 problems:.*v: A \(3, 2\) and B \(2, 7\) do not fit .*w: offset \(5, 7\)"
+    )
+    with pytest.raises(DataError, match=message):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.bool_])
+def test_numbers_that_are_no_floats(tmp_path, rng, dtype):
+    made = one_weight(tmp_path, rng, np.ones((7, 5), dtype))
+    with pytest.raises(DataError, match=r"  w: dtype \w+ is not floating; dequantize the checkpoint first"):
+        merge(*made, tmp_path / "out")
+
+
+@pytest.mark.parametrize("scale", ["w_scale", "w_scale_inv"])
+def test_float8_with_scales(tmp_path, rng, scale):
+    weight = random(rng, (7, 5), DTYPES["e4m3"])
+    made = one_weight(tmp_path, rng, weight, **{scale: np.ones(1, np.float32)})
+    with pytest.raises(DataError, match=r"  w: is quantized, with a scale beside it; dequantize the checkpoint first"):
+        merge(*made, tmp_path / "out")
+
+
+def test_a_value_or_a_magnitude_has_no_weight_and_goes_alone(tmp_path, rng):
+    entry = factors(rng, (7, 5), "oi", 2) | {"magnitude": np.ones(7, np.float32)}
+    base, adapter = one_weight(tmp_path, rng, random(rng, (7, 5)), entry)
+    with pytest.raises(DataError, match=r"  w: a whole value or a magnitude has no weight 0\.5"):
+        merge(base, adapter, tmp_path / "out", weights=[0.5])
+    with pytest.raises(
+        DataError, match=r"^w: an update with a magnitude or a whole value goes alone; merge one by one"
+    ):
+        merge(base, [adapter, adapter], tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_two_entries_for_one_tensor(tmp_path, rng):
+    base = write_checkpoint(tmp_path / "base", {"m.w": random(rng, (7, 5))}, 1)
+    adapter = write_own(tmp_path / "adapter", {n: factors(rng, (7, 5), "oi", 2) for n in ("m/w", "m.w")}, OI)
+    with pytest.raises(DataError, match=r"  m\.w: both m[./]w and m[./]w change it"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_two_prefixes_under_which_all_fit(tmp_path, rng):
+    base = write_checkpoint(tmp_path / "base", {f"{part}.q.weight": random(rng, (7, 5)) for part in ("text", "image")})
+    adapter = write_own(tmp_path / "adapter", {"q/weight": factors(rng, (7, 5), "oi", 2)}, OI)
+    with pytest.raises(
+        DataError, match=r"fit several parts of the checkpoint: q/weight is text\.q\.weight or image\.q\.weight$"
+    ):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("experts", "shape"), [(2, (11, 13)), (4, (11, 13)), (3, (11, 7))])
+def test_experts_that_do_not_fit(tmp_path, rng, experts, shape):
+    tensors = {f"experts.{e}.down_proj.weight": random(rng, (11, 13)) for e in range(3)}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    entry = factors(rng, (experts, *shape), "boi", 2)
+    config = OI.replace(factorizations={"**": "boi"})
+    adapter = write_own(tmp_path / "adapter", {"experts/down_proj": entry}, config)
+    message = r"no such tensor" if experts != 3 else r"the experts of experts/down_proj want \(11, 7\)"
+    with pytest.raises(DataError, match=message):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "e4m3", "e5m2"])
+@pytest.mark.parametrize("block", [1 << 18, 10])
+def test_sums_that_the_dtype_cannot_hold(tmp_path, rng, dtype, block, monkeypatch):
+    monkeypatch.setattr(_arithmetic, "BLOCK", block)
+    largest = {"fp16": 6e4, "bf16": 3.3e38, "fp32": 3.4e38, "e4m3": 440, "e5m2": 5e4}[dtype]
+    weight = random(rng, (7, 5), DTYPES[dtype])
+    weight[6, 4] = largest
+    entry = {"A": np.ones((5, 2), np.float32), "B": np.full((2, 7), min(largest, 1e38) / 2, np.float32)}
+    base, adapter = one_weight(tmp_path, rng, weight, entry)
+    message = rf"^w: a sum is too large for {weight.dtype}; scale the adapter, or use a wider checkpoint$"
+    for residual in (False, True):
+        with pytest.raises(DataError, match=message):
+            merge(base, adapter, tmp_path / "out", keep_residual=residual)
+    merge(base, adapter, tmp_path / "out", weights=[1e-40])
+
+
+class FullDisk:
+    """Writes that fail after a number of calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+        self.left, self.pwrite = calls, os.pwrite
+        monkeypatch.setattr(os, "pwrite", self)
+        monkeypatch.setattr(rewrite, "_copy_range", self.copy)
+
+    def __call__(self, handle: int, data: Any, start: int) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.pwrite(handle, data, start)
+
+    def copy(self, source: int, target: int, start: int, count: int) -> int:
+        return self(target, os.pread(source, min(count, 5000), start), start)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("calls", [0, 1, 5, 20, 33])
+def test_a_disk_that_is_full_in_the_middle(tmp_path, made, monkeypatch, calls, residual):
+    monkeypatch.setattr(_arithmetic, "BLOCK", 200)
+    merge(*made, tmp_path / "wanted", keep_residual=residual)
+    merge(*made, tmp_path / "out", weights=[2])
+    before = bits(tmp_path / "out")
+    with monkeypatch.context() as full:
+        FullDisk(full, calls)
+        with pytest.raises(DataError, match=r"/\.out\.partial: No space left on device; the same command resumes$"):
+            merge(*made, tmp_path / "out", force=True, keep_residual=residual)
+    assert bits(tmp_path / "out") == before
+    merge(*made, tmp_path / "out", force=True, keep_residual=residual)
+    assert bits(tmp_path / "out") == bits(tmp_path / "wanted")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_disk_that_is_full_while_a_base_is_restored(tmp_path, made, monkeypatch):
+    merge(*made, tmp_path / "merged", keep_residual=True)
+    with monkeypatch.context() as full:
+        FullDisk(full, 5)
+        with pytest.raises(DataError, match=r"/\.out\.partial: No space left on device; the same command resumes$"):
+            unmerge(tmp_path / "merged", made[1], tmp_path / "out")
+    unmerge(tmp_path / "merged", made[1], tmp_path / "out")
+    assert bits(tmp_path / "out") == bits(made[0])
+
+
+def test_a_checkpoint_that_is_cut_while_it_is_read(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(_arithmetic, "BLOCK", 100)
+    shard = sorted(made[0].glob("*.safetensors"))[-1]
+    size = shard.stat().st_size
+
+    def cut(done: int, total: int) -> None:
+        if done > total - size:
+            os.truncate(shard, 1500)
+
+    with pytest.raises(DataError, match=rf"{shard.name}: cut short at byte"):
+        merge(*made, tmp_path / "out", on_progress=cut)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_of_which_a_file_is_missing(tmp_path, made, part):
+    (made[1] / part).unlink()
+    with pytest.raises(
+        DataError, match=r"adapter/adapter_model\.safetensors: (found the format 'pt'|cannot be read: No such)"
+    ):
+        merge(*made, tmp_path / "out")
+
+
+def test_a_checkpoint_that_is_none(tmp_path, made):
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
+        merge(tmp_path / "nowhere", made[1], tmp_path / "out")
+    with pytest.raises(DataError, match=r"adapter_model\.safetensors|no tensor|do not fit"):
+        merge(made[1], made[1], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("tied", "head", "warned"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_an_embedding_that_is_the_output_head_too(tmp_path, rng, tied, head, warned):
+    tensors = {"model.embed_tokens.weight": random(rng, (7, 5))} | (
+        {"lm_head.weight": random(rng, (7, 5))} if head else {}
+    )
+    base = write_checkpoint(tmp_path / "base", tensors, 1, tie_word_embeddings=tied)
+    entry = {"model/embed_tokens/weight": factors(rng, (7, 5), "io", 2)}
+    config = LoraConfig(rank=2, factorizations={"**": "io"})
+    merged = merge(base, write_own(tmp_path / "adapter", entry, config), tmp_path / "out")
+    line = "model.embed_tokens.weight is the output head too (tie_word_embeddings): the adapter acts on both now"
+    assert merged.warnings == ((line,) if warned else ())
+    assert (f"warning: {line}" in str(merged)) == warned
+
+
+def test_a_config_that_is_no_json_is_copied_as_it_is(tmp_path, made):
+    (made[0] / "config.json").write_text("{")
+    assert merge(*made, tmp_path / "out").warnings == ()
+    assert (tmp_path / "out" / "config.json").read_text() == "{"
+
+
+def test_a_record_that_is_damaged(tmp_path, made):
+    merge(*made, tmp_path / "merged")
+    record = tmp_path / "merged" / "jlora_merge.json"
+    for text, message in (("{", r"not valid JSON"), (json.dumps({"command": 3}), r"tells of 3")):
+        record.write_text(text)
+        with pytest.raises(DataError, match=message):
+            unmerge(tmp_path / "merged", made[1], tmp_path / "out")
+
+
+def test_shards_without_an_index_are_not_guessed_at(tmp_path, rng):
+    (tmp_path / "base").mkdir()
+    for name in "ab":
+        write_file(tmp_path / "base" / f"{name}.safetensors", {name: random(rng, (7, 5))})
+    with pytest.raises(DataError, match=r"2 safetensors files and no model\.safetensors\.index\.json"):
+        merge(tmp_path / "base", tmp_path / "base", tmp_path / "out")

@@ -1,0 +1,219 @@
+"""A merge that is killed leaves what was there, and goes on where it stopped."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jlora.checkpoints import _arithmetic, merge, unmerge
+from jlora.disk import Checkpoint
+from tests.checkpoints.make import bits, llama, peft_parts, read, write_checkpoint, write_llama, write_peft
+
+# Children are forked from a process that has imported everything and started nothing: a kill every few milliseconds.
+CHILDREN = """
+import os, signal, sys, time
+from tests.checkpoints.test_resume import slow_merge
+
+for line in sys.stdin:
+    *call, seconds = line.split()
+    child = os.fork()
+    if child == 0:
+        slow_merge(*call)
+        os._exit(0)
+    time.sleep(float(seconds))
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def slow_merge(base: str, adapter: str, out: str, weight: str) -> int:
+    """A merge in small blocks, a nap after each; returns the number of shards that it took over."""
+    from time import sleep
+
+    _arithmetic.BLOCK = 400
+    merged = merge(
+        base, adapter, out, weights=[float(weight)], keep_residual=True, force=True, on_progress=lambda *_: sleep(2e-4)
+    )
+    return merged.resumed
+
+
+class Children:
+    """Merges that are killed after some seconds."""
+
+    def __enter__(self) -> "Children":
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", CHILDREN],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def killed(self, *call: Any) -> bool:
+        """Starts a merge and kills it; whether it was still at work."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(" ".join(map(str, call)) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline()) == 9
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Every file of an output, its record and its residuals too."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def place_of(out: Path) -> Path:
+    """Where the output is; between the two renames of a replacement it lies beside its place."""
+    return out if out.exists() else out.parent / f".{out.name}.old"
+
+
+def test_killed_at_random_moments(tmp_path, rng):
+    _, base, adapter = write_llama(tmp_path, rng)
+    wanted = {}
+    for weight in ("1.0", "2.0"):
+        slow_merge(str(base), str(adapter), str(tmp_path / "wanted"), weight)
+        wanted[weight] = everything(tmp_path / "wanted")
+    source, out = bits(base), tmp_path / "out"
+    slow_merge(str(base), str(adapter), str(out), "1.0")
+    there, taken, kills, shards = "1.0", 0, 0, set()
+    with Children() as children:
+        for _ in range(400):
+            new = "2.0" if there == "1.0" else "1.0"
+            kills += children.killed(base, adapter, out, new, rng.uniform(0.005, 0.1))
+            assert bits(base) == source
+            found = everything(place_of(out))
+            assert found in (wanted[there], wanted[new])
+            assert read(place_of(out)).keys() == Checkpoint(base).entries.keys()
+            shards.add(len(list((tmp_path / ".out.partial").glob("*.safetensors"))))
+            if rng.random() < 0.3 and found == wanted[there]:
+                taken += slow_merge(str(base), str(adapter), str(out), new)
+                found = everything(out)
+                assert found == wanted[new]
+            there = there if found == wanted[there] else new
+            if kills == 50:
+                break
+    assert kills == 50
+    assert taken > 0
+    assert shards >= {1, 2}
+    slow_merge(str(base), str(adapter), str(out), "2.0")
+    assert everything(out) == wanted["2.0"]
+    assert {file.name for file in tmp_path.iterdir()} == {"base", "adapter", "wanted", "out"}
+
+
+class StopError(Exception):
+    """The end of a run."""
+
+
+def stopped(*args: Any, share: float, run: Any = merge, **kwargs: Any) -> None:
+    """A run that stops when a share of its bytes is done."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= share * total:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(*args, on_progress=stop, **kwargs)
+
+
+@pytest.fixture
+def made(tmp_path, rng):
+    """A base of three shards, its adapter, and the folder "wanted" of their merge."""
+    _, base, adapter = write_llama(tmp_path, rng)
+    merge(base, adapter, tmp_path / "wanted")
+    return base, adapter
+
+
+@pytest.mark.parametrize(("share", "shards"), [(0.0, 0), (0.5, 1), (0.9, 2), (1.0, 2)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_finished_shards_are_taken_over(tmp_path, made, share, shards, residual):
+    stopped(*made, tmp_path / "out", share=share, keep_residual=residual)
+    assert not (tmp_path / "out").exists()
+    merged = merge(*made, tmp_path / "out", keep_residual=residual)
+    assert merged.resumed == shards
+    assert (f"{shards} shards of them by an earlier run" in str(merged)) == bool(shards)
+    assert bits(tmp_path / "out").items() >= bits(tmp_path / "wanted").items()
+    if residual:
+        assert unmerge(tmp_path / "out", made[1], tmp_path / "back").exact
+        assert bits(tmp_path / "back") == bits(made[0])
+
+
+def test_finished_shards_are_not_written_again(tmp_path, made):
+    stopped(*made, tmp_path / "out", share=0.9)
+    first = sorted(made[0].glob("*.safetensors"))[0].name
+    before = (tmp_path / ".out.partial" / first).stat()
+    merge(*made, tmp_path / "out")
+    after = (tmp_path / "out" / first).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_an_unmerge_goes_on_too(tmp_path, made):
+    merge(*made, tmp_path / "merged", keep_residual=True)
+    stopped(tmp_path / "merged", made[1], tmp_path / "back", share=0.9, run=unmerge)
+    unmerge(tmp_path / "merged", made[1], tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(made[0])
+
+
+def test_an_unmerge_that_goes_on_counts_all_that_is_uncertain(tmp_path, made):
+    merge(*made, tmp_path / "merged")
+    whole = unmerge(tmp_path / "merged", made[1], tmp_path / "whole")
+    stopped(tmp_path / "merged", made[1], tmp_path / "back", share=0.9, run=unmerge)
+    report = unmerge(tmp_path / "merged", made[1], tmp_path / "back")
+    assert (report.uncertain, report.largest) == (whole.uncertain, whole.largest)
+
+
+CHANGES = ["source", "adapter", "alpha", "weights", "residual", "boot", "journal", "shard"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_run_starts_anew(tmp_path, made, rng, change):
+    base, adapter = made
+    stopped(base, adapter, tmp_path / "out", share=0.9)
+    partial = tmp_path / ".out.partial"
+    options: dict[str, Any] = {}
+    if change == "source":
+        shutil.rmtree(base)
+        write_checkpoint(base, llama(rng), 3)
+    elif change in ("adapter", "alpha"):
+        parts = peft_parts(rng, llama(rng), "_proj")
+        own = (adapter / "adapter_model.safetensors").read_bytes()
+        shutil.rmtree(adapter)
+        write_peft(adapter, parts, lora_alpha=7 if change == "alpha" else 6)
+        if change == "alpha":
+            (adapter / "adapter_model.safetensors").write_bytes(own)
+    elif change == "weights":
+        options["weights"] = [2.0]
+    elif change == "residual":
+        options["keep_residual"] = True
+    elif change == "boot":
+        journal = partial / "jlora_merge.json"
+        journal.write_text(journal.read_text().replace('"machine": "', '"machine": "0'))
+    elif change == "journal":
+        (partial / "jlora_merge.json").write_text('{"job": ')
+    elif change == "shard":
+        for shard in partial.glob("*.safetensors"):
+            shard.unlink()
+    assert merge(base, adapter, tmp_path / "out", **options).resumed == 0
+    merge(base, adapter, tmp_path / "fresh", **options)
+    assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
+
+
+def test_a_run_cut_off_between_the_two_renames(tmp_path, made):
+    merge(*made, tmp_path / "out", weights=[3])
+    before = bits(tmp_path / "out")
+    stopped(*made, tmp_path / "out", share=0.9, force=True)
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    stopped(*made, tmp_path / "out", share=1.0, force=True)
+    assert bits(tmp_path / "out") == before
+    assert merge(*made, tmp_path / "out", force=True).resumed == 2
+    assert bits(tmp_path / "out") == bits(tmp_path / "wanted")
+    assert not list(tmp_path.glob(".out*"))

@@ -1,0 +1,190 @@
+"""`lora` with entries beside A and B: the same as the function of the merged params."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import AdapterError, LoraConfig, TargetError, lora, merge_params
+from jlora.contraction import Factorization
+from tests.reference import as64, assert_close, random_adapter, random_array
+
+SHAPES = {"up": (5, 7), "query": (7, 3, 2), "down": (11, 7)}
+ROLES = {"up": "io", "query": "ioo", "down": "oi"}
+CONFIG = LoraConfig(rank=2, alpha=3, factorizations=ROLES)
+KINDS = {
+    "A+B": ("A",),
+    "offset": ("offset",),
+    "value": ("value",),
+    "A+B+offset": ("A", "offset"),
+    "A+B+value": ("A", "value"),
+    "DoRA": ("A", "magnitude"),
+    "all": ("A", "offset", "value", "magnitude"),
+}
+
+
+def entry_for(rng: np.random.Generator, name: str, parts: Any) -> dict[str, Any]:
+    shape, split = SHAPES[name], Factorization(ROLES[name])
+    entry = {part: random_array(rng, shape) for part in ("value", "offset") if part in parts}
+    if "A" in parts:
+        entry |= random_adapter(rng, *split.adapter_shapes(shape, 2))
+    if "magnitude" in parts:
+        entry["magnitude"] = random_array(rng, split.out_shape(shape))
+    return entry
+
+
+def model(params: Any, x: Any) -> Any:
+    hidden = jnp.tanh(x @ params["up"] + params["bias"])
+    heads = jnp.einsum("...i,ihd->...hd", hidden, params["query"])
+    return heads.sum((-1, -2))[..., None] * (hidden @ params["down"].T)
+
+
+def case(rng: np.random.Generator, **kinds: Any) -> tuple[Any, Any]:
+    """Params, and adapters with these kinds of entries."""
+    params = {name: random_array(rng, shape) for name, shape in SHAPES.items()} | {"bias": random_array(rng, (7,))}
+    entries = {name: entry_for(rng, name, parts) for name, parts in kinds.items()}
+    return params, {name: entries.get(name) for name in params}
+
+
+def patterns(adapters: Any) -> LoraConfig:
+    """The configuration without the patterns that these adapters do not use."""
+    targets = tuple(name for name in SHAPES if adapters.get(name))
+    return CONFIG.replace(factorizations={name: ROLES[name] for name in targets}, target_modules=targets)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("parts", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_the_output_is_that_of_the_merged_params(rng, name, parts, wrap):
+    params, adapters = case(rng, **{name: parts})
+    config, x = patterns(adapters), random_array(rng, (13, 5))
+    found = wrap(lora(model, config))(params, adapters, x)
+    wanted = model(merge_params(params, adapters, config), x)
+    assert_close(found, as64(wanted), factor=4)
+    assert not np.allclose(found, model(params, x), rtol=1e-2)
+
+
+def test_one_of_each_kind_and_a_bias(rng):
+    params, adapters = case(rng, up=("A", "magnitude"), query=("A", "offset"), down=("value",))
+    adapters["bias"] = {"offset": random_array(rng, (7,))}
+    x = random_array(rng, (2, 13, 5))
+    wanted = model(merge_params(params, adapters, CONFIG), x)
+    assert_close(lora(model, CONFIG)(params, adapters, x), as64(wanted), factor=4)
+
+
+def reference_loss(adapters: Any, params: Any, x: Any, norms: Any) -> Any:
+    """The loss with each weight written out; the norms are constants."""
+    merged = dict(params)
+    for name, entry in adapters.items():
+        if entry is None:
+            continue
+        total = entry.get("value", params[name]) + 1.5 * entry.get("offset", 0)
+        if "A" in entry:
+            equation = {"io": "ir,ro->io", "ioo": "ir,rhd->ihd", "oi": "ir,ro->oi"}[ROLES[name]]
+            total = total + 1.5 * jnp.einsum(equation, entry["A"], entry["B"], precision="highest")
+        if "magnitude" in entry:
+            axis = ROLES[name].index("i")
+            norm = jnp.sqrt(jnp.sum(total**2, axis)) if norms is None else norms[name]
+            total = jnp.expand_dims(entry["magnitude"] / norm, axis) * total
+        merged[name] = total
+    return jnp.mean(model(merged, x) ** 2)
+
+
+def norms_of(adapters: Any, params: Any) -> Any:
+    """The norms under the magnitudes."""
+    found = {}
+    for name, entry in adapters.items():
+        if entry is not None and "magnitude" in entry:
+            plain = {name: {part: array for part, array in entry.items() if part != "magnitude"}}
+            total = merge_params({name: params[name]}, plain, patterns(plain))
+            found[name] = jnp.sqrt(jnp.sum(total[name] ** 2, ROLES[name].index("i")))
+    return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("parts", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_gradients_are_those_of_the_formula(rng, name, parts, wrap):
+    params, adapters = case(rng, **{name: parts})
+    config, x = patterns(adapters), random_array(rng, (13, 5))
+
+    def loss(adapters: Any) -> Any:
+        return jnp.mean(lora(model, config)(params, adapters, x) ** 2)
+
+    found = wrap(jax.grad(loss))(adapters)
+    wanted = jax.grad(reference_loss)(adapters, params, x, norms_of(adapters, params))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(lambda new, old: assert_close(new, as64(old), factor=10), found, wanted)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(found))
+
+
+def scanned(params: Any, x: Any) -> Any:
+    def layer(x: Any, weights: Any) -> Any:
+        return jnp.tanh(x @ weights["w"] + weights["bias"]), None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+@pytest.mark.parametrize("parts", KINDS.values(), ids=KINDS)
+def test_under_scan(rng, parts):
+    layers, shape, split = 3, (3, 5, 5), Factorization("bio")
+    params = {"w": random_array(rng, shape), "bias": random_array(rng, (layers, 5))}
+    entry = {part: random_array(rng, shape) for part in ("value", "offset") if part in parts}
+    if "A" in parts:
+        entry |= random_adapter(rng, *split.adapter_shapes(shape, 2))
+    if "magnitude" in parts:
+        entry["magnitude"] = random_array(rng, (layers, 5))
+    adapters, x = {"w": entry, "bias": None}, random_array(rng, (13, 5))
+    config = LoraConfig(rank=2, alpha=3, target_modules="w", factorizations={"w": "bio"})
+
+    def loss(adapters: Any) -> Any:
+        return jnp.mean(lora(scanned, config)(params, adapters, x) ** 2)
+
+    def wanted_loss(adapters: Any) -> Any:
+        return jnp.mean(scanned(merge_params(params, adapters, config), x) ** 2)
+
+    (found, grads), (wanted, wanted_grads) = (jax.jit(jax.value_and_grad(fn))(adapters) for fn in (loss, wanted_loss))
+    assert_close(found, as64(wanted), factor=4)
+    jax.tree.map(lambda new, old: assert_close(new, as64(old), factor=20), grads, wanted_grads)
+
+
+def test_one_call_for_several_adapters_under_vmap(rng):
+    params, first = case(rng, up=("A", "magnitude"), down=("A", "offset"))
+    second = case(rng, up=("A", "magnitude"), down=("A", "offset"))[1]
+    config, x = patterns(first), random_array(rng, (13, 5))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    found = jax.vmap(lora(model, config), (None, 0, None))(params, stacked, x)
+    for row, adapters in zip(found, (first, second), strict=True):
+        assert_close(row, as64(model(merge_params(params, adapters, config), x)), factor=4)
+
+
+def test_strict_refuses_a_magnitude_and_nothing_else(rng):
+    x = random_array(rng, (13, 5))
+    for parts in KINDS.values():
+        params, adapters = case(rng, query=parts)
+        strict = lora(model, patterns(adapters), strict=True)
+        if "magnitude" in parts:
+            message = r"^query: a weight with a magnitude \(DoRA\) cannot be factored; strict=False merges it$"
+            with pytest.raises(AdapterError, match=message):
+                strict(params, adapters, x)
+        else:
+            assert_close(strict(params, adapters, x), as64(lora(model, patterns(adapters))(params, adapters, x)))
+
+
+def test_a_and_b_are_factored_beside_an_offset_and_merged_under_a_magnitude(rng):
+    x = random_array(rng, (13, 5))
+    for parts, factored in ((("A", "offset"), True), (("A", "magnitude"), False)):
+        params, adapters = case(rng, up=parts)
+        jaxpr = jax.make_jaxpr(lora(model, patterns(adapters)))(params, adapters, x)
+        dots = [equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "dot_general"]
+        dense = [equation for equation in dots if equation.outvars[0].aval.shape == (5, 7)]
+        assert bool(dense) != factored
+
+
+def test_entries_that_do_not_fit(rng):
+    params, adapters = case(rng, up=("A", "magnitude"))
+    adapters["up"]["magnitude"] = jnp.ones(5)
+    with pytest.raises(TargetError, match=r"up: magnitude \(5,\) does not fit the weight \(5, 7\): wanted \(7,\)$"):
+        lora(model, patterns(adapters))(params, adapters, random_array(rng, (13, 5)))
