@@ -157,7 +157,9 @@ def _orders(shape: Shape, *groups: Shape) -> Iterator[str]:
 
 
 def common_dtype(*dtypes: Any) -> Any:
-    """The dtype that holds all of these, also where JAX is set to strict promotion."""
+    """The dtype that holds all of these, also under strict promotion; float8 and another dtype meet in float32."""
+    if len(names := {jnp.dtype(dtype).name for dtype in dtypes}) > 1:
+        dtypes = tuple(jnp.float32 if name.startswith("float8") else name for name in names)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 

@@ -25,6 +25,7 @@ from jlora.checkpoints._updates import changes_of, read_adapter
 from jlora.disk import Checkpoint, TensorEntry, TensorFile, read_json
 from jlora.errors import DataError
 from jlora.fields import number
+from jlora.interop.peft import Mapping
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -93,6 +94,7 @@ def merge(
     out: str | Path,
     *,
     weights: Sequence[float] | None = None,
+    mapping: Mapping = (),
     keep_residual: bool = False,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -108,6 +110,8 @@ def merge(
       adapters: folders of adapters, jlora's own or PEFT's, one or several.
       out: the folder to write.
       weights: of the adapters, 1 by default; may be negative.
+      mapping: rows of `jlora.interop.peft.Row` from the adapters' names to the checkpoint's, where these are others;
+        what transformers 5 renames is known.
       keep_residual: whether to keep beside the output what `unmerge` needs to bring the base back to the bit.
       force: whether to replace `out` where it is there; it is replaced when all is written.
       on_progress: called with (bytes done, bytes in all).
@@ -117,7 +121,7 @@ def merge(
         what is read, the disk is too small, a sum that the dtype cannot hold.
     """
     source = Checkpoint(checkpoint)
-    changes = _changes(source, adapters, weights)
+    changes = _changes(source, adapters, weights, mapping)
     record = _record("merge", source, adapters, weights) | {"residual": keep_residual}
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
@@ -147,6 +151,7 @@ def unmerge(
     out: str | Path,
     *,
     weights: Sequence[float] | None = None,
+    mapping: Mapping = (),
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> Unmerged:
@@ -157,7 +162,7 @@ def unmerge(
 
     Args:
       merged: the folder that `merge` wrote.
-      adapters, weights: those that were merged.
+      adapters, weights, mapping: those that were merged.
       out: the folder to write.
       force, on_progress: as for `merge`.
 
@@ -166,7 +171,7 @@ def unmerge(
         without a residual, a residual that does not lead back to the base.
     """
     source = Checkpoint(merged)
-    changes = _changes(source, adapters, weights)
+    changes = _changes(source, adapters, weights, mapping)
     record = _record("unmerge", source, adapters, weights)
     _check_same(source.folder, record)
     exact = (source.folder / RESIDUALS).is_dir()
@@ -215,7 +220,10 @@ class _Tally:
 
 
 def _changes(
-    source: Checkpoint, adapters: str | Path | Sequence[str | Path], weights: Sequence[float] | None
+    source: Checkpoint,
+    adapters: str | Path | Sequence[str | Path],
+    weights: Sequence[float] | None,
+    mapping: Mapping,
 ) -> dict[str, list[Change]]:
     """The changes of each tensor, in the order of the checkpoint's bytes."""
     folders = _listed(adapters)
@@ -226,7 +234,7 @@ def _changes(
     for folder, factor in zip(folders, factors, strict=True):
         entries, config = read_adapter(folder)
         try:
-            for name, change in changes_of(entries, config, factor, source).items():
+            for name, change in changes_of(entries, config, factor, source, mapping).items():
                 found.setdefault(name, []).append(change)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None

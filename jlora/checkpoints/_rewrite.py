@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from jlora.disk import Checkpoint, TensorEntry, TensorFile, dump_json, read_json
+from jlora.disk import Checkpoint, TensorEntry, TensorFile, dump_json, locked_folder, read_json
 from jlora.errors import DataError
 
 RECORD = "jlora_merge.json"
@@ -131,35 +131,41 @@ def rewrite_checkpoint(
     if old.exists() and not target.exists():
         old.rename(target)
     _check_target(target, [source.folder, *inputs], force)
-    total = sum((source.folder / shard).stat().st_size for shard in source.shards)
-    journal = _Journal(partial, record)
     try:
-        done = journal.begin()
-        _check_room(target.parent, total + extra_bytes, partial)
-        progress = _Progress(on_progress, total)
-        names = set(changed)
-        count = workers or min(8, os.cpu_count() or 1)
-        with threadpool_limits(limits=1, user_api="blas"):
+        partial.mkdir(exist_ok=True)
+        with locked_folder(partial), threadpool_limits(limits=1, user_api="blas"):
+            journal = _Journal(partial, record)
+            done = journal.begin()
+            total = sum((source.folder / shard).stat().st_size for shard in source.shards)
+            _check_room(target.parent, total + extra_bytes, partial)
+            progress = _Progress(on_progress, total)
             for shard in source.shards:
                 if shard in done:
                     progress.advance((source.folder / shard).stat().st_size)
                     continue
-                _write_shard(source, partial / shard, shard, names, rewrite, progress, count)
+                _write_shard(source, partial / shard, shard, set(changed), rewrite, progress, workers)
                 journal.finished(shard, note())
-        for file in source.side_files():
-            if file.name not in leave_out:
-                shutil.copy2(file, partial / file.name)
-        journal.close()
-        _replace(partial, target, old)
+            for file in source.side_files():
+                if file.name not in leave_out:
+                    shutil.copy2(file, partial / file.name)
+            journal.close()
+            _replace(partial, target, old)
     except OSError as error:
         raise DataError(f"{error.filename or partial}: {error.strerror}; the same command resumes") from None
     return Rewritten(len(done), [journal.done[shard] for shard in source.shards])
 
 
 def _write_shard(
-    source: Checkpoint, path: Path, shard: str, changed: set[str], rewrite: Rewrite, progress: "_Progress", workers: int
+    source: Checkpoint,
+    path: Path,
+    shard: str,
+    changed: set[str],
+    rewrite: Rewrite,
+    progress: "_Progress",
+    workers: int | None,
 ) -> None:
-    with source.open(shard) as file, ShardWriter(path, file, progress.advance, workers) as writer:
+    count = workers or min(8, os.cpu_count() or 1)
+    with source.open(shard) as file, ShardWriter(path, file, progress.advance, count) as writer:
         start = 0
         for name, entry in file.entries.items():
             if name in changed:
@@ -191,9 +197,9 @@ class _Journal:
         same = json.loads(json.dumps(self.record))
         if found.get("job") == same and found.get("machine") == _machine() and isinstance(found.get("done"), dict):
             self.done = {shard: note for shard, note in found["done"].items() if (self.folder / shard).is_file()}
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            for left in self.folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         self._keep()
         return set(self.done)
 
@@ -266,13 +272,24 @@ def _check_room(folder: Path, wanted: int, partial: Path) -> None:
 
 
 def _replace(partial: Path, target: Path, old: Path) -> None:
+    """Puts the output in its place; what is there goes away when the output is on the disk."""
     if target.exists():
+        for file in (file for file in partial.rglob("*") if file.is_file()):
+            _sync(file)
         if old.exists():
             shutil.rmtree(old)
         target.rename(old)
     partial.rename(target)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _copy_range(source: int, target: int, start: int, count: int) -> int:

@@ -1,7 +1,7 @@
 """Adapters from a folder, and the tensors of a checkpoint that they change."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
 from jlora.errors import DataError, TargetError
-from jlora.interop.peft import is_peft_folder, read_peft_arrays
+from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft_arrays
+from jlora.interop.transformers import RENAMED
 from jlora.paths import leaves_by_path, nearest
 from jlora.storage import load_adapters
 from jlora.tree import adapted_targets
 
 Entries = dict[str, dict[str, np.ndarray[Any, Any]]]
+Shapes = dict[str, tuple[int, ...]]
 
 _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -50,18 +52,21 @@ class _Piece:
     whole: bool = True
 
 
-def changes_of(entries: Entries, config: LoraConfig, weight: float, checkpoint: Checkpoint) -> dict[str, Change]:
+def changes_of(
+    entries: Entries, config: LoraConfig, weight: float, checkpoint: Checkpoint, mapping: Mapping = ()
+) -> dict[str, Change]:
     """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
 
-    Paths and tensors meet where they are the same but for dots and slashes, or a prefix that all have or lack. Experts
-    that an adapter holds as one array are taken apart where the checkpoint has them one by one.
+    Paths and tensors meet where they are the same but for dots and slashes, a prefix that all have or lack, and what
+    `mapping` or transformers renames. Experts that an adapter holds as one array are taken apart where the checkpoint
+    has them one by one.
 
     Raises:
       DataError: every entry without a tensor, or that does not fit its tensor, at once; two entries for one tensor;
         entries that fit several parts of the checkpoint.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    pieces = _pieces(entries, shapes)
+    pieces = _pieces(entries, shapes, (*mapping, *RENAMED))
     problems = _missing(entries, pieces, shapes)
     taken: dict[str, str] = {}
     for piece in (piece for found in pieces.values() for piece in found):
@@ -85,7 +90,7 @@ def changes_of(entries: Entries, config: LoraConfig, weight: float, checkpoint: 
     return changes
 
 
-def _pieces(entries: Entries, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[_Piece]]:
+def _pieces(entries: Entries, shapes: Shapes, mapping: Mapping) -> dict[str, list[_Piece]]:
     """The pieces of each entry, by path; none where the checkpoint has no tensor for it.
 
     Raises:
@@ -97,7 +102,7 @@ def _pieces(entries: Entries, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     fitting: list[str] = []
     for strip, add in _prefixes(list(dotted.values()), names):
         tried = {
-            path: _pieces_of(path, add + name.removeprefix(strip), entries[path], names)
+            path: _renamed_pieces(path, add + name.removeprefix(strip), entries[path], names, mapping)
             for path, name in dotted.items()
             if name.startswith(strip)
         }
@@ -126,7 +131,15 @@ def _prefixes(paths: list[str], names: Iterable[str]) -> Iterable[tuple[str, str
     )
 
 
-def _pieces_of(path: str, name: str, parts: dict[str, Any], names: Mapping[str, str]) -> list[_Piece]:
+def _renamed_pieces(
+    path: str, name: str, parts: dict[str, Any], names: dict[str, str], mapping: Mapping
+) -> list[_Piece]:
+    """The pieces by the entry's own name, or else by the first of its other names that is there."""
+    tried = (_pieces_of(path, each, parts, names) for each in (name, *paths_of_name(mapping, name)))
+    return next((pieces for pieces in tried if pieces), [])
+
+
+def _pieces_of(path: str, name: str, parts: dict[str, Any], names: dict[str, str]) -> list[_Piece]:
     if name in names:
         return [_Piece(names[name], path, parts)]
     module, _, last = name.rpartition(".")
@@ -146,7 +159,7 @@ def _pieces_of(path: str, name: str, parts: dict[str, Any], names: Mapping[str, 
     return []
 
 
-def _whole_shape(pieces: list[_Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def _whole_shape(pieces: list[_Piece], shapes: Shapes) -> tuple[int, ...]:
     """The shape of the weight that an entry is for; of experts one by one, as if they were one array."""
     first = shapes[pieces[0].tensor]
     if pieces[0].whole:
@@ -155,7 +168,7 @@ def _whole_shape(pieces: list[_Piece], shapes: Mapping[str, tuple[int, ...]]) ->
     return (modules, first[0] * (len(pieces) // modules), first[1])
 
 
-def _missing(entries: Entries, pieces: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
+def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes) -> list[str]:
     missing = [path for path in entries if path not in pieces]
     shown = [
         f"{path}: the checkpoint has no such tensor; nearest: {', '.join(nearest(path.replace('/', '.'), shapes))}"

@@ -9,6 +9,7 @@ from jlora.cli._progress import progress_line
 from jlora.errors import DataError
 
 _ADAPTERS = "a folder of adapters, jlora's own or PEFT's"
+_TABLE = "a .toml or .json file with tables [[row]]"
 _CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
 
 
@@ -46,11 +47,18 @@ def _weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter, 1 by default")
 
 
+def _renames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mapping", metavar="FILE", help=f"{_TABLE} of name and path: the adapters' names and the checkpoint's"
+    )
+
+
 def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help=_CHECKPOINT)
     parser.add_argument("adapters", nargs="+", help=_ADAPTERS)
     _out(parser)
     _weights(parser)
+    _renames(parser)
     parser.add_argument("--keep-residual", action="store_true", help="keep what unmerge needs to be exact")
 
 
@@ -59,6 +67,7 @@ def _unmerge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", help="the adapters that were merged")
     _out(parser)
     _weights(parser)
+    _renames(parser)
 
 
 def _extract(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +107,8 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mapping",
         metavar="FILE",
-        help="a .toml or .json file with tables [[row]] of name, path, transpose, reshape, stack; by default paths are "
-        "the names in the Hugging Face model, with slashes for dots",
+        help=f"{_TABLE} of name, path, transpose, reshape, stack; by default paths are the names in the Hugging Face "
+        "model, with slashes for dots",
     )
     parser.add_argument("--names", choices=("gemma", "qwix"), help="read params that hold another library's LoRA")
     parser.add_argument("--alpha", type=float, help="that qwix was given")
@@ -124,6 +133,7 @@ def _run_merge(arguments: argparse.Namespace) -> int:
             arguments.adapters,
             arguments.out,
             weights=arguments.weights,
+            mapping=_mapping(arguments.mapping) or (),
             keep_residual=arguments.keep_residual,
             force=arguments.force,
             on_progress=show,
@@ -141,6 +151,7 @@ def _run_unmerge(arguments: argparse.Namespace) -> int:
             arguments.adapters,
             arguments.out,
             weights=arguments.weights,
+            mapping=_mapping(arguments.mapping) or (),
             force=arguments.force,
             on_progress=show,
         )
@@ -203,7 +214,7 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.out,
         arguments.to,
-        mapping=None if arguments.mapping is None else _mapping(arguments.mapping),
+        mapping=_mapping(arguments.mapping),
         names=arguments.names,
         alpha=arguments.alpha,
         force=arguments.force,
@@ -228,11 +239,13 @@ def _run_diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _mapping(path: str) -> Any:
-    """The rows of a mapping that a file gives."""
+def _mapping(path: str | None) -> Any:
+    """The rows of a mapping that a file gives; None without a file."""
     from jlora.config import read_mapping
     from jlora.interop.peft import Row
 
+    if path is None:
+        return None
     rows = read_mapping(Path(path)).get("row")
     known = {"name", "path", "transpose", "reshape", "stack"}
     if not isinstance(rows, list) or not rows:

@@ -1,6 +1,6 @@
 """Files: written whole or not at all, tensors in safetensors, checkpoints of one file or of many."""
 
-from jlora.disk._atomic import file_written_whole, remove_leftovers, sync_folder, write_whole
+from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._json import dump_json, parse_json, read_json, shortened
 from jlora.disk._open import read_bytes, reason
@@ -13,6 +13,7 @@ __all__ = [
     "can_store",
     "dump_json",
     "file_written_whole",
+    "locked_folder",
     "parse_json",
     "read_bytes",
     "read_json",

@@ -59,6 +59,32 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keeps other writers out of a folder, where the system has locks; one that is killed lets go.
+
+    Raises:
+      DataError: another process is writing there.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {reason(error)}") from None
+    try:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{folder}: another process is writing here") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def _replacing(target: Path, like: Path) -> Iterator[BinaryIO]:
     temporary = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.tmp"
     try:

@@ -20,6 +20,7 @@ import numpy as np
 from jlora.disk import (
     TensorFile,
     file_written_whole,
+    locked_folder,
     parse_json,
     read_bytes,
     reason,
@@ -57,7 +58,7 @@ def write_folder(folder: Path, config: bytes, tensors: Mapping[str, Any], struct
         "structure": json.dumps(structure, separators=(",", ":"), ensure_ascii=False),
     }
     _make_folder(folder)
-    with _locked(folder):
+    with locked_folder(folder):
         _settle(folder)
         remove_leftovers(folder / NEW_CONFIG)
         remove_leftovers(folder / TENSORS)
@@ -147,28 +148,6 @@ def _make_folder(folder: Path) -> None:
     for path in (folder / CONFIG, folder / TENSORS):
         if path.is_dir() and not path.is_symlink():
             raise DataError(f"{path}: is a folder: wanted a file, or nothing")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other writers out, where the system has locks; one that is killed lets go."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {reason(error)}") from None
-    try:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{folder}: another process is writing here") from None
-            except OSError:  # a file system without locks
-                pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def _settle(folder: Path) -> None:

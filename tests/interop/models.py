@@ -66,6 +66,11 @@ def qwen3_moe(**changes: Any) -> Any:
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**LLAMA | experts | changes))
 
 
+def mixtral() -> Any:
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA | experts))
+
+
 def gemma3(**changes: Any) -> Any:
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**LLAMA | changes))
 
@@ -141,6 +146,7 @@ CASES = {
         },
     ),
     "qwen3 moe one": Case(qwen3_moe, {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}),
+    "mixtral": Case(mixtral, {"target_modules": ["k_proj"], "target_parameters": EXPERTS}),
     "gpt2": Case(
         gpt2, {"target_modules": ["c_attn", "c_fc", "wte"], "fan_in_fan_out": True, "rank_pattern": {"c_fc": 3}}
     ),

@@ -1,7 +1,7 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from jlora.interop.peft._keys import names_embedding
-from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row
+from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name
 from jlora.interop.peft._read import is_peft_folder, read_peft, read_peft_arrays
 from jlora.interop.peft._write import write_peft
 
@@ -12,6 +12,7 @@ __all__ = [
     "Row",
     "is_peft_folder",
     "names_embedding",
+    "paths_of_name",
     "read_peft",
     "read_peft_arrays",
     "write_peft",

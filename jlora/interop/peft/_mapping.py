@@ -77,6 +77,11 @@ def places_of_names(mapping: Mapping, names: Iterable[str]) -> dict[str, Place]:
     return {name: places[0] for name, places in found.items()}
 
 
+def paths_of_name(mapping: Mapping, name: str) -> list[str]:
+    """Where the rows that map a name put it, in their order."""
+    return [place.path for row in mapping for place in _by_name(row, name)]
+
+
 def places_of_paths(mapping: Mapping, paths: Iterable[str]) -> dict[str, list[Place]]:
     """The places of all weights that lie at each path, several where it is a stack.
 
