@@ -6,6 +6,7 @@ block is unmerged by the same arithmetic.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,29 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     yield from ((start, min(start + step, count)) for start in range(0, count, step))
 
 
+class Scratch(threading.local):
+    """Arrays that a thread takes again for every block; fresh ones cost more than the arithmetic, in page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, np.dtype[Any]], Array] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array for this use, until this thread asks for the next; its contents are left from before."""
+        key, size = (use, np.dtype(dtype)), math.prod(shape)
+        if key not in self._held or self._held[key].size < size:
+            self._held[key] = np.empty(size, dtype)
+        return self._held[key][:size].reshape(shape)
+
+    def cast(self, use: str, array: Array, dtype: Any) -> Array:
+        """A copy in another dtype."""
+        copy = self.array(use, array.shape, dtype)
+        np.copyto(copy, array, casting="unsafe")
+        return copy
+
+
+SCRATCH = Scratch()
+
+
 class Weight:
     """One tensor with all its changes, ready to be worked through block by block; safe to share between threads.
 
@@ -54,7 +78,8 @@ class Weight:
         self.wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
         self._value = changes[0].parts.get("value")
         self._offsets = [(change.scaling, change.parts["offset"]) for change in changes if "offset" in change.parts]
-        self._products = [_Product(change, self.wide) for change in changes if "A" in change.parts]
+        adapters = [change for change in changes if "A" in change.parts]
+        self._products = [_Product(change, self.wide, f"product {n}") for n, change in enumerate(adapters)]
         self._magnitude, self._norms, self._in_axes = _magnitude(changes[0], shape)
 
     @property
@@ -70,19 +95,20 @@ class Weight:
         self._norms[self._rows(self._norms, start, stop)] += squares
 
     def merged(self, block: Array, start: int, stop: int) -> Array:
-        """Rows start to stop of the merged tensor, from those of the base."""
+        """Rows start to stop of the merged tensor, from those of the base; until this thread's next block."""
         with np.errstate(over="ignore", invalid="ignore"):
             total = self._sum(block, start, stop)
             if self._magnitude is not None:
                 rows = self._rows(self._norms, start, stop)
                 squares = np.where(self._norms[rows] > 0, self._norms[rows], 1)  # what is zero stays zero
                 total *= (self._magnitude[rows] / np.sqrt(squares)).astype(self.wide)
-            return total.astype(self.dtype)
+            return SCRATCH.cast("merged", total, self.dtype)
 
     def unmerged(self, block: Array, start: int, stop: int) -> Array:
         """Rows of what arithmetic makes of the merged tensor: the base up to rounding where all is reversible."""
         with np.errstate(over="ignore", invalid="ignore"):
-            return _less(block.astype(self.wide), self._addends(start, stop)).astype(self.dtype)
+            total = _less(SCRATCH.cast("total", block, self.wide), self._addends(start, stop))
+            return SCRATCH.cast("unmerged", total, self.dtype)
 
     def uncertain(self, block: Array, start: int, stop: int) -> tuple[int, float]:
         """Of rows of the merged tensor, how many numbers of the base rounding leaves open, and by how much at most.
@@ -92,23 +118,26 @@ class Weight:
         """
         addends, limits = list(self._addends(start, stop)), ml_dtypes.finfo(self.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            exact = _less(block.astype(self.wide), addends)
-            guess = exact.astype(self.dtype)
-            most = np.asarray(limits.max, self.dtype)
-            near, *beside = (
-                _plus(number.astype(self.wide), addends).astype(self.dtype)
-                for number in (guess, np.nextafter(guess, most), np.nextafter(guess, -most))
-            )
-            open_ = (near != block) | (beside[0] == block) | (beside[1] == block)
-            size = sum((np.abs(addend) for addend in addends), np.abs(block.astype(self.wide)))
+            there = SCRATCH.cast("there", block, self.wide)
+            exact = _less(SCRATCH.cast("exact", block, self.wide), addends)
+            guess = SCRATCH.cast("guess", exact, self.dtype)
+
+            def merges_to_it(number: Array) -> Array:
+                total = _plus(SCRATCH.cast("total", number, self.wide), addends)
+                return SCRATCH.cast("total", SCRATCH.cast("merged", total, self.dtype), self.wide) == there
+
+            open_ = ~merges_to_it(guess)
+            for neighbour in _neighbours(guess):
+                open_ |= merges_to_it(neighbour)
+            size = sum((np.abs(addend[open_]) for addend in addends), np.abs(there[open_]))
             rounding = 2 * len(addends) * np.finfo(self.wide).eps * size
-            half = float(limits.eps) / 2 * np.abs(block.astype(self.wide)) + float(np.spacing(self.dtype.type(0)))
-            reach = half + np.abs(guess.astype(self.wide) - exact) + rounding
-        return int(open_.sum()), float(reach[open_ & np.isfinite(reach)].max(initial=0.0))
+            half = float(limits.eps) / 2 * np.abs(there[open_]) + float(np.spacing(self.dtype.type(0)))
+            reach = half + np.abs(guess[open_].astype(self.wide) - exact[open_]) + rounding
+        return int(np.count_nonzero(open_)), float(reach[np.isfinite(reach)].max(initial=0.0))
 
     def _sum(self, block: Array, start: int, stop: int) -> Array:
         source = block if self._value is None else self._value[start:stop] if self.shape else self._value
-        return _plus(source.astype(self.wide), self._addends(start, stop))
+        return _plus(SCRATCH.cast("total", source, self.wide), self._addends(start, stop))
 
     def _addends(self, start: int, stop: int) -> Iterator[Array]:
         """What is added to rows start to stop, in order."""
@@ -133,10 +162,23 @@ def _less(total: Array, addends: Iterable[Array]) -> Array:
     return total
 
 
+def _neighbours(numbers: Array) -> Iterator[Array]:
+    """The next numbers of the dtype away from zero, and towards it; beyond zero where there is no nearer one."""
+    sign = 1 << 8 * numbers.dtype.itemsize - 1
+    bits = numbers.view(f"u{numbers.dtype.itemsize}")
+    moved = SCRATCH.array("moved", bits.shape, bits.dtype)
+    yield np.add(bits, bits.dtype.type(1), out=moved).view(numbers.dtype)
+    np.subtract(bits, bits.dtype.type(1), out=moved)
+    zero = numbers == 0
+    moved[zero] = (bits[zero] ^ bits.dtype.type(sign)) + bits.dtype.type(1)
+    yield moved.view(numbers.dtype)
+
+
 class _Product:
     """Rows of scaling * A@B, in the order of the weight's axes."""
 
-    def __init__(self, change: Change, wide: np.dtype[Any]) -> None:
+    def __init__(self, change: Change, wide: np.dtype[Any], use: str) -> None:
+        self._use, self._wide = use, wide
         assert change.factorization is not None
         roles = change.factorization.roles
         self._batch, self._ins = roles.count("b"), roles.count("i")
@@ -159,8 +201,12 @@ class _Product:
         batch, ins, outs, rank = a.shape[:n], a.shape[n:-1], b.shape[n + 1 :], a.shape[-1]
         left, right = a.reshape(*batch, math.prod(ins), rank), b.reshape(*batch, rank, math.prod(outs))
         if self._swapped:
-            return np.matmul(right.swapaxes(-1, -2), left.swapaxes(-1, -2)).reshape(*batch, *outs, *ins)
-        return np.matmul(left, right).reshape(*batch, *ins, *outs).transpose(self._back)
+            left, right = right.swapaxes(-1, -2), left.swapaxes(-1, -2)
+        product = SCRATCH.array(self._use, (*batch, left.shape[-2], right.shape[-1]), self._wide)
+        np.matmul(left, right, out=product)
+        if self._swapped:
+            return product.reshape(*batch, *outs, *ins)
+        return product.reshape(*batch, *ins, *outs).transpose(self._back)
 
 
 def _magnitude(change: Change, shape: tuple[int, ...]) -> tuple[Array | None, Array, tuple[int, ...]]:

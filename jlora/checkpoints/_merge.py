@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.checkpoints._arithmetic import Array, Change, Weight, row_blocks
+from jlora.checkpoints._arithmetic import SCRATCH, Array, Change, Weight, row_blocks
 from jlora.checkpoints._residuals import RESIDUALS, ResidualReader, ResidualWriter, residual_file
 from jlora.checkpoints._rewrite import (
     RECORD,
@@ -339,7 +339,7 @@ def _restore_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWr
 
 
 def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry) -> Array:
-    block = np.empty(shape, entry.dtype)
+    block = SCRATCH.array("block", shape, entry.dtype)
     file.read_into(at, block)
     return block
 
@@ -354,7 +354,8 @@ def _is_finite(array: Array) -> bool:
     """Whether all numbers are; of two bytes by their bits, which is ten times as fast as to convert them."""
     if array.dtype in (np.float16, ml_dtypes.bfloat16):
         infinity = np.asarray(np.inf, array.dtype).view(np.uint16)
-        return bool((array.view(np.uint16) & 0x7FFF).max(initial=0) < infinity)
+        bits = SCRATCH.array("bits", array.shape, np.uint16)
+        return bool(np.bitwise_and(array.view(np.uint16), 0x7FFF, out=bits).max(initial=0) < infinity)
     with np.errstate(invalid="ignore"):  # of NaNs that signal
         return bool(np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32)).all())
 
