@@ -76,8 +76,9 @@ class Weight:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], changes: Sequence[Change]) -> None:
         self.shape, self.dtype = shape, dtype
         self.wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-        self._value = changes[0].parts.get("value")
-        self._offsets = [(change.scaling, change.parts["offset"]) for change in changes if "offset" in change.parts]
+        self._value = np.asarray(changes[0].parts["value"]) if "value" in changes[0].parts else None
+        offsets = [change for change in changes if "offset" in change.parts]
+        self._offsets: list[tuple[float, Array]] = [(c.scaling, np.asarray(c.parts["offset"])) for c in offsets]
         adapters = [change for change in changes if "A" in change.parts]
         self._products = [_Product(change, self.wide, f"product {n}") for n, change in enumerate(adapters)]
         self._magnitude, self._norms, self._in_axes = _magnitude(changes[0], shape)
@@ -186,7 +187,7 @@ class _Product:
         order = [axis for role in "bio" for axis in change.factorization.axes(role)]
         self._back = [order.index(axis) for axis in range(len(roles))]
         self._swapped = roles == "b" * self._batch + "o" * roles.count("o") + "i" * self._ins
-        a, b = change.parts["A"], change.parts["B"]
+        a, b = (np.asarray(change.parts[name]) for name in "AB")
         self._a = np.ascontiguousarray(a.astype(wide))
         self._b = np.ascontiguousarray((b.astype(np.float64) * change.scaling).astype(wide))
 
@@ -215,5 +216,5 @@ def _magnitude(change: Change, shape: tuple[int, ...]) -> tuple[Array | None, Ar
     if "magnitude" not in change.parts or split is None:
         return None, np.zeros(()), ()
     axes = split.axes("i")
-    magnitude = np.expand_dims(split.out_like(change.parts["magnitude"]).astype(np.float64), axes)
+    magnitude = np.expand_dims(split.out_like(np.asarray(change.parts["magnitude"])).astype(np.float64), axes)
     return magnitude, np.zeros([1 if axis in axes else size for axis, size in enumerate(shape)]), axes

@@ -1,34 +1,30 @@
-"""Tensors of a checkpoint that are read when their numbers are asked for, and not kept."""
+"""The tensors of a checkpoint as a tree of arrays that are read when they are asked for."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from jlora.disk import Checkpoint
+from jlora.disk import Checkpoint, LazyArray
 from jlora.errors import DataError
 
 
-class LazyTensor:
-    """One tensor: shape and dtype at once, its numbers as often as `np.asarray` asks for them."""
+def lazy_tree(checkpoint: Checkpoint, advance: Callable[[int], None]) -> dict[str, LazyArray]:
+    """All tensors that are numbers, by their names with slashes for dots; `advance` is told the bytes that are read."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, advance: Callable[[int], None]) -> None:
+    def lazy(name: str) -> LazyArray:
+        def load() -> np.ndarray[Any, Any]:
+            array = checkpoint.read(name)
+            advance(array.nbytes)
+            return array
+
         entry = checkpoint.entries[name]
-        self.shape, self.dtype, self.ndim = entry.shape, entry.dtype, len(entry.shape)
-        self._checkpoint, self._name, self._advance = checkpoint, name, advance
+        return LazyArray(entry.shape, entry.dtype, load)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        array = self._checkpoint.read(self._name)
-        self._advance(array.nbytes)
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-
-def lazy_tree(checkpoint: Checkpoint, advance: Callable[[int], None]) -> dict[str, LazyTensor]:
-    """All tensors that are numbers, by their names with slashes for dots."""
     tree = {}
     for name in checkpoint.entries:
         try:
-            tree[name.replace(".", "/")] = LazyTensor(checkpoint, name, advance)
+            tree[name.replace(".", "/")] = lazy(name)
         except DataError:  # a dtype that NumPy does not have
             continue
     return tree

@@ -6,9 +6,9 @@ from typing import Any
 from jlora import diagnostics
 from jlora.adapter import is_update
 from jlora.checkpoints._jobs import read_adapters
-from jlora.checkpoints._lazy import LazyTensor, lazy_tree
+from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._rewrite import Progress
-from jlora.disk import Checkpoint
+from jlora.disk import Checkpoint, LazyArray
 from jlora.interop.peft import is_peft_folder
 from jlora.paths import leaves_by_path
 from jlora.storage import is_adapters_folder
@@ -38,7 +38,7 @@ def is_adapters(path: str | Path) -> bool:
     return is_peft_folder(path) or is_adapters_folder(path)
 
 
-def _params(base: str | Path, adapters: Any) -> dict[str, LazyTensor]:
+def _params(base: str | Path, adapters: Any) -> dict[str, LazyArray]:
     """The tensors of a checkpoint, read when they are asked for, by paths as the adapters have them."""
     params = lazy_tree(Checkpoint(base), lambda _: None)
     if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_update)):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.adapter import is_update
 from jlora.checkpoints._arithmetic import Change
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
@@ -16,11 +15,11 @@ from jlora.disk import Checkpoint
 from jlora.errors import DataError, TargetError
 from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft_arrays
 from jlora.interop.transformers import RENAMED
-from jlora.paths import leaves_by_path, nearest
-from jlora.storage import load_adapters
+from jlora.paths import nearest
+from jlora.storage import load_arrays
 from jlora.tree import adapted_targets
 
-Entries = dict[str, dict[str, np.ndarray[Any, Any]]]
+Entries = dict[str, dict[str, Any]]
 Shapes = dict[str, tuple[int, ...]]
 
 _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
@@ -29,17 +28,8 @@ _MOST_SHOWN = 12
 
 
 def read_adapter(path: str | Path) -> tuple[Entries, LoraConfig]:
-    """The entries by path and the configuration of an adapter, jlora's own or PEFT's."""
-    if is_peft_folder(path):
-        return read_peft_arrays(path)
-    adapters, config = load_adapters(path)
-    return host_entries(adapters), config
-
-
-def host_entries(adapters: Any) -> Entries:
-    """The entries of a pytree of adapters by path, as NumPy arrays."""
-    found = leaves_by_path(adapters, is_leaf=is_update)
-    return {path: {name: np.asarray(part) for name, part in entry.items()} for path, entry in found.items()}
+    """The entries by path, of arrays that are read when asked for, and the configuration: jlora's own or PEFT's."""
+    return read_peft_arrays(path, lazy=True) if is_peft_folder(path) else load_arrays(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +38,7 @@ class _Piece:
 
     tensor: str
     path: str
-    parts: dict[str, np.ndarray[Any, Any]]
+    parts: dict[str, Any]
     whole: bool = True
 
 

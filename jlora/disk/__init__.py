@@ -3,11 +3,13 @@
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._json import dump_json, parse_json, read_json, shortened
+from jlora.disk._lazy import LazyArray
 from jlora.disk._open import read_bytes, reason
 from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
 
 __all__ = [
     "Checkpoint",
+    "LazyArray",
     "TensorEntry",
     "TensorFile",
     "can_store",

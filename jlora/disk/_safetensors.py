@@ -5,6 +5,7 @@ the range of its bytes; the ranges cover the rest of the file without a gap or a
 https://github.com/huggingface/safetensors).
 """
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jlora.disk._json import parse_json, shortened
+from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, reason
 from jlora.errors import DataError
 
@@ -136,6 +138,20 @@ class TensorFile:
             raise DataError(f"{self.path}: {shortened(name)}: a bool that is neither 0 nor 1")
         return flat.reshape(entry.shape)
 
+    def lazy(self, name: str) -> LazyArray:
+        """One tensor, read from the file anew each time that its numbers are asked for, also when this is closed."""
+
+        def load() -> np.ndarray[Any, Any]:
+            file = copy.copy(self)
+            file._handle = open_to_read(self.path)
+            with file:
+                if _identity(file._handle) != identity:
+                    raise DataError(f"{self.path}: was changed while it was read")
+                return file.read(name)
+
+        entry, identity = self.entries[name], _identity(self._handle)
+        return LazyArray(entry.shape, entry.dtype, load)
+
     def read_into(self, start: int, array: np.ndarray[Any, Any]) -> None:
         """Fills a contiguous array with the bytes of the file from `start` on."""
         left = _bytes_of(array)
@@ -162,6 +178,11 @@ class TensorFile:
         data = parse_json(text.tobytes())
         metadata = _metadata(data.pop("__metadata__", {}))
         return _entries(data, 8 + length, size), metadata, 8 + length
+
+
+def _identity(handle: int) -> tuple[int, ...]:
+    stat = os.fstat(handle)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def write_tensors(file: Writer, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

@@ -96,7 +96,7 @@ def opened_folder(folder: Path) -> Iterator[tuple[TensorFile, dict[str, Any]]]:
     raise DataError(f"{folder}: was written again and again while it was read")
 
 
-def check_seal(file: TensorFile, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def check_seal(file: TensorFile, arrays: Mapping[str, Any]) -> None:
     """Raises a DataError where the bytes of the file, whose tensors are `arrays`, are not those that were written."""
     header = np.empty(file.data_start, np.uint8)
     file.read_into(0, header)

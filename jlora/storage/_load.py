@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
-import numpy as np
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
@@ -76,6 +75,7 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
     """
     folder = Path(path)
     stored = _read(folder)
+    _check_narrow(folder, stored.entries)
     adapters = stored.adapters
     report = LoadReport(tuple(path for path, _ in stored.entries.values()))
     if params is not None:
@@ -98,9 +98,23 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         return _metadata(Path(path), data)
 
 
-def _read(folder: Path) -> _Stored:
+def load_arrays(path: str | Path) -> tuple[dict[str, dict[str, Any]], LoraConfig]:
+    """The entries by path, of arrays that are read when their numbers are asked for, and the configuration.
+
+    Everything is checked as by `load_adapters`, one array at a time in memory; no dtype is too wide.
+
+    Raises:
+      DataError: as `load_adapters`; two entries have the same path.
+    """
+    folder = Path(path)
+    stored = _read(folder, lazy=True)
+    _check_paths_once(folder, stored.entries)
+    return dict(stored.entries.values()), stored.config
+
+
+def _read(folder: Path, *, lazy: bool = False) -> _Stored:
     with opened_folder(folder) as (file, data):
-        arrays = {name: file.read(name) for name in file.entries}
+        arrays: dict[str, Any] = {name: file.lazy(name) if lazy else file.read(name) for name in file.entries}
         check_seal(file, arrays)
         structure = _structure(file)
     _metadata(folder, data)
@@ -113,7 +127,8 @@ def _read(folder: Path) -> _Stored:
         check_fit(entries, config)
     except JloraError as error:
         raise DataError(f"{folder / TENSORS}: {error}") from None
-    _check_numbers(folder, entries)
+    if places := not_finite(entries):
+        raise DataError(f"{folder}: {listed([f'{place}: holds a NaN or an infinity' for place in places])}")
     return _Stored(adapters, entries, config)
 
 
@@ -131,7 +146,7 @@ def _structure(file: TensorFile) -> Any:
         raise DataError(f"{file.path}: its structure is missing, or no JSON") from None
 
 
-def _entries(structure: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[Any, Entries]:
+def _entries(structure: Any, arrays: Mapping[str, Any]) -> tuple[Any, Entries]:
     """The tree, and name -> (path, entry).
 
     Raises:
@@ -162,9 +177,7 @@ def _entries(structure: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> tupl
     return adapters, entries
 
 
-def _check_numbers(folder: Path, entries: Entries) -> None:
-    if places := not_finite(entries):
-        raise DataError(f"{folder}: {listed([f'{place}: holds a NaN or an infinity' for place in places])}")
+def _check_narrow(folder: Path, entries: Entries) -> None:
     arrays = [array for _, update in entries.values() for array in update.values()]
     narrowed = {array.dtype.name for array in arrays if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype}
     if narrowed:

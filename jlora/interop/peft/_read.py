@@ -70,9 +70,14 @@ def read_peft(
 
 
 def read_peft_arrays(
-    path: str | Path, mapping: Mapping = FLAT, *, params: Any = None, transposed_experts: bool | None = None
+    path: str | Path,
+    mapping: Mapping = FLAT,
+    *,
+    params: Any = None,
+    transposed_experts: bool | None = None,
+    lazy: bool = False,
 ) -> tuple[dict[str, Arrays], LoraConfig]:
-    """`read_peft` with NumPy arrays by path, whatever dtypes JAX is set to have."""
+    """`read_peft` with NumPy arrays by path, whatever dtypes JAX is set to have; lazy ones are read when asked for."""
     folder = Path(path)
     data = read_json(folder / CONFIG)
     try:
@@ -82,7 +87,8 @@ def read_peft_arrays(
             entries = entries_of(file.entries, targets)
             if not entries:
                 raise DataError(f"{TENSORS} holds no tensors")
-            arrays = {entry.name: {part: file.read(key) for part, key in entry.parts.items()} for entry in entries}
+            read: Any = file.lazy if lazy else file.read
+            arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in entries}
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
     _check_numbers(folder, arrays)
@@ -235,7 +241,8 @@ def _check_numbers(folder: Path, arrays: MappingType[str, Arrays]) -> None:
     for name, parts in arrays.items():
         for part, array in parts.items():
             if jnp.issubdtype(array.dtype, jnp.floating):
-                wrong += [] if np.isfinite(array.astype(np.float64, copy=False)).all() else [f"{name} ({part})"]
+                with np.errstate(invalid="ignore"):  # of NaNs that signal
+                    wrong += [] if np.isfinite(np.asarray(array)).all() else [f"{name} ({part})"]
             elif part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise DataError(f"{folder}: {part} of {name} has the dtype {array.dtype}: wanted a floating one")
     if wrong:
