@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jlora.contraction import (
     Factorization,
     canonical,
+    common_dtype,
     contract,
     dense_delta,
     factored_einsum,
@@ -355,3 +356,10 @@ REFUSED = [  # equation, axes of x, axes of the weight, message
 def test_einsums_that_cannot_be_factored_are_refused(equation, x_ndim, weight_ndim, message):
     with pytest.raises(AdapterError, match=exactly(message)):
         factored_einsum(equation, x_ndim, weight_ndim)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_meets_others_in_float32(dtype):
+    assert common_dtype(dtype, jnp.float32) == jnp.float32
+    assert common_dtype(dtype, jnp.bfloat16) == jnp.float32
+    assert common_dtype(dtype, dtype) == jnp.dtype(dtype)

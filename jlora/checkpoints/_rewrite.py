@@ -36,7 +36,7 @@ class ShardWriter:
     def __init__(self, path: Path, source: TensorFile, advance: Callable[[int], None], workers: int) -> None:
         self.path, self.source, self.advance = path, source, advance
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._pool, self._running, self._most = ThreadPoolExecutor(workers), set[Future[None]](), 4 * workers
+        self._pool, self._running, self._most = ThreadPoolExecutor(workers), set[Future[None]](), 2 * workers
 
     def __enter__(self) -> "ShardWriter":
         return self

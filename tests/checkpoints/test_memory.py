@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jlora import LoraConfig, save_adapters
 from jlora.disk import Checkpoint
+from jlora.interop.peft import write_peft as write_peft_folder
 from tests.checkpoints.make import random, write_peft
 
 ROWS, WIDTH = 2048, 4096
@@ -75,3 +77,18 @@ def test_the_peak_is_the_same_for_ten_times_the_size(tmp_path, rng, keep):
     small, large = peaks.values()
     assert all(most - least < 30 for least, most in zip(small, large, strict=True)), peaks
     assert max(large) < 3 * TENSOR / 1e6 + 300, peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("form", ["peft", "own"])
+def test_the_peak_does_not_grow_with_the_adapters(tmp_path, rng, form):
+    peaks = []
+    for count in (6, 24):
+        entry = {"A": np.zeros((WIDTH, 600), np.float32), "B": np.zeros((600, ROWS), np.float32)}  # 15 MB together
+        entries = {f"l{i}.weight": entry for i in range(count)}
+        config = LoraConfig(rank=600, factorizations={"**": "oi"})
+        (save_adapters if form == "own" else write_peft_folder)(tmp_path / f"a{count}", entries, config)
+        base = sparse_checkpoint(tmp_path / f"base{count}", count)
+        peaks.append(peak("merge", base, tmp_path / f"a{count}", tmp_path / "merged"))
+        shutil.rmtree(tmp_path / "merged")
+    assert peaks[1] - peaks[0] < 30, peaks

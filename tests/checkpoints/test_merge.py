@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jlora import LoraConfig
-from jlora.checkpoints import _arithmetic, merge
+from jlora import DataError, LoraConfig
+from jlora.checkpoints import _arithmetic, merge, unmerge
 from jlora.disk import Checkpoint, TensorFile
+from jlora.interop.peft import Row
 from tests.checkpoints.make import (
     DTYPES,
     SIDE_FILES,
@@ -326,3 +327,17 @@ def test_an_order_in_the_file_that_is_not_by_name(tmp_path, rng):
     assert found["m"].tobytes() == weights["m"].tobytes()
     for name, entry in entries.items():
         assert_merged(found[name], weights[name], product(entry, "oi", 1.0))
+
+
+def test_names_that_a_mapping_renames(tmp_path, rng):
+    weight, entry = random(rng, (31, 29)), factors(rng, (31, 29), "oi", 2)
+    base = write_checkpoint(tmp_path / "base", {"blocks.3.up.weight": weight}, 1)
+    adapter = write_own(
+        tmp_path / "adapter", {"layers.3.mlp.up": entry}, LoraConfig(rank=2, alpha=2, factorizations={"**": "oi"})
+    )
+    with pytest.raises(DataError, match=r"layers.3.mlp.up: the checkpoint has no such tensor"):
+        merge(base, adapter, tmp_path / "out")
+    rows = (Row("layers.{i}.mlp.{x}", "blocks.{i}.{x}.weight"),)
+    merge(base, adapter, tmp_path / "out", mapping=rows)
+    assert_rounds_to(read(tmp_path / "out")["blocks.3.up.weight"], weight + product(entry, "oi", 1.0), 1)
+    unmerge(tmp_path / "out", adapter, tmp_path / "back", mapping=rows)

@@ -12,6 +12,7 @@ import pytest
 from jlora import LoraConfig
 from jlora.checkpoints import _arithmetic, merge, unmerge
 from jlora.checkpoints import _rewrite as rewrite
+from jlora.disk import locked_folder
 from jlora.errors import DataError
 from tests.checkpoints.make import (
     DTYPES,
@@ -321,3 +322,21 @@ def test_shards_without_an_index_are_not_guessed_at(tmp_path, rng):
         write_file(tmp_path / "base" / f"{name}.safetensors", {name: random(rng, (7, 5))})
     with pytest.raises(DataError, match=r"2 safetensors files and no model\.safetensors\.index\.json"):
         merge(tmp_path / "base", tmp_path / "base", tmp_path / "out")
+
+
+def test_another_process_at_the_same_output(tmp_path, made):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    with locked_folder(partial), pytest.raises(DataError, match="another process is writing here"):
+        merge(*made, tmp_path / "out")
+    merge(*made, tmp_path / "out")
+
+
+def test_an_adapter_that_changes_while_it_is_merged(tmp_path, made):
+    base, adapter = made
+
+    def change(*_: Any) -> None:
+        os.utime(next(adapter.glob("*.safetensors")), ns=(0, 0))
+
+    with pytest.raises(DataError, match="was changed while it was read"):
+        merge(base, adapter, tmp_path / "out", on_progress=change)

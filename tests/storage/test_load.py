@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import DataError, LoraConfig, TargetError, init_lora, merge_params
-from jlora.storage import LoadReport, Misfit, load_adapters, save_adapters
+from jlora.storage import LoadReport, Misfit, load_adapters, load_arrays, save_adapters
 from tests.reference import as64, assert_close, random_array, randomize, reference_delta
 from tests.storage.devices import run_with_devices
 from tests.storage.trees import assert_same, entry, random
@@ -205,3 +205,11 @@ def over_eight_devices(folder: Path) -> None:
 
 def test_over_eight_devices(tmp_path):
     run_with_devices(__name__, "over_eight_devices", tmp_path)
+
+
+def test_arrays_that_are_read_when_asked_for(tmp_path):
+    adapters = {"a": [{"A": np.ones((3, 2)), "B": np.ones((2, 5))}], "b": None}
+    save_adapters(tmp_path, adapters, LoraConfig(rank=2))
+    entries, config = load_arrays(tmp_path)
+    assert (list(entries), config.rank) == (["a/0"], 2)
+    assert np.asarray(entries["a/0"]["A"]).dtype == np.float64  # which load_adapters would not narrow
