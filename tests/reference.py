@@ -1,5 +1,6 @@
 """What tests compare with: NumPy in float64, written without the code under test, and one tolerance for each dtype."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -7,6 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 _RELATIVE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+def x64() -> contextlib.AbstractContextManager[Any]:
+    """Float64 in JAX; the name came into `jax` in 0.8."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
 
 
 def as64(array: Any) -> np.ndarray:

@@ -1,10 +1,8 @@
 """What the tests of the algebra of adapters compare with: plain float64 NumPy."""
 
-import contextlib
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,12 +63,3 @@ def deltas(adapters: Any, config: LoraConfig, roles: dict[str, str]) -> dict[str
 
 def is_jax(leaf: Any) -> bool:
     return isinstance(leaf, jnp.ndarray)
-
-
-def x64() -> contextlib.AbstractContextManager[Any]:
-    """Float64 in JAX; the name came into `jax` in 0.8."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()

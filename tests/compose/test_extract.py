@@ -11,8 +11,8 @@ from flax.core import freeze
 
 from jlora import AdapterError, ConfigError, LoraConfig, TargetError, init_lora, merge_params
 from jlora.compose import Extraction, combine, extract, extract_weight, resize
-from tests.compose import SHAPES, best, deltas, is_jax, matrices, x64
-from tests.reference import as64, assert_close, random_array, randomize
+from tests.compose import SHAPES, best, deltas, is_jax, matrices
+from tests.reference import as64, assert_close, random_array, randomize, x64
 
 
 def stack_of(array: Any, roles: str) -> np.ndarray:

@@ -10,8 +10,8 @@ from flax.core import freeze
 
 from jlora import AdapterError, ConfigError, LoraConfig, merge_params
 from jlora.compose import resize
-from tests.compose import SHAPES, best, deltas, is_jax, matrices, random_of, x64
-from tests.reference import as64, assert_close, random_array
+from tests.compose import SHAPES, best, deltas, is_jax, matrices, random_of
+from tests.reference import as64, assert_close, random_array, x64
 
 ROLES = {"a/w": "io", "b/w": "bio", "c/w": "ioo"}
 

@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -174,10 +172,6 @@ def quiet() -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-double = functools.partial(jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64, True)
-"""A context in which JAX has float64; JAX 0.8 moved it."""
 
 
 def base_of(case: Case, seed: int = 0) -> Any:

@@ -12,8 +12,8 @@ import jlora
 from jlora.adapter import is_update
 from jlora.interop.peft import FLAT, NESTED, is_peft_folder, read_peft, read_peft_arrays, write_peft
 from jlora.paths import leaves_by_path
-from tests.interop.models import CASES, adapted, base_of, double, merged_by_peft, nested, save
-from tests.reference import as64
+from tests.interop.models import CASES, adapted, base_of, merged_by_peft, nested, save
+from tests.reference import as64, x64
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -38,7 +38,7 @@ def widened(adapters: Any) -> Any:
 @pytest.mark.parametrize("name", CASES)
 def test_merging_in_float64_gives_what_peft_gives(name: str, written: dict[str, Any], tmp_path: Path) -> None:
     folder, base, wanted = of_case(written, name, tmp_path)
-    with double():
+    with x64():
         adapters, config = read_peft(folder, params=base)
         merged = jlora.merge_params(base, widened(adapters), config)
     assert set(merged) == set(wanted)
@@ -140,7 +140,7 @@ def test_float64_needs_x64(tmp_path: Path) -> None:
     with pytest.raises(jlora.DataError, match=r"conv1.weight has the dtype float64: set jax_enable_x64"):
         read_peft(folder)
     assert {part.dtype.name for entry in read_peft_arrays(folder)[0].values() for part in entry.values()} == {"float64"}
-    with double():
+    with x64():
         assert {part.dtype.name for part in jax.tree.leaves(read_peft(folder)[0])} == {"float64"}
 
 

@@ -18,6 +18,7 @@ from hypothesis import given
 
 from jlora import LoraConfig
 from jlora.storage import is_adapters_folder, load_adapters, read_metadata, save_adapters
+from tests.reference import x64
 from tests.storage.trees import assert_same, entry, random, small
 
 DTYPES = [
@@ -186,5 +187,5 @@ def test_saving_the_same_writes_the_same_bytes(tmp_path, rng):
 def test_float64_under_x64(tmp_path, rng):
     adapters = {"w": entry(rng, dtype="float64")}
     save_adapters(tmp_path, adapters, LoraConfig(rank=2))
-    with jax.enable_x64(True):
+    with x64():
         assert_same(load_adapters(tmp_path)[0], adapters)

@@ -1,6 +1,5 @@
 """Every way in which a program may use a weight, against the same program with the dense delta added, in float64."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from jax import lax
 import jlora
 from jlora import AdapterError, CostModel, LoraConfig
 from jlora.contraction import Factorization
-from tests.reference import reference_delta
+from tests.reference import reference_delta, x64
 
 RANK, ALPHA = 2, 3.0
 FACTORED, MERGED = CostModel(float("inf")), CostModel(0.0)
@@ -294,15 +293,6 @@ WHOLES = [
 ]
 
 PROGRAMS = {program.name: program for program in [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *MOVES, *WHOLES]}
-
-
-def x64() -> contextlib.AbstractContextManager[Any]:
-    """Float64 in JAX; the name came into `jax` in 0.8."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 def config_of(program: Program, **fields: Any) -> LoraConfig:
