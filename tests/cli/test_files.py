@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,25 @@ def test_params_of_gemma_and_qwix(folder, capsys, rng):
         assert load_adapters(name)[0]["up"]["kernel"]["B"].shape == (2, 7)
     code, _, err = run(capsys, "convert", "qwix.safetensors", "--names", "qwix", "--to", "own", "--out", "x")
     assert (code, err) == (2, "jlora: qwix keeps alpha outside of the params: give alpha\n")
+
+
+def test_no_command_opens_a_connection(folder, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for command in (
+        "merge base adapter --out merged --keep-residual",
+        "unmerge merged adapter --out back",
+        "extract base tuned --rank 3 --out found",
+        "resize adapter --rank 2 --out small",
+        "combine adapter other --method cat --out both",
+        "convert adapter --to own --out own",
+        "inspect own --base base",
+        "diff adapter own",
+    ):
+        assert run(capsys, *command.split())[0] == 0, command
 
 
 def test_inspect_and_diff(folder, capsys):
