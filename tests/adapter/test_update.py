@@ -12,8 +12,7 @@ from flax.core import freeze
 from jlora import AdapterError
 from jlora.adapter import apply_update, check_update, is_adapter, is_reversible, is_update, undo_update
 from jlora.contraction import Factorization
-from tests.compose import x64
-from tests.reference import as64, assert_close, random_adapter, random_array
+from tests.reference import as64, assert_close, random_adapter, random_array, x64
 
 SHAPES = {
     "io": (5, 7),

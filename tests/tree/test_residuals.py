@@ -15,8 +15,7 @@ from jlora.adapter import apply_update
 from jlora.contraction import Factorization
 from jlora.residual import Residual
 from jlora.tree import settle_params, summary
-from tests.compose import x64
-from tests.reference import as64, assert_close, random_adapter, random_array
+from tests.reference import as64, assert_close, random_adapter, random_array, x64
 
 SHAPES = {
     "io": (5, 7),
