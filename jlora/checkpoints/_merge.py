@@ -119,6 +119,21 @@ def merge(
     Raises:
       DataError: a checkpoint or an adapter that cannot be read, adapters that do not fit it, `out` is there or holds
         what is read, the disk is too small, a sum that the dtype cannot hold.
+
+    >>> import tempfile
+    >>> from jlora import LoraConfig, save_adapters
+    >>> from jlora.disk import write_tensors
+    >>> temporary = tempfile.TemporaryDirectory()
+    >>> folder = Path(temporary.name)
+    >>> with (folder / "base.safetensors").open("wb") as file:
+    ...     write_tensors(file, {"up": np.zeros((2, 3), np.float32)})
+    >>> entry = {"A": np.ones((2, 1), np.float32), "B": np.ones((1, 3), np.float32)}
+    >>> save_adapters(folder / "adapter", {"up": entry}, LoraConfig(rank=1, alpha=2))
+    >>> merge(folder / "base.safetensors", folder / "adapter", folder / "merged").changed
+    ('up',)
+    >>> Checkpoint(folder / "merged").read("up").tolist()
+    [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
+    >>> temporary.cleanup()
     """
     source = Checkpoint(checkpoint)
     changes = _changes(source, adapters, weights, mapping)

@@ -125,8 +125,10 @@ def _renamed_pieces(
     path: str, name: str, parts: dict[str, Any], names: dict[str, str], mapping: Mapping
 ) -> list[_Piece]:
     """The pieces by the entry's own name, or else by the first of its other names that is there."""
-    tried = (_pieces_of(path, each, parts, names) for each in (name, *paths_of_name(mapping, name)))
-    return next((pieces for pieces in tried if pieces), [])
+    if own := _pieces_of(path, name, parts, names):
+        return own
+    renamed = (_pieces_of(path, other, parts, names) for other in paths_of_name(mapping, name))
+    return next((pieces for pieces in renamed if pieces), [])
 
 
 def _pieces_of(path: str, name: str, parts: dict[str, Any], names: dict[str, str]) -> list[_Piece]:

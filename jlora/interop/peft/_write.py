@@ -37,6 +37,15 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
 
     A weight of two axes is taken for a Linear (out, in) where the factorization is "oi", for a Conv1D (in, out) where
     it is "io", for an embedding where its module is called one.
+
+    >>> import tempfile
+    >>> from jlora.interop.peft import read_peft
+    >>> entry = {"A": np.ones((7, 2), np.float32), "B": np.ones((2, 5), np.float32)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_peft(folder, {"up.weight": entry}, LoraConfig(rank=2, factorizations={"**": "oi"}))
+    ...     adapters, config = read_peft(folder)
+    >>> adapters["up.weight"]["A"].shape, config.rank
+    ((7, 2), 2)
     """
     check_config(config)
     entries = _entries(adapters)
