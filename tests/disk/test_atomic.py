@@ -65,7 +65,7 @@ def test_places_that_cannot_be_written(tmp_path):
     for path in (tmp_path / "no" / "file", tmp_path / "folder", tmp_path / ("x" * 300)):
         with pytest.raises(DataError, match="cannot be written"):
             write_whole(path, b"new")
-    with pytest.raises(DataError, match=r"a\\x00b'?: cannot be written: embedded null byte"):
+    with pytest.raises(DataError, match=r"a\\x00b'?: cannot be written: .*embedded null"):
         write_whole(tmp_path / "a\0b", b"new")
     assert names(tmp_path) == ["folder"]
 
@@ -118,7 +118,7 @@ def test_what_is_no_regular_file(tmp_path):
                 read(path)
     with pytest.raises(DataError, match="nothing: cannot be read: No such file or directory"):
         read_json(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"a\\0b: cannot be read: embedded null byte"):
+    with pytest.raises(DataError, match=r"a\\0b: cannot be read: .*embedded null"):
         read_json("a\0b")
 
 
