@@ -94,11 +94,23 @@ def make_adapter(folder: Path, layers: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def measured(command: list[str], out: Path) -> tuple[float, float, float]:
-    """Of a process that writes `out`: seconds, seconds until all is on the disk, peak memory in MB."""
+def forget(file: Path) -> None:
+    """Takes a file out of the page cache."""
+    handle = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def measured(command: list[str], out: Path, cold: list[Path]) -> tuple[float, float, float]:
+    """Of a process that writes `out`: seconds, seconds until all is on the disk, peak memory in MB.
+
+    The files `cold` are out of the page cache when it begins.
+    """
     if out.exists():
         shutil.rmtree(out)
     os.sync()
+    for file in cold:
+        forget(file)
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -127,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__)
     parser.add_argument("--layers", type=int, default=14, help="of the model (14, 1.9 GB; 160 is 19 GB)")
     parser.add_argument("--shards", type=int, default=4, help="files of the checkpoint (4)")
+    parser.add_argument("--cold", action="store_true", help="the checkpoint is out of the page cache before each run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each (5)")
     parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
     parser.add_argument("--forms", default="cp -r,jlora merge,jlora merge --keep-residual,PEFT", help="what to run")
@@ -144,7 +157,8 @@ def main() -> None:
         forms = commands(folder, names)
         for _ in range(arguments.repeats):
             for name, command in forms.items():
-                runs[name].append(measured(command(folder / "out"), folder / "out"))
+                cold = list((folder / "checkpoint").iterdir()) if arguments.cold else []
+                runs[name].append(measured(command(folder / "out"), folder / "out", cold))
     rows = []
     for name, found in runs.items():
         seconds, synced, peak = (statistics.median(values) for values in zip(*found, strict=True))
