@@ -110,3 +110,8 @@ def test_patterns_that_take_forever(key: str, pattern: str, tmp_path: Path, rng:
 def test_patterns_that_are_none(pattern: str, tmp_path: Path, rng: Rng) -> None:
     folder = write_folder(tmp_path / "a", pair(rng, "q", 3, 5), rank_pattern={pattern: 3})
     refused(folder, "a pattern of ranks or alphas is no regular expression")
+
+
+def test_a_pattern_that_python_warns_of_is_read(tmp_path: Path, rng: Rng) -> None:
+    write_folder(tmp_path, pair(rng, "up", 7, 5), rank_pattern={"[[]down": 3})
+    assert read_peft(tmp_path)[1].rank == 2

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from typing import Any
 
 from jlora.disk import shortened
@@ -20,12 +21,14 @@ class Pattern:
     def __init__(self, text: str) -> None:
         self.text = text
         wrapped = rf"(.*\.)?({text})$"
-        try:
-            self.compiled = re.compile(wrapped)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise DataError(
-                f"a pattern of ranks or alphas is no regular expression: {shortened(text)}: {error}"
-            ) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            try:
+                self.compiled = re.compile(wrapped)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise DataError(
+                    f"a pattern of ranks or alphas is no regular expression: {shortened(text)}: {error}"
+                ) from None
         self.repeats, self.choices = _measured(wrapped, text)
 
     def matches(self, module: str) -> bool:
