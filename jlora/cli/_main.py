@@ -32,7 +32,8 @@ examples:
   jlora train configs/digits.toml lora.rank=2 train.steps=200 output.folder=runs/rank2
   jlora train configs/digits.toml --resume
 
-The output folder holds config.toml, adapters/ and checkpoints/ (Orbax), metrics.jsonl, curve.png and results.json.
+The output folder holds adapters/, which the other commands and jlora.load_adapters read, checkpoints/ (Orbax) to
+resume from, config.toml, metrics.jsonl, curve.png and results.json.
 Ctrl-C saves after the step at hand. Exit codes: 0 done, 2 something in the call or its files is wrong, 130 interrupted.
 """
 

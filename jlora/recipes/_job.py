@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from jlora.errors import ConfigError, DataError
 from jlora.linen import LoRA, resolve_config
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
 from jlora.recipes._plot import write_curve
+from jlora.storage import save_adapters
 from jlora.tables import text_table
 from jlora.train import (
     Batches,
@@ -30,7 +32,6 @@ from jlora.train import (
     fit,
     init_state,
     make_train_step,
-    save_tree,
 )
 from jlora.tree import combine_params, count_params, init_lora, summary
 
@@ -76,8 +77,9 @@ def run_job(
 ) -> list[Result]:
     """Runs a job and writes its output folder.
 
-    The folder holds `config.toml`, `checkpoints/` and `adapters/` (Orbax), `metrics.jsonl`, `curve.png` and
-    `results.json`. The same seed gives the same numbers on the same machine; times are in `results.json` alone.
+    The folder holds `adapters/`, which `jlora.load_adapters` and every command on adapters reads, `checkpoints/`
+    (Orbax) to resume from, `config.toml`, `metrics.jsonl`, `curve.png` and `results.json`. The same seed gives the same
+    numbers on the same machine; times are in `results.json` alone.
 
     Args:
       job: the configuration.
@@ -113,7 +115,7 @@ def run_job(
             checkpoints,
             folder / "metrics.jsonl",
         )
-    save_tree(folder / "adapters", trained)
+    save_adapters(folder / "adapters", trained, task.config, metadata=_metadata(job, result))
     results.append(result)
     if job.full.enabled:
         optimizer = dataclasses.replace(job.optimizer, learning_rate=job.full.learning_rate)
@@ -271,6 +273,12 @@ def _train(
     seconds = time.perf_counter() - began
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     return state.trained, Result(name, evaluate(state.trained), count_params(trained), size, seconds)
+
+
+def _metadata(job: JobConfig, result: Result) -> dict[str, Any]:
+    """What is kept beside the adapters: of which model they are, how long they were trained, how they do."""
+    metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
+    return {"model": job.model.function, "steps": job.train.steps, "metrics": metrics}
 
 
 def _report(folder: Path, results: list[Result], console: Console) -> None:

@@ -8,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jlora
 from jlora.cli import main
 from jlora.recipes import JobConfig, digits
-from jlora.train import Batches, restore_tree
+from jlora.train import Batches
 
 MINE = """
 import flax.linen as nn
@@ -125,15 +122,10 @@ def signalled(moment, at, number, *arguments):
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def adapters_of(run):
-    shapes = {"layers_0": ((5, 2), (2, 7)), "layers_2": ((7, 2), (2, 3))}
-    like = {layer: {"bias": None, "kernel": {"A": jnp.zeros(a), "B": jnp.zeros(b)}} for layer, (a, b) in shapes.items()}
-    return restore_tree(run / "adapters", like)
-
-
 def assert_bitwise(run, whole):
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, adapters_of(run), adapters_of(whole))
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (run / "adapters" / file).read_bytes() == (whole / "adapters" / file).read_bytes()
 
 
 def way_out(stderr):

@@ -16,10 +16,11 @@ import optax
 import pytest
 from rich.console import Console
 
-from jlora import ConfigError, DataError, TargetError, count_params, init_lora, merge_params
+from jlora import ConfigError, DataError, TargetError, count_params, load_adapters, merge_params
 from jlora.linen import resolve_config
 from jlora.recipes import JobConfig, OptimizerConfig, cross_entropy, run_job
-from jlora.train import MetricsLog, restore_tree
+from jlora.storage import read_metadata
+from jlora.train import MetricsLog
 
 # What a user would write: a model of 5*7+7 + 7*3+3 parameters, and a test set larger than one chunk of evaluation.
 MINE = """
@@ -120,7 +121,9 @@ def restored(run):
     module, params = run.job.model.call("model")
     train, test = run.job.data.call("data")
     config = resolve_config(module, run.job.lora, train["inputs"][:1])
-    return module, params, test, config, restore_tree(run.folder / "adapters", init_lora(None, params, config))
+    adapters, written = load_adapters(run.folder / "adapters", params=params)
+    assert written == config
+    return module, params, test, config, adapters
 
 
 class TestRun:
@@ -152,6 +155,10 @@ class TestRun:
             for tests in ((), ("test_loss", "test_accuracy"), (), ("test_loss", "test_accuracy"))
         ]
         assert {name: rows[-1][f"test_{name}"] for name in ("loss", "accuracy")} == users.results[1].metrics
+
+    def test_the_adapters_say_of_what_they_are_and_how_they_do(self, users):
+        wanted = {"model": "mine_of_test_job:model", "steps": 8, "metrics": users.results[1].metrics}
+        assert read_metadata(users.folder / "adapters") == wanted
 
     @pytest.mark.parametrize("which", ["users", "shifted"])
     def test_the_adapters_of_the_folder_merged_give_what_is_reported(self, which, request):
