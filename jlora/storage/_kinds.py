@@ -28,6 +28,8 @@ def what_it_is(folder: Path) -> str:
         return "this is an Orbax checkpoint: restore it with Orbax"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "this is a checkpoint of a model, not a folder of adapters"
+    if inside := [path.name for path in _listed(folder) if os.path.isfile(path / TENSORS)]:
+        return f"holds no adapters itself, but {', '.join(inside[:3])} in it does"
     return f"holds no adapters: wanted {CONFIG} and {TENSORS}, as save_adapters writes them"
 
 

@@ -261,6 +261,8 @@ def test_folders_that_are_something_else(tmp_path):
     folder.mkdir()
     with pytest.raises(DataError, match=f"holds no adapters: wanted {CONFIG} and {TENSORS}"):
         load_adapters(folder)
+    with pytest.raises(DataError, match="holds no adapters itself, but adapters in it does"):
+        load_adapters(tmp_path)
     safetensors.numpy.save_file({"a": np.ones(3)}, folder / "model.safetensors")
     with pytest.raises(DataError, match="this is a checkpoint of a model"):
         load_adapters(folder)

@@ -103,7 +103,9 @@ class _Writer:
             kinds = {"boi": "experts", "bio": "experts_t", "oi": "linear"}
             if roles not in kinds:
                 raise DataError(
-                    f"a parameter with the axes {roles!r}: PEFT has (experts, out, in) and (experts, in, out)"
+                    f"a parameter with the axes {roles!r}: PEFT has (experts, out, in) and (experts, in, out); for the "
+                    "weight of a module, give a mapping whose row has its name in the Hugging Face model, such as "
+                    "name = 'mlp.up_proj.weight', and transpose = (1, 0) where its axes stand the other way round"
                 )
             return kinds[roles]
         if place.row.reshape is None and len(roles) > 2 and roles.strip("i") == "o" and roles[0] == "o":
