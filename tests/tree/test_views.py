@@ -142,6 +142,30 @@ def test_combine_puts_made_adapters_under_lora(rng, make):
     assert both["up"]["lora"]["A"] is adapters["up"]["kernel"]["A"]
 
 
+@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize(
+    ("weights", "places"),
+    [
+        (["kernel"], {"lora"}),
+        (["w"], {"lora/w"}),
+        (["w", "v"], {"lora/w", "lora/v"}),
+        (["kernel", "w"], {"lora/kernel", "lora/w"}),
+        (["embedding", "kernel"], {"lora/embedding", "lora/kernel"}),
+        (["embedding"], {"lora/embedding"}),
+        (["A", "B"], {"lora/A", "lora/B"}),
+    ],
+    ids=str,
+)
+def test_adapters_of_other_weights_and_of_several_stand_under_their_names(rng, weights, places, make):
+    names = ("kernel", "embedding", "w", "v", "A", "B", "bias")
+    base = {"m": {name: random_array(rng, (5, 7)) for name in names}}
+    made = {"m": {name: random_adapter(rng, (5, 2), (2, 7)) if name in weights else None for name in names}}
+    both = combine_params(MAKE[make](base), MAKE[make](made))
+    found = set(by_path(both)) - set(by_path(base))
+    assert found == {f"m/{place}/{part}" for place in places for part in "AB"}
+    assert [identities(half) for half in split_params(both)] == [identities(base), identities(made)]
+
+
 def test_an_adapter_alone_is_all_adapter(rng):
     adapter = random_adapter(rng, (5, 2), (2, 7))
     base, adapters = split_params(adapter)
@@ -153,20 +177,18 @@ def test_an_adapter_alone_is_all_adapter(rng):
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        (
-            {"m": {"bias": "adapter"}},
-            r"m/bias: no place for an adapter; a Linen module holds one, under 'lora' beside its kernel or embedding",
-        ),
-        ({"m": "adapter"}, r"m: no place for an adapter"),
+        ({"l": {"w": "adapter"}}, r"l/w: no place for an adapter: the base has a 'lora' beside the weight already"),
+        ({"m": "adapter"}, r"m: no place for an adapter: the base has a module there, and no weight"),
         ({"m": {"kernel": 3}}, r"m/kernel: found int, wanted an adapter \{'A', 'B'\} or None"),
         ({"m": {"kernel": {"A": 3}}}, r"m/kernel"),
         ({"m": {"kernel": {"deep": "adapter"}}}, r"m/kernel"),
-        ({"n": {"kernel": "adapter"}}, r"n/kernel"),
+        ({"n": {"kernel": "adapter"}}, r"n/kernel: no place for an adapter: the base has nothing there"),
     ],
-    ids=["bias", "module", "number", "half", "below", "foreign"],
+    ids=["taken", "module", "number", "half", "below", "foreign"],
 )
 def test_adapters_without_a_place_are_refused(rng, adapters, message):
-    base = {"m": {"kernel": random_array(rng, (5, 7)), "bias": random_array(rng, (7,))}}
+    weights = {"kernel": random_array(rng, (5, 7)), "bias": random_array(rng, (7,))}
+    base = {"m": weights, "l": {"w": random_array(rng, (5, 7)), "lora": random_array(rng, (3,))}}
     made = jax.tree.map(lambda leaf: random_adapter(rng, (5, 2), (2, 7)) if leaf == "adapter" else leaf, adapters)
     with pytest.raises(TargetError, match=message):
         combine_params(base, made)
