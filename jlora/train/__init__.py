@@ -3,6 +3,7 @@
 from jlora.train._checkpoint import Checkpoints, restore_tree, save_tree
 from jlora.train._data import Batches, Examples, count_examples
 from jlora.train._loop import Interrupted, MetricsLog, fit
+from jlora.train._loss import Mean, Sum
 from jlora.train._step import Loss, Metrics, Step, TrainState, init_state, make_train_step
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Examples",
     "Interrupted",
     "Loss",
+    "Mean",
     "Metrics",
     "MetricsLog",
     "Step",
+    "Sum",
     "TrainState",
     "count_examples",
     "fit",

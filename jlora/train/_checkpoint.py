@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 
 from jlora.errors import DataError
 from jlora.paths import leaves_by_path
+from jlora.train._step import TrainState
 
 
 class Checkpoints:
@@ -36,7 +37,8 @@ class Checkpoints:
         """Writes the state at a step, unless it is there already."""
         if self.latest_step != step:
             layout = ocp.args.JsonSave(_layout(state))
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), layout=layout))
+            state = ocp.args.StandardSave(_fields(state))
+            self._manager.save(step, args=ocp.args.Composite(state=state, layout=layout))
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the structure, shapes and dtypes of `like`.
@@ -56,8 +58,9 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} does not fit this run in {len(different)} arrays, "
                 f"such as {first}"
             )
-        restore = ocp.args.StandardRestore(jax.tree.map(_abstract, like))
-        return self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        restore = ocp.args.StandardRestore(jax.tree.map(_abstract, _fields(like)))
+        found = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        return TrainState(**found) if isinstance(like, TrainState) else found
 
 
 def save_tree(folder: str | Path, tree: Any) -> None:
@@ -80,6 +83,13 @@ def restore_tree(folder: str | Path, like: Any) -> Any:
             return checkpointer.restore(path, jax.tree.map(_abstract, like))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path}: cannot be read as this tree: {str(error).strip()}") from None
+
+
+def _fields(state: Any) -> Any:
+    """The fields that a state has: one without a model state is stored as before there was such a field."""
+    if not isinstance(state, TrainState):
+        return state
+    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _layout(tree: Any) -> dict[str, str]:

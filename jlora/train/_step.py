@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.contraction import common_dtype
-from jlora.errors import DataError
 from jlora.fields import number, whole
+from jlora.train._loss import Returned, divided, finished, numerator, read_returned
+from jlora.train._parts import added
 
 Metrics = dict[str, chex.Array]
-Loss = Callable[[Any, Any, Any, chex.PRNGKey], tuple[chex.Array, Metrics]]
+Loss = Callable[..., Any]
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 Step = Callable[["TrainState", Any, Any], tuple["TrainState", Metrics]]
 
@@ -25,20 +25,44 @@ class TrainState(NamedTuple):
       step: int32 scalar, the number of steps done.
       trained: the adapters, or whatever else is trained.
       opt_state: the optimizer's state for them.
+      model_state: what the model itself changes as it runs, such as batch statistics; `None` where it has none.
     """
 
     step: chex.Array
     trained: Any
     opt_state: optax.OptState
+    model_state: Any = None
 
 
-def init_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(trained: Any, optimizer: optax.GradientTransformation, model_state: Any = None) -> TrainState:
     """The state before the first step.
 
     The arrays are copied: a step donates its state, and what was passed in stays usable.
+
+    Args:
+      trained: the adapters, or whatever else is trained.
+      optimizer: the one that `make_train_step` gets.
+      model_state: a pytree of what the model changes as it runs (Flax's mutable collections, such as batch
+        statistics); the loss is then called with it and returns it.
     """
-    trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trained)
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    trained, model_state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (trained, model_state))
+    return _ready(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), model_state))
+
+
+def _ready(state: TrainState) -> TrainState:
+    """The state as a step takes and gives it: no array twice, which cannot be donated, and no weak types.
+
+    Optimizers make both (L-BFGS), and a weak type would have the step traced twice.
+    """
+    seen: set[int] = set()
+
+    def own(leaf: chex.Array) -> chex.Array:
+        if id(leaf) in seen or leaf.weak_type:
+            leaf = jnp.array(leaf, leaf.dtype, copy=True)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)
 
 
 def make_train_step(
@@ -52,11 +76,18 @@ def make_train_step(
     """A jitted `step(state, frozen, batch) -> (state, metrics)`.
 
     Args:
-      loss: `loss(trained, frozen, batch, key) -> (scalar, metrics)`; gradients are of `trained` alone, the key is
-        another one at every step.
-      optimizer: any optax optimizer; it sees the trained tree alone, so that weight decay cannot reach the base.
-      accumulate: each batch is split into this many along its leading axis, and the gradients are averaged, in float32
-        at least.
+      loss: `loss(trained, frozen, batch, key)` returns a scalar, or a scalar and a dict of metrics. Where the state has
+        a model state, `loss(trained, frozen, batch, key, model_state)` returns `(scalar, metrics, model_state)`, the
+        last with the paths, shapes and dtypes that it was given. A scalar is a number, the mean of its examples, or
+        says with `Mean(total, weight)` or `Sum(value)` how the parts of a batch make up the whole. Gradients are of
+        `trained` alone, the key is another one at every step.
+      optimizer: any optax optimizer, also one that wants `value`, `grad` or `value_fn` (`optax.lbfgs`,
+        `optax.contrib.reduce_on_plateau`): these are of the whole batch, with the step's key and before clipping. It
+        sees the trained tree alone, so that weight decay cannot reach the base.
+      accumulate: each batch is split into this many parts along its leading axis, part k with the rows k,
+        k + accumulate and so on, so that a batch that is sharded over devices stays where it is. The parts are
+        computed one after the other and added up in float32 at least; every part has a key of its own, and gets the
+        scalars and single random keys of the batch as they are.
       clip_norm: the global norm, above 0, of the gradients of the trained tree beyond which they are scaled down.
       seed: of the keys.
 
@@ -64,51 +95,63 @@ def make_train_step(
       The step. Its state is donated; `metrics` are those of the loss, `loss` and `grad_norm` (before clipping).
 
     Raises:
+      ConfigError: while tracing, where the loss returns something else, or metrics of the names `loss` or `grad_norm`.
       DataError: while tracing, where a batch cannot be split evenly.
+
+    >>> from jlora.train import Mean, Sum
+    >>> def loss(w, _, batch, key):
+    ...     errors = batch['mask'] * (batch['x'] @ w - 1) ** 2
+    ...     return Mean(errors.sum(), batch['mask'].sum()), {'examples': Sum(batch['mask'].sum())}
+    >>> step = make_train_step(loss, optax.sgd(0.1), accumulate=2)
+    >>> batch = {'x': jnp.eye(4), 'mask': jnp.array([1, 1, 1, 0])}
+    >>> state, metrics = step(init_state(jnp.zeros(4), optax.sgd(0.1)), None, batch)
+    >>> float(metrics['loss']), int(metrics['examples'])
+    (1.0, 3)
     """
     accumulate = whole("accumulate", accumulate, 1)
     clip = optax.identity()
     if clip_norm is not None:
         clip = optax.clip_by_global_norm(number("clip_norm", clip_norm, _TINY, wanted="a number above 0, or None"))
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def gradients(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey) -> tuple[Any, Metrics]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, batch, key)
-        return grads, jax.tree.map(_at_least_float32, {"loss": value, **metrics})
+    def total(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey, model_state: Any) -> tuple[Any, Returned]:
+        last = () if model_state is None else (model_state,)
+        returned = read_returned(loss(trained, frozen, batch, key, *last), model_state)
+        return numerator(returned.value), returned
 
-    def averaged(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey) -> tuple[Any, Metrics]:
-        if accumulate == 1:
-            return gradients(trained, frozen, batch, key)
+    def gradients(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey, model_state: Any) -> tuple[Any, Returned]:
+        def run(part: Any, key: chex.PRNGKey, model_state: Any) -> tuple[Any, Returned]:
+            (_, returned), grads = jax.value_and_grad(total, has_aux=True)(trained, frozen, part, key, model_state)
+            return grads, returned
 
-        def add(total: Any, item: Any) -> tuple[Any, None]:
-            part, part_key = item
-            found = jax.tree.map(_at_least_float32, gradients(trained, frozen, part, part_key))
-            return jax.tree.map(jnp.add, total, found), None
+        grads, returned = added(run, batch, key, model_state, accumulate)
+        mean = jax.tree.map(lambda grad, leaf: divided(grad, returned.value).astype(leaf.dtype), grads, trained)
+        return mean, returned
 
-        parts = jax.tree.map(lambda leaf: _split(leaf, accumulate), batch)
-        keys = jax.random.split(key, accumulate)
-        first = jax.tree.map(lambda leaf: leaf[0], parts)
-        shapes = jax.eval_shape(gradients, trained, frozen, first, keys[0])
-        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, common_dtype(like.dtype, jnp.float32)), shapes)
-        total, _ = jax.lax.scan(add, zeros, (parts, keys))
-        return jax.tree.map(lambda leaf, like: (leaf / accumulate).astype(like.dtype), total, shapes)
+    def value(trained: Any, frozen: Any, batch: Any, key: chex.PRNGKey, model_state: Any) -> chex.Array:
+        @jax.checkpoint
+        def run(part: Any, key: chex.PRNGKey, model_state: Any) -> tuple[Any, Returned]:
+            return (), total(trained, frozen, part, key, model_state)[1]
+
+        _, returned = added(run, batch, key, model_state, accumulate)
+        return finished(returned.value)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = averaged(state.trained, frozen, batch, key)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        grads, _ = clip.update(grads, clip.init(state.trained))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        given = frozen, batch, key, state.model_state
+        grads, returned = gradients(state.trained, *given)
+        metrics = {name: finished(kind) for name, kind in returned.metrics.items()}
+        metrics |= {"loss": finished(returned.value), "grad_norm": optax.tree.norm(grads)}
+        clipped, _ = clip.update(grads, clip.init(state.trained))
+        updates, opt_state = optimizer.update(
+            clipped,
+            state.opt_state,
+            state.trained,
+            value=metrics["loss"],
+            grad=grads,
+            value_fn=lambda trained: value(trained, *given),
+        )
         trained = optax.apply_updates(state.trained, updates)
-        return TrainState(state.step + 1, trained, opt_state), metrics
+        return TrainState(state.step + 1, trained, opt_state, returned.model_state), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def _at_least_float32(leaf: chex.Array) -> chex.Array:
-    return jnp.asarray(leaf, common_dtype(jnp.result_type(leaf), jnp.float32))
-
-
-def _split(leaf: chex.Array, parts: int) -> chex.Array:
-    if leaf.shape[0] % parts:
-        raise DataError(f"a batch of {leaf.shape[0]} examples cannot be split into accumulate = {parts} equal parts")
-    return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])

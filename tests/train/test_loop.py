@@ -234,6 +234,13 @@ class TestCheckpoints:
             assert checkpoints.latest_step == 3
             assert_same(checkpoints.restore(start()), state)
 
+    @pytest.mark.parametrize("model_state", [None, {"mean": jnp.arange(3.0), "unused": None}])
+    def test_a_model_state_comes_back_too(self, tmp_path, model_state):
+        state = init_state({"a": jnp.ones(2)}, OPTIMIZER, model_state)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, state)
+            assert_same(checkpoints.restore(jax.tree.map(jnp.zeros_like, state)), state)
+
     def test_where_there_is_none_it_says_so(self, tmp_path):
         with Checkpoints(tmp_path) as checkpoints, pytest.raises(DataError, match="no checkpoint to resume from"):
             checkpoints.restore(start())

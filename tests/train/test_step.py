@@ -152,6 +152,71 @@ def test_what_cannot_be_is_refused(adapters, base, batch, options, error, messag
         make_train_step(linear_loss, optax.sgd(0.1), **options)(init_state(adapters, optax.sgd(0.1)), base, batch)
 
 
+def running_loss(weight, base, batch, key, model_state):
+    """Least squares, and a running mean of what was seen, which the next part subtracts."""
+    wrong = (batch["x"] - model_state["mean"]) @ weight - batch["y"]
+    seen = 0.75 * model_state["mean"] + 0.25 * batch["x"].mean(0)
+    return jnp.mean(wrong**2), {"seen": jnp.sum(seen)}, {"mean": seen, "calls": model_state["calls"] + 1}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_model_state_goes_from_part_to_part_and_from_step_to_step(batch, rng, accumulate):
+    optimizer, weight, mean = optax.sgd(0.5), random_array(rng, (IN, OUT)), random_array(rng, (IN,))
+    given = {"mean": mean, "calls": jnp.int32(0)}
+    state = init_state(weight, optimizer, given)
+    step = make_train_step(running_loss, optimizer, accumulate=accumulate)
+    weight, mean, x, y = as64(weight), as64(mean), as64(batch["x"]), as64(batch["y"])
+    for number in range(1, 3):
+        grad, losses = 0.0, []
+        for k in range(accumulate):
+            inputs, targets = x[k::accumulate] - mean, y[k::accumulate]
+            wrong = inputs @ weight - targets
+            losses.append(np.mean(wrong**2))
+            grad = grad + inputs.T @ (2 * wrong / wrong.size) / accumulate
+            mean = 0.75 * mean + 0.25 * x[k::accumulate].mean(0)
+        weight = weight - 0.5 * grad
+        state, metrics = step(state, None, batch)
+        assert_close(metrics["loss"], np.mean(losses))
+        assert_close(state.trained, weight, factor=4)
+        assert_close(state.model_state["mean"], mean)
+        assert int(state.model_state["calls"]) == number * accumulate
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
+def test_no_gradient_goes_through_the_model_state_of_another_part(batch, rng):
+    def loss(scale, _, batch, key, model_state):
+        return jnp.mean(batch["x"]) * scale + model_state, {}, model_state + scale**2
+
+    state = init_state(jnp.float32(3.0), optax.sgd(1.0), jnp.float32(0.0))
+    state, _ = make_train_step(loss, optax.sgd(1.0), accumulate=2)(state, None, batch)
+    assert_close(state.trained, 3 - np.mean(as64(batch["x"])))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            lambda s: (0.0, {}),
+            "the state has a model state: wanted (value, metrics, model_state), but the loss returned 2",
+        ),
+        (lambda s: 0.0, "wanted (value, metrics, model_state), but the loss returned float"),
+        (lambda s: (0.0, {}, {"mean": s["mean"]}), "calls (found None, wanted int32[])"),
+        (
+            lambda s: (0.0, {}, s | {"mean": s["mean"].astype("bfloat16")}),
+            "is not like the one it was given: mean (found bfloat16[5], wanted float32[5])",
+        ),
+        (lambda s: (0.0, {}, s | {"mean": None}), "mean (found None, wanted float32[5])"),
+        (lambda s: (0.0, {}, tuple(s.values())), "is not like the one it was given: 0 (found"),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_model_state_that_the_next_step_cannot_take_is_refused(batch, returned, message, accumulate):
+    state = init_state(jnp.zeros(2), optax.sgd(0.1), {"mean": jnp.zeros(IN), "calls": jnp.int32(0)})
+    step = make_train_step(lambda *args: returned(args[-1]), optax.sgd(0.1), accumulate=accumulate)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        step(state, None, batch)
+
+
 class Transformer(nn.Module):
     """Distinct prime sizes: the number of elements of an array tells which kernel's shape it has."""
 
