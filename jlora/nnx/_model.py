@@ -24,7 +24,8 @@ class LoRA(nnx.Module):
     of random streams, caches) back to the model; params that the model itself sets while it runs are not written back.
     Other methods of the model are called by their names. Outside `nnx.jit` every call traces the model anew.
 
-    Dropout acts on the input of the adapters where config.dropout > 0, until `lora.eval()`, as in `nnx.Dropout`.
+    Dropout acts on the input of the adapters where config.dropout > 0, and is switched as that of `nnx.Dropout` is:
+    by `lora.eval()` and `lora.train()`, and by `nnx.view(lora, deterministic=True)`, which leaves `lora` as it was.
 
     Args:
       model: the base.
@@ -90,6 +91,20 @@ class LoRA(nnx.Module):
         if not name.startswith("_") and callable(getattr(type(vars(self).get("model")), name, None)):
             return functools.partial(self._run, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: if True, disables the dropout of the adapters.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def set_mode(self, deterministic: bool | None = None, **others: Any) -> dict[str, Any]:
+        """`set_view` as Flax 0.12.1 to 0.12.3 call it, by `nnx.eval_mode` and `nnx.train_mode`."""
+        self.set_view(deterministic)
+        return others
 
     @property
     def params(self) -> Any:

@@ -150,6 +150,45 @@ def test_dropout_of_the_adapters_follows_train_and_eval(rng):
     assert arrays(lora, nnx.RngCount) == {"rngs": {"count": 3}}
 
 
+@pytest.mark.skipif(not hasattr(nnx, "view"), reason="Flax before 0.12.4 has no nnx.view")
+def test_dropout_of_the_adapters_follows_a_view(rng):
+    model, x, einsums = draw(rng, "linear")
+    lora = adapt(rng, model, x, config=CONFIG.replace(dropout=0.3))
+    evaluated = nnx.view(lora, deterministic=True)
+    wanted = as64(merged(model, lora.adapters, einsums)(x))
+    assert_close(evaluated(x), wanted, factor=20)
+    assert np.any(lora(x) != lora(x))
+    assert np.any(nnx.view(evaluated, deterministic=False)(x) != evaluated(x))
+    with pytest.raises(ValueError, match="decode"):
+        nnx.view(lora, decode=True)
+    for name, leaf in nnx.to_flat_state(nnx.state(lora, nnx.LoRAParam)):  # a view has the same variables
+        leaf.set_value(jnp.zeros(leaf.shape) if name[-1] == "B" else leaf.get_value())
+    np.testing.assert_array_equal(evaluated(x), model(x))
+
+
+@pytest.mark.skipif(not hasattr(nnx, "view"), reason="Flax before 0.12.4 has no nnx.view")
+def test_a_view_reaches_the_model_and_the_adapters(rng):
+    """The model has a `set_view` of its own, which is not one of its methods to be run with adapters in it."""
+    x = random_array(rng, (2, 3, 7))
+    model = nnx.MultiHeadAttention(2, 7, 6, dropout_rate=0.5, deterministic=False, decode=False, rngs=nnx.Rngs(0))
+    lora = adapt(rng, model, x, config=CONFIG.replace(dropout=0.3))
+    assert np.any(lora(x) != lora(x))
+    evaluated = nnx.view(lora, deterministic=True)
+    assert evaluated.deterministic
+    assert evaluated.model.deterministic
+    np.testing.assert_array_equal(evaluated(x), evaluated(x))
+    assert not lora.deterministic
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_dropout_follows_what_flax_called_a_view_before(rng, on):
+    lora = LoRA(nnx.Linear(7, 5, rngs=nnx.Rngs(0)), CONFIG.replace(dropout=0.3))
+    assert lora.set_mode(deterministic=on, decode=True) == {"decode": True}
+    assert lora.deterministic == on
+    assert lora.set_mode() == {}
+    assert lora.deterministic == on
+
+
 def test_a_decoding_cache_is_kept(rng):
     model = nnx.MultiHeadAttention(2, 7, 6, rngs=nnx.Rngs(0))
     lora = adapt(rng, model, config=CONFIG)
