@@ -12,12 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import tomli_w
 
-from jlora.contraction import Factorization
+from jlora.contraction import Factorization, common_dtype
 from jlora.errors import AdapterError, ConfigError
 from jlora.fields import check_keys, choice, number, refusal, whole
 from jlora.paths import PatternIndex
 
-__all__ = ["INITS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
+__all__ = ["INITS", "SCALINGS", "LoraConfig", "adapter_dtype", "effective_alpha", "read_mapping", "write_mapping"]
 
 SCALINGS = ("standard", "rslora")
 INITS = ("gaussian", "kaiming_uniform", "normal")
@@ -33,6 +33,17 @@ def effective_alpha(alpha: Any, rank: int, scaling: str) -> Any:
     """
     choice("scaling", scaling, SCALINGS)
     return alpha if scaling == "standard" else alpha * math.sqrt(rank)
+
+
+def adapter_dtype(weight_dtype: Any, given: Any = None) -> Any:
+    """The dtype of the adapter of a weight: the one that is given, else float32, or the weight's where that is wider.
+
+    A 16-bit parameter loses every update below a 256th (bfloat16) or a 2048th (float16) of it, as those of small rates
+    are; A and B are few, so that 32 bits cost little.
+    """
+    dtype = jnp.dtype(weight_dtype if given is None else given)
+    floating = jnp.issubdtype(dtype, jnp.floating)  # an adapter of another dtype is refused where it is made
+    return common_dtype(dtype, jnp.float32) if given is None and floating else dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -53,7 +64,8 @@ class LoraConfig:
       init_std: the standard deviation of the "gaussian" init.
       rank_pattern: pattern -> rank, alpha_pattern: pattern -> alpha, for paths that differ; the first that matches
         wins.
-      dtype: the adapters' dtype, such as "float32"; None for that of each weight.
+      dtype: the adapters' dtype, such as "bfloat16"; None for float32, of 16-bit weights too, and float64 for float64
+        weights.
       factorizations: pattern -> one letter per axis of the weight, b (batch), i (in), o (out), such as "ioo"; the
         first that matches wins over what is known of Flax's parameters.
       extras: name -> text that other libraries' files say and jlora does not read; kept in every file.
@@ -275,5 +287,5 @@ def _dtype_name(value: Any) -> str | None:
     except (TypeError, ValueError, SyntaxError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise refusal("dtype", value, "a floating dtype such as 'float32' or 'bfloat16', or None for the weight's")
+        raise refusal("dtype", value, "a floating dtype such as 'float32' or 'bfloat16', or None for float32")
     return dtype.name

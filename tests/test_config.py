@@ -47,7 +47,7 @@ MAPPING = "a mapping from path patterns to values"
 FINITE = "a finite number"
 SCALING = "one of 'standard', 'rslora'"
 INIT = "one of 'gaussian', 'kaiming_uniform', 'normal'"
-DTYPE = "a floating dtype such as 'float32' or 'bfloat16', or None for the weight's"
+DTYPE = "a floating dtype such as 'float32' or 'bfloat16', or None for float32"
 ROLES = (
     "wanted one letter per axis of the weight, b (batch), i (in) or o (out), with at least one i and one o, "
     "such as 'io', 'ioo' or 'bio'"

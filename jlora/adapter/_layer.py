@@ -16,7 +16,7 @@ from jlora.adapter._functions import (
     merge_lora_weight,
     unmerge_lora_weight,
 )
-from jlora.config import SCALINGS, effective_alpha
+from jlora.config import SCALINGS, adapter_dtype, effective_alpha
 from jlora.contraction import Factorization, factorization_from_shapes
 from jlora.errors import AdapterError
 from jlora.fields import check_keys, choice, number
@@ -38,8 +38,8 @@ class LoRALayer:
       alpha: the update is scaling * A@B.
       key: PRNG key for A.
       scaling_mode: "standard", scaling = alpha / rank, or "rslora", alpha / sqrt(rank).
-      init_std, dtype, factorization, init: as in `init_lora_adapter`. The weight's axes must be in the order batch,
-        in, out.
+      init_std, factorization, init: as in `init_lora_adapter`. The weight's axes must be in the order batch, in, out.
+      dtype: of A and B; float32 unless given, or the weight's where that is wider.
       is_base_frozen: whether gradients stop at the base weight.
 
     >>> layer = LoRALayer(jnp.ones((3, 5)), rank=2, alpha=4.0, key=jax.random.key(0))
@@ -69,10 +69,11 @@ class LoRALayer:
         init: str = "gaussian",
         is_base_frozen: bool = True,
     ) -> None:
-        adapter = init_lora_adapter(
-            key, base_weight, rank, init_std=init_std, dtype=dtype, factorization=factorization, init=init
-        )
         weight = jnp.asarray(base_weight)
+        dtype = adapter_dtype(weight.dtype, dtype)
+        adapter = init_lora_adapter(
+            key, weight, rank, init_std=init_std, dtype=dtype, factorization=factorization, init=init
+        )
         split = factorization_from_shapes(weight.shape, adapter["A"].shape, adapter["B"].shape)
         if not split.is_canonical or factorization not in (None, split, split.roles):
             raise AdapterError(f"factorization {factorization!r}: wanted the weight's axes in the order batch, in, out")

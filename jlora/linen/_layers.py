@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import chex
 import flax.linen as nn
 
+from jlora.config import adapter_dtype
 from jlora.errors import AdapterError
 from jlora.linen._adapters import (
     Initializer,
@@ -38,13 +39,14 @@ def weight_name(layer: nn.Module) -> str:
 
 
 def adapter_of(layer: nn.Module, rank: int, *, parent: Any = None, **options: Any) -> LoRAAdapter:
-    """The adapter that fits a layer of Flax's; dtype, param_dtype and precision are the layer's unless given."""
+    """The adapter that fits a layer of Flax's; dtype and precision are the layer's, A and B float32 at least."""
     kind = layer_kind(layer)
     if kind is None:
         known = ", ".join(f"nn.{known.__name__}" for known in _ADAPTERS)
         raise AdapterError(f"found {type(layer).__name__}: wanted one of {known}")
     adapter, names = _ADAPTERS[kind]
-    fields = {name: getattr(layer, name) for name in (*names, "dtype", "param_dtype")}
+    fields = {name: getattr(layer, name) for name in (*names, "dtype")}
+    fields["param_dtype"] = adapter_dtype(layer.param_dtype)  # type: ignore[attr-defined]
     if kind is nn.Conv:
         fields["conv"] = layer.clone(parent=None, name=None)
     given = {name: value for name, value in options.items() if value is not None}
@@ -66,7 +68,7 @@ class LoRALinenLayer(InPlace):
         is the layer that is given a name, as in `nn.Dense(5, name="up")`.
       alpha: the update is scaled by alpha / rank; not at all where None.
       dropout: the share of the adapter's input that is dropped, where the module is called with a `dropout` rng.
-      param_dtype: of A and B; the layer's where None.
+      param_dtype: of A and B; where None float32, or the layer's where that is wider.
       a_init, b_init: Flax initializers of A and B; N(0, 0.01^2) and zero where None.
 
     The output has the dtype of the layer's.

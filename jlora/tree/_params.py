@@ -7,7 +7,7 @@ import chex
 import jax
 
 from jlora.adapter import apply_update, init_lora_adapter, is_adapter, is_reversible, is_update, undo_update
-from jlora.config import LoraConfig
+from jlora.config import LoraConfig, adapter_dtype
 from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
@@ -46,7 +46,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
             weight,
             target.rank,
             init_std=config.init_std,
-            dtype=config.dtype,
+            dtype=adapter_dtype(weight.dtype, config.dtype),
             factorization=target.factorization,
             init=config.init,
         )
