@@ -46,7 +46,7 @@ def adapter_of(layer: nn.Module, rank: int, *, parent: Any = None, **options: An
         raise AdapterError(f"found {type(layer).__name__}: wanted one of {known}")
     adapter, names = _ADAPTERS[kind]
     fields = {name: getattr(layer, name) for name in (*names, "dtype")}
-    fields["param_dtype"] = adapter_dtype(layer.param_dtype)  # type: ignore[attr-defined]
+    fields["param_dtype"] = adapter_dtype(layer.param_dtype)
     if kind is nn.Conv:
         fields["conv"] = layer.clone(parent=None, name=None)
     given = {name: value for name, value in options.items() if value is not None}
