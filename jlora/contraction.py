@@ -206,8 +206,8 @@ def factored_product(
 
     The first `batch_dims` axes of x are A's and B's batch axes; `axis` counts from 0. Returns `(*batch, *rest, *out)`
     in the common dtype of x, A and B. With `flatten`, the default of `CostModel`, all other axes of x are joined to one
-    before the products. A is taken as (r, in), so that its gradient is (g.T @ x) and not (x.T @ g), which is five times
-    slower on CPU (JAX 0.10); the barrier keeps XLA from turning it back.
+    before the products. A is taken as (r, in) and B as (r, out): their gradients are formed as g.T @ x and h.T @ g. As
+    x.T @ g and g.T @ h, where the wide activation is the one that is turned, they take up to four times as long on CPU.
     """
     rest = [d for d in range(batch_dims, x.ndim) if d not in axis]
     order = [*range(batch_dims), *rest, *axis]
@@ -219,13 +219,28 @@ def factored_product(
     rank = a.shape[-1]
     rows = (math.prod(rest_shape),) if (CostModel().flattens() if flatten is None else flatten) else rest_shape
     ins = math.prod(a.shape[batch_dims:-1])
-    down = lax.optimization_barrier(a.reshape(*batch, ins, rank).mT)
-    hidden = _last_with(x.reshape(*batch, *rows, ins), down, batch_dims + 1, precision)
+    down = _as_it_stands(a.reshape(*batch, ins, rank).mT)  # (*batch, r, in)
+    up = _as_it_stands(b.reshape(*batch, rank, math.prod(out_shape)))  # (*batch, r, out)
+    hidden = _last_with(x.reshape(*batch, *rows, ins), down, batch_dims + 1, precision)  # (*batch, *rows, r)
     if scale is not None:
         wide = common_dtype(hidden.dtype, jnp.float32)
         hidden = (hidden.astype(wide) * jnp.asarray(scale, wide)).astype(hidden.dtype)
-    y = _last_with(hidden, b.reshape(*batch, rank, math.prod(out_shape)), batch_dims, precision)
+    y = _last_with(hidden, up, batch_dims, precision)
     return y.reshape(*batch, *rest_shape, *out_shape)
+
+
+def _as_it_stands(matrix: jax.Array) -> jax.Array:
+    """The same numbers; the gradient is formed in the order of these axes, and turned afterwards if at all.
+
+    XLA makes of a transposed product the product of its operands in the other order, but does not look through
+    `reduce_precision`, which changes nothing where the precision is the array's own. An optimization_barrier is no
+    help: it is gone before layouts are chosen. Then XLA turns a batch of products into a layout that is unknown to its
+    code generator for small products, and the process aborts (JAX 0.7 to 0.10, tests/xla_abort.py).
+    """
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        return matrix
+    precision = jnp.finfo(matrix.dtype)
+    return lax.reduce_precision(matrix, precision.nexp, precision.nmant)
 
 
 def _last_with(x: jax.Array, matrices: jax.Array, axis: int, precision: lax.PrecisionLike) -> jax.Array:

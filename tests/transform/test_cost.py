@@ -130,6 +130,20 @@ def test_no_activation_is_transposed_or_copied_that_the_frozen_model_does_not():
     assert moved(hand, elements) - moved(floor, elements)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["", "scan"])
+def test_no_gradient_is_formed_from_a_transposed_activation(stacked):
+    never = CostModel(merge_from=float("inf"))
+    adapted, hand = (slow_gradients(compiled("small", f, stacked, never)) for f in ("jlora", hand_flattened))
+    assert hand >= len(NAMES)
+    assert adapted == 0
+
+
+def slow_gradients(program):
+    """The products x.T @ g of (rows, wide) and (rows, r), which are slower on CPU than g.T @ x."""
+    pattern = rf"\[\d+,{RANK}\]\{{1,0\}} dot\(.*lhs_contracting_dims=\{{0\}}, rhs_contracting_dims=\{{0\}}"
+    return len(re.findall(pattern, program.as_text()))
+
+
 def test_with_scan_and_remat_every_layer_adds_what_it_adds_to_the_base(monkeypatch):
     layers, *rest = SIZES["B"]
     monkeypatch.setitem(SIZES, "deep", (2 * layers, *rest))
