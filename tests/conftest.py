@@ -1,6 +1,7 @@
-"""Settings of every test: the CPU, and property tests that are the same each time."""
+"""Settings of every test: the CPU, programs compiled once in a run, and property tests that are the same each time."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -11,6 +12,26 @@ import pytest
 
 hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("jlora")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the process, and those that its tests start, a compilation cache for as long as it lives.
+
+    Each worker of pytest-xdist has its own: JAX does not lock the files.
+    """
+    hands_out_the_tests = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+    if hands_out_the_tests or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="jlora-tests-")
+    config.add_cleanup(folder.cleanup)
+    settings = {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture
