@@ -2,15 +2,20 @@
 
 from jlora.train._checkpoint import Checkpoints, restore_tree, save_tree
 from jlora.train._data import Batches, Examples, count_examples
-from jlora.train._loop import Interrupted, MetricsLog, fit
+from jlora.train._log import Logger, MetricsLog
+from jlora.train._loop import fit
 from jlora.train._loss import Mean, Sum
+from jlora.train._signals import Interrupted
 from jlora.train._step import Loss, Metrics, Step, TrainState, init_state, make_train_step
+from jlora.train._watch import DivergedError
 
 __all__ = [
     "Batches",
     "Checkpoints",
+    "DivergedError",
     "Examples",
     "Interrupted",
+    "Logger",
     "Loss",
     "Mean",
     "Metrics",

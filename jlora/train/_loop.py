@@ -1,75 +1,36 @@
-"""The loop around the step: progress, metrics, checkpoints, and an interrupt that loses nothing."""
+"""The loop around the step: progress, metrics, checkpoints, and a stop that loses nothing."""
 
-import contextlib
-import json
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 
+from jlora.errors import DataError
 from jlora.fields import whole
 from jlora.train._checkpoint import Checkpoints
+from jlora.train._log import Logger
+from jlora.train._progress import progress_bar
+from jlora.train._signals import Interrupted, interrupts
 from jlora.train._step import Step, TrainState
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was interrupted after the step `step`, and is saved where there are checkpoints."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted after step {step}")
-        self.step = step
-
-
-class MetricsLog:
-    """Metrics as JSON lines, `{"step": 10, "loss": 0.5}`; nothing in it depends on the clock.
-
-    Args:
-      path: the file; lines of steps after `step` are dropped, as a resumed run writes them again.
-      step: the step that the run starts from.
-    """
-
-    def __init__(self, path: str | Path, step: int = 0) -> None:
-        self.path = Path(path)
-        kept = [row for row in self.read_file(path) if row["step"] <= step] if step else []
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    @staticmethod
-    def read_file(path: str | Path) -> list[dict[str, Any]]:
-        """The lines of a file; a last one that a killed run left half written is dropped."""
-        rows = []
-        for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-        return rows
+from jlora.train._watch import Watch
 
 
 def fit(
     step: Step,
     state: TrainState,
     frozen: Any,
-    batches: Callable[[int], Any],
+    batches: Callable[[int], Any] | Iterable[Any],
     *,
     steps: int,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
-    log: MetricsLog | None = None,
+    log: Logger | Sequence[Logger] | None = None,
     checkpoints: Checkpoints | None = None,
     log_every: int = 10,
     eval_every: int = 100,
     checkpoint_every: int = 100,
+    stop_at_nan: bool = True,
     title: str = "training",
     console: Console | None = None,
 ) -> TrainState:
@@ -79,81 +40,102 @@ def fit(
       step: from `make_train_step`.
       state: from `init_state`, or from a checkpoint, where the run goes on bitwise as if it had not stopped.
       frozen: what is passed to the loss beside the trained tree.
-      batches: `batches(step)` gives the batch of a step, as `Batches` does.
+      batches: `batches(step)` gives the batch of a step, counted from 0, as `Batches` does; or an iterable of them
+        from the first on: of a run that is resumed, those of the steps that are done are drawn and dropped. An
+        iterator that stands where the run goes on is given as `lambda step: next(iterator)`.
       evaluate: `evaluate(trained)` gives metrics, logged as `test_...` every `eval_every` steps and after the last.
-      log: where the metrics go every `log_every` steps, and at every evaluation.
-      checkpoints: where the state goes every `checkpoint_every` steps, at the end, and on Ctrl-C.
+        Where the state has a model state it is called as `evaluate(trained, model_state)`.
+      log: where the metrics go every `log_every` steps, and at every evaluation: a `MetricsLog`, any object with
+        `write(row)`, or several of them.
+      checkpoints: where the state goes every `checkpoint_every` steps, at the end, and where the run is stopped.
+      stop_at_nan: stop where the loss or a gradient is not finite; `False` where the optimizer itself skips such
+        steps, as `optax.apply_if_finite` does.
       console: where the progress bar goes; one that is quiet shows none.
 
     Raises:
-      Interrupted: on Ctrl-C, after the step at hand and its checkpoint.
+      Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after the step at hand and its checkpoint; a second signal of the same
+        kind stops at once. Signals that are ignored, as under nohup, stay so.
+      DivergedError: the loss, a gradient or what is trained is not finite. It names the first such step and its batch;
+        nothing of it is logged or saved. Losses are looked at where they are logged, and before anything is saved.
+      DataError: the folder of the checkpoints holds those of another run; the batches ended early, after the state was
+        saved.
     """
     for name, every in (("log_every", log_every), ("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         whole(name, every, 1)
+    done = int(state.step)
+    _check_folder(checkpoints, done)
+    source = batches if callable(batches) else _Following(batches)
+    loggers: Sequence[Logger] = () if log is None else [log] if isinstance(log, Logger) else log
+    watch = Watch(stop_at_nan)
     shown: dict[str, float] = {}
-    with _interrupts() as interrupted, _progress(console) as progress:
-        task = progress.add_task(title, total=steps, completed=(done := int(state.step)), shown=shown)
-        while done < steps and not interrupted.is_set():
-            state, metrics = step(state, frozen, batches(done))
+
+    def save() -> None:
+        watch.check()
+        if checkpoints is not None:
+            watch.check_trained(done, state.trained)
+            checkpoints.save(done, state)
+
+    with interrupts() as caught, progress_bar(console) as progress:
+        task = progress.add_task(title, total=steps, completed=done, shown=shown)
+        while done < steps and not caught:
+            try:
+                batch = source(done)
+            except StopIteration:
+                save()
+                raise DataError(
+                    f"the batches ended after step {done} of {steps}: give as many, or steps={done}; "
+                    "for more than one epoch, an iterable that goes on (itertools.chain, or batches(step))"
+                ) from None
+            state, metrics = step(state, frozen, batch)
             done += 1
+            watch.note(done, metrics)
             tested = evaluate is not None and (done % eval_every == 0 or done == steps)
             if tested or done % log_every == 0 or done == steps:
-                row = {name: float(value) for name, value in metrics.items()}
+                watch.check()
+                row = _row(metrics)
                 if evaluate is not None and tested:
-                    row |= {f"test_{name}": float(value) for name, value in evaluate(state.trained).items()}
+                    model_state = () if state.model_state is None else (state.model_state,)
+                    row |= _row(evaluate(state.trained, *model_state), "test_")
                 shown |= row
-                if log is not None:
-                    log.write({"step": done, **row})
+                for logger in loggers:
+                    logger.write({"step": done, **row})
             progress.update(task, completed=done, shown=shown)
-            if checkpoints is not None and (done % checkpoint_every == 0 or done == steps):
-                checkpoints.save(done, state)
-    if interrupted.is_set():
-        if checkpoints is not None:
-            checkpoints.save(done, state)
-        raise Interrupted(done)
+            if done % checkpoint_every == 0 or done == steps:
+                save()
+    if caught:
+        save()
+        raise Interrupted(done, caught[0])
     return jax.block_until_ready(state)
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets; a second Ctrl-C interrupts at once. Other threads than the main one get no signals."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
+class _Following:
+    """The batches of an iterable, asked for by their step."""
 
-    def handle(*_: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
+    def __init__(self, batches: Iterable[Any]) -> None:
+        if isinstance(batches, Mapping | str | bytes) or hasattr(batches, "shape") or not hasattr(batches, "__iter__"):
+            raise DataError(f"batches: wanted batches(step) or an iterable of batches, found {type(batches).__name__}")
+        self._iterator = iter(batches)
+        self._drawn = 0
 
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __call__(self, step: int) -> Any:
+        while self._drawn < step:
+            next(self._iterator)
+            self._drawn += 1
+        self._drawn += 1
+        return next(self._iterator)
 
 
-class _SpeedColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} steps/s")
+def _check_folder(checkpoints: Checkpoints | None, done: int) -> None:
+    newest = None if checkpoints is None else checkpoints.latest_step
+    if checkpoints is not None and newest not in (None, done):
+        raise DataError(
+            f"{checkpoints.folder}: holds the checkpoint of step {newest}, and the state is at step {done}: go on from "
+            "it with state = checkpoints.restore(state), or give an empty folder"
+        )
 
 
-class _MetricsColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        shown = task.fields["shown"]
-        return Text("  ".join(f"{name} {shown[name]:.3f}" for name in ("loss", "accuracy") if name in shown))
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        _MetricsColumn(Column(no_wrap=True)),
-        _SpeedColumn(Column(no_wrap=True)),
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-    )
+def _row(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    for name, value in metrics.items():
+        if np.ndim(value):
+            raise DataError(f"the metric {name!r} has shape {np.shape(value)}: wanted a scalar to log")
+    return {prefix + name: float(value) for name, value in metrics.items()}

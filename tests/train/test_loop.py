@@ -1,62 +1,19 @@
-"""Batches, metrics, checkpoints and the loop: what is written when, and a run that stops and goes on."""
+"""Batches, metrics and the loop: what is written when, and where it comes from."""
 
 import io
 import json
+import math
 import re
-import signal
 import threading
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from rich.console import Console
 
 from jlora import ConfigError, DataError
-from jlora.train import (
-    Batches,
-    Checkpoints,
-    Interrupted,
-    MetricsLog,
-    count_examples,
-    fit,
-    init_state,
-    make_train_step,
-    restore_tree,
-    save_tree,
-)
-from tests.reference import random_adapter
-
-OPTIMIZER = optax.adam(0.1)
-QUIET = Console(quiet=True)
-
-
-def loss(adapters, base, batch, key):
-    y = (batch["x"] @ adapters["up"]["A"]) @ adapters["up"]["B"]
-    return jnp.mean((y - 1) ** 2) + 1e-3 * jax.random.uniform(key), {"accuracy": jnp.mean(y > 0)}
-
-
-STEP = make_train_step(loss, OPTIMIZER)
-
-
-def start():
-    adapters = {"up": random_adapter(np.random.default_rng(3), (5, 2), (2, 3)), "head": None}
-    return init_state(adapters, OPTIMIZER)
-
-
-@pytest.fixture
-def batches(rng):
-    return Batches({"x": rng.standard_normal((12, 5)).astype(np.float32)}, size=4, seed=0)
-
-
-def run(batches, steps, state=None, console=QUIET, **options):
-    return fit(STEP, start() if state is None else state, None, batches, steps=steps, console=console, **options)
-
-
-def assert_same(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+from jlora.train import Batches, Checkpoints, MetricsLog, count_examples, fit, init_state, make_train_step
+from tests.train.runs import OPTIMIZER, QUIET, assert_same, run, start
 
 
 class TestBatches:
@@ -131,6 +88,11 @@ class TestMetricsLog:
         read = [row["loss"] for row in MetricsLog.read_file(log.path)]
         np.testing.assert_array_equal(np.array(read, np.float32), values)
 
+    def test_what_is_not_finite_is_left_out_as_json_has_no_word_for_it(self, tmp_path):
+        log = MetricsLog(tmp_path / "metrics.jsonl")
+        log.write({"step": 1, "loss": 0.5, "share": math.nan, "most": math.inf, "least": -math.inf})
+        assert log.path.read_text() == '{"step": 1, "loss": 0.5}\n'
+
 
 class TestFit:
     def test_metrics_are_written_at_their_steps_and_after_the_last(self, tmp_path, batches):
@@ -167,37 +129,6 @@ class TestFit:
             assert_same(checkpoints.restore(start()), state)
         assert saved == [(3, 3), (6, 6), (7, 7)]
 
-    @pytest.mark.parametrize("at", [0, 3, 4, 8])
-    def test_an_interrupted_run_saves_and_goes_on_bitwise(self, tmp_path, batches, at):
-        def interrupting(step):
-            if step == at:
-                signal.raise_signal(signal.SIGINT)
-            return batches(step)
-
-        options = {"log_every": 2, "eval_every": 4, "evaluate": lambda trained: {"loss": trained["up"]["A"].sum()}}
-        logs = [MetricsLog(tmp_path / name) for name in ("whole.jsonl", "parts.jsonl")]
-        whole = run(batches, 9, log=logs[0], **options)
-        handler = signal.getsignal(signal.SIGINT)
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            with pytest.raises(Interrupted, match=f"interrupted after step {at + 1}") as caught:
-                run(interrupting, 9, log=logs[1], checkpoints=checkpoints, checkpoint_every=4, **options)
-            assert signal.getsignal(signal.SIGINT) is handler
-            assert caught.value.step == checkpoints.latest_step == at + 1
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            log = MetricsLog(logs[1].path, checkpoints.latest_step)
-            resumed = run(batches, 9, checkpoints.restore(start()), log=log, checkpoints=checkpoints, **options)
-        assert_same(resumed, whole)
-        assert logs[0].path.read_bytes() == logs[1].path.read_bytes()
-
-    def test_a_second_interrupt_stops_at_once(self, batches):
-        def impatient(step):
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-        with pytest.raises(KeyboardInterrupt) as caught:
-            run(impatient, 9)
-        assert not isinstance(caught.value, Interrupted)
-
     def test_it_trains_in_a_thread_that_gets_no_signals(self, batches):
         found = []
         thread = threading.Thread(target=lambda: found.append(run(batches, 3)))
@@ -205,9 +136,93 @@ class TestFit:
         thread.join()
         assert_same(found[0], run(batches, 3))
 
+    @pytest.mark.parametrize(
+        "kind", [list, iter, lambda found: (batch for batch in found)], ids=["list", "iter", "gen"]
+    )
+    def test_an_iterable_gives_the_same_batches_and_a_resumed_run_those_that_are_left(self, tmp_path, batches, kind):
+        whole = run(batches, 7)
+        given = [batches(step) for step in range(9)]
+        assert_same(run(kind(given), 7), whole)
+        with Checkpoints(tmp_path) as checkpoints:
+            state = run(kind(given), 3, checkpoints=checkpoints)
+            assert_same(run(kind(given), 7, state, checkpoints=checkpoints), whole)
+        last = iter(given[3:])
+        assert_same(run(lambda step: next(last), 7, run(batches, 3)), whole)
+
+    def test_no_batch_is_drawn_that_is_not_used(self, batches):
+        drawn = []
+        given = (drawn.append(step) or batches(step) for step in range(9))
+        run(given, 4)
+        assert drawn == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("done", [0, 1, 5])
+    def test_batches_that_end_early_are_an_error_and_the_state_is_saved(self, tmp_path, batches, done):
+        state = run(batches, done)
+        given = [batches(step) for step in range(4)]
+        message = f"the batches ended after step {max(done, 4)} of 9: give as many, or steps={max(done, 4)}"
+        with Checkpoints(tmp_path) as checkpoints:
+            with pytest.raises(DataError, match=message):
+                run(given, 9, state, checkpoints=checkpoints)
+            assert_same(checkpoints.restore(start()), run(batches, max(done, 4)))
+
+    @pytest.mark.parametrize("wrong", [{"x": np.zeros(3)}, np.zeros((3, 2)), jnp.zeros(3), "abc", None, 3])
+    def test_what_is_no_batches_is_refused(self, wrong):
+        kind = type(wrong).__name__
+        with pytest.raises(DataError, match=re.escape(f"wanted batches(step) or an iterable of batches, found {kind}")):
+            run(wrong, 3)
+
+    def test_several_loggers_get_the_same_rows(self, tmp_path, batches):
+        class Rows(list):
+            def write(self, row):
+                self.append(row)
+
+        logs = MetricsLog(tmp_path / "metrics.jsonl"), Rows(), Rows()
+        run(batches, 5, log=logs, log_every=2)
+        assert [row["step"] for row in logs[1]] == [2, 4, 5]
+        assert logs[1] == logs[2] == MetricsLog.read_file(logs[0].path)
+        run(batches, 3, log=(alone := Rows()))
+        assert [row["step"] for row in alone] == [3]
+
+    def test_a_metric_that_is_no_scalar_is_named(self, batches):
+        step = make_train_step(lambda t, f, b, k: (jnp.sum(t["up"]["A"]), {"each": t["up"]["A"]}), OPTIMIZER)
+        with pytest.raises(DataError, match=re.escape("the metric 'each' has shape (5, 2): wanted a scalar to log")):
+            fit(step, start(), None, batches, steps=1, console=QUIET)
+
+    def test_the_model_state_is_trained_on_and_evaluated(self, batches):
+        def loss(trained, frozen, batch, key, seen):
+            return jnp.mean((batch["x"] @ trained) ** 2), {}, seen + batch["x"].sum()
+
+        state, rows = init_state(jnp.ones(5), OPTIMIZER, jnp.float32(0)), []
+        evaluate = lambda trained, seen: rows.append(float(seen)) or {}  # noqa: E731
+        state = fit(
+            make_train_step(loss, OPTIMIZER),
+            state,
+            None,
+            batches,
+            steps=3,
+            console=QUIET,
+            eval_every=2,
+            evaluate=evaluate,
+        )
+        sums = [batches(step)["x"].sum(dtype=np.float64) for step in range(3)]
+        np.testing.assert_allclose(rows, [sum(sums[:2]), sum(sums)], rtol=1e-5)
+        assert float(state.model_state) == rows[-1]
+
+    @pytest.mark.parametrize("done", [0, 2, 5])
+    def test_a_folder_of_another_run_is_refused_before_a_step(self, tmp_path, batches, done):
+        with Checkpoints(tmp_path) as checkpoints:
+            run(batches, 3, checkpoints=checkpoints)
+            state = run(batches, done)
+            message = (
+                f"^{tmp_path}: holds the checkpoint of step 3, and the state is at step {done}: go on from it with"
+            )
+            with pytest.raises(DataError, match=message):
+                run(pytest.fail, 9, state, checkpoints=checkpoints)
+            assert checkpoints.latest_step == 3
+
     def test_a_run_that_is_done_stays_as_it_is(self, batches):
         state = run(batches, 3)
-        assert_same(run(None, 3, state), state)
+        assert_same(run(pytest.fail, 3, state), state)
 
     def test_the_bar_shows_steps_loss_accuracy_and_speed_and_a_quiet_console_nothing(self, capfd, batches):
         text = io.StringIO()
@@ -220,50 +235,3 @@ class TestFit:
     def test_a_cadence_is_a_whole_number(self, batches, name):
         with pytest.raises(ConfigError, match=f"{name} = 0: wanted a whole number of at least 1"):
             run(batches, 3, **{name: 0})
-
-
-class TestCheckpoints:
-    def test_the_newest_two_are_kept_and_come_back_bitwise(self, tmp_path, batches):
-        with Checkpoints(tmp_path) as checkpoints:
-            assert checkpoints.latest_step is None
-            for steps in (1, 2, 3):
-                checkpoints.save(steps, state := run(batches, steps))
-            checkpoints.save(3, start())
-        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"2", "3"}
-        with Checkpoints(tmp_path) as checkpoints:
-            assert checkpoints.latest_step == 3
-            assert_same(checkpoints.restore(start()), state)
-
-    @pytest.mark.parametrize("model_state", [None, {"mean": jnp.arange(3.0), "unused": None}])
-    def test_a_model_state_comes_back_too(self, tmp_path, model_state):
-        state = init_state({"a": jnp.ones(2)}, OPTIMIZER, model_state)
-        with Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save(1, state)
-            assert_same(checkpoints.restore(jax.tree.map(jnp.zeros_like, state)), state)
-
-    def test_where_there_is_none_it_says_so(self, tmp_path):
-        with Checkpoints(tmp_path) as checkpoints, pytest.raises(DataError, match="no checkpoint to resume from"):
-            checkpoints.restore(start())
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda state: state._replace(trained=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[::-1]), state.trained)),
-            lambda state: state._replace(trained={"other": state.trained["up"]}),
-            lambda state: state._replace(opt_state=optax.sgd(0.1, momentum=0.9).init(state.trained)),
-        ],
-        ids=["shapes", "paths", "optimizer"],
-    )
-    def test_one_that_does_not_fit_is_refused(self, tmp_path, change):
-        with Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save(4, start())
-            with pytest.raises(
-                DataError, match=f"^{tmp_path}: the checkpoint of step 4 does not fit this run in .+, such as .+"
-            ):
-                checkpoints.restore(change(start()))
-
-    def test_a_tree_is_saved_in_place_of_another_and_restored_bitwise(self, tmp_path, rng):
-        trees = [{"up": random_adapter(rng, (5, 2), (2, 3), dtype), "head": None} for dtype in ("float32", "bfloat16")]
-        for tree in trees:
-            save_tree(tmp_path / "tree", tree)
-            assert_same(restore_tree(tmp_path / "tree", jax.tree.map(jnp.zeros_like, tree)), tree)
