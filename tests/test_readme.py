@@ -46,7 +46,7 @@ def test_the_commands_install_what_they_run():
     demo, tests, _ = blocks("sh")
     assert demo.endswith(".venv/bin/jlora train configs/digits.toml\n")
     assert '".[train]"' in demo
-    assert tests.endswith(".venv/bin/python -m pytest\n")
+    assert tests.endswith(".venv/bin/python -m pytest -n auto\n")
     assert '".[test]"' in tests
 
 
