@@ -14,7 +14,7 @@ from jlora.adapter import (
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.cost import CostModel
-from jlora.errors import AdapterError, ConfigError, DataError, JloraError, TargetError
+from jlora.errors import AdapterError, ConfigError, DataError, JloraError, JloraWarning, TargetError
 from jlora.storage import LoadReport, load_adapters, save_adapters
 from jlora.transform import Explanation, explain, init_lora, lora, resolve_config
 from jlora.tree import (
@@ -38,6 +38,7 @@ __all__ = [
     "Explanation",
     "Factorization",
     "JloraError",
+    "JloraWarning",
     "LoRALayer",
     "LoadReport",
     "LoraConfig",

@@ -1,10 +1,14 @@
 """The errors of jlora. Each message says what was found, what was wanted, and the way out."""
 
-__all__ = ["AdapterError", "ConfigError", "DataError", "JloraError", "TargetError"]
+__all__ = ["AdapterError", "ConfigError", "DataError", "JloraError", "JloraWarning", "TargetError"]
 
 
 class JloraError(ValueError):
     """Base class of every error that jlora raises on purpose."""
+
+
+class JloraWarning(UserWarning):
+    """What is computed is right, and likely not what was meant."""
 
 
 class ConfigError(JloraError):

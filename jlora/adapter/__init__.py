@@ -13,9 +13,10 @@ from jlora.adapter._functions import (
     unmerge_lora_weight,
 )
 from jlora.adapter._layer import LoRALayer
-from jlora.adapter._update import apply_update, check_update, is_reversible, is_update, undo_update
+from jlora.adapter._update import PARTS, apply_update, check_update, is_reversible, is_update, undo_update
 
 __all__ = [
+    "PARTS",
     "Adapter",
     "LoRALayer",
     "apply_update",

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from jlora.adapter import draw_a
+from jlora.adapter import PARTS, draw_a
 from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product
 from jlora.errors import AdapterError
 from jlora.fields import number, whole
@@ -56,6 +56,12 @@ class LoRAAdapter(nn.Module):
 
     def _adapter(self, factorization: Factorization, shape: Sequence[int]) -> tuple[chex.Array, chex.Array]:
         """A and B of a weight of this shape."""
+        others = [name for name in PARTS if name not in "AB" and self.has_variable("params", name)]
+        if others:
+            raise self._error(
+                f"found {', '.join(others)} beside A and B, which this layer does not apply; jlora.linen.LoRA does, "
+                "and jlora.lora"
+            )
         rank, most = whole("rank", self.rank, 1), factorization.max_rank(shape)
         if rank > most:
             raise self._error(f"rank {rank} is larger than the smaller side {most} of {tuple(shape)}")

@@ -1,81 +1,197 @@
-"""Labels and masks for optax, the two halves of a Linen tree that holds both, and counts."""
+"""Labels and masks for optax, the two halves of a Linen tree that holds both, and counts.
+
+Where a tree holds the base and the adapters, names and shapes have to tell them apart, or the base at hand does. An
+entry of the adapters (`jlora.adapter.is_update`) is trained with all of its parts, and counts
+
+    with the base     where the base has none of its parts
+    without           where the whole tree is made of entries, as one of `init_lora` is, or where the entry's path says
+                      so: "lora" or "adapter" in a name on it, as in `lora` and `LoRADenseAdapter_0`, or `kernel` or
+                      `embedding` as its last name, which are arrays in a base
+
+Everything else is of the base. So is a module of a state-space model whose weights are named A and B, and, with a
+warning, an adapter module that was given a name of its own.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora.adapter import is_adapter
-from jlora.errors import TargetError
+from jlora.adapter import is_adapter, is_update
+from jlora.errors import JloraWarning, TargetError
+from jlora.paths import leaves_by_path, path_string
 
 _WEIGHTS = ("kernel", "embedding")
+_SAYS_SO = ("lora", "adapter")
 
 
-def _mark(tree: Any, adapter: Any, other: Any) -> Any:
-    def mark(node: Any) -> Any:
-        return jax.tree.map(lambda _: adapter, node) if is_adapter(node) else other
+def lora_labels(tree: Any, base: Any = None) -> Any:
+    """`"lora"` at every part of the adapters in a tree, `"frozen"` elsewhere, for `optax.partition`.
 
-    return jax.tree.map(mark, tree, is_leaf=is_adapter)
+    Args:
+      tree: adapters, or a tree that holds them beside the base, as a Linen tree does.
+      base: the params without adapters, arrays or shapes. Given, whatever it has is frozen, and nothing else. Without
+        it an entry counts in a tree of nothing else, under a name with "lora" or "adapter" in it (`lora`,
+        `LoRADenseAdapter_0`), and at a `kernel` or an `embedding`.
 
+    Raises:
+      TargetError: a leaf is neither of the base nor of an adapter.
 
-def lora_labels(tree: Any) -> Any:
-    """`"lora"` at every A and B of a tree, `"frozen"` elsewhere, for `optax.partition`.
+    A `JloraWarning` tells of weights named A and B that could be an adapter, and are frozen.
 
     >>> lora_labels({'kernel': jnp.ones((2, 3)), 'lora': {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}})
     {'kernel': 'frozen', 'lora': {'A': 'lora', 'B': 'lora'}}
     """
-    return _mark(tree, "lora", "frozen")
+    return _mark(tree, base, "lora", "frozen")
 
 
-def lora_mask(tree: Any) -> Any:
-    """`True` at every A and B of a tree, `False` elsewhere.
+def lora_mask(tree: Any, base: Any = None) -> Any:
+    """`True` at every part of the adapters in a tree, `False` elsewhere; arguments and errors of `lora_labels`.
 
     `optax.masked` alone does not freeze: it passes the gradients of the other leaves through. Use `lora_labels` with
     `optax.partition`, or take gradients of the adapters alone.
     """
-    return _mark(tree, True, False)
+    return _mark(tree, base, True, False)
 
 
-def split_params(params: Mapping[str, Any]) -> tuple[Any, Any]:
+def _mark(tree: Any, base: Any, adapter: Any, other: Any) -> Any:
+    entries, doubtful = _find_entries(tree, base)
+    if doubtful:
+        warnings.warn(
+            f"A and B of {', '.join(doubtful)} are frozen as weights of the base; if they are an adapter, give its "
+            "module a name with 'lora' in it, or pass base=, the params without adapters, which decides, and is silent",
+            JloraWarning,
+            stacklevel=3,
+        )
+
+    def mark(key_path: Any, node: Any) -> Any:
+        found = adapter if path_string(key_path) in entries else other
+        return jax.tree.map(lambda _: found, node)
+
+    return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=is_update)
+
+
+def _find_entries(tree: Any, base: Any) -> tuple[set[str], list[str]]:
+    """The paths of the entries of the adapters, and of what could be one as well."""
+    nodes = leaves_by_path(tree, is_leaf=is_update)
+    if base is not None:
+        return _not_of(base, nodes), []
+    updates = {path: node for path, node in nodes.items() if is_update(node) and any(_readings(node))}
+    if len(updates) == len(nodes):
+        return set(updates), []
+    sure = {path for path in updates if _says_so(path)}
+    return sure, [path for path, node in updates.items() if path not in sure and any(_low_ranks(node))]
+
+
+def _not_of(base: Any, nodes: Mapping[str, Any]) -> set[str]:
+    """The paths of the entries among these nodes of which the base has no part."""
+    known = leaves_by_path(base)
+    entries: set[str] = set()
+    for path, node in nodes.items():
+        parts = [_joined(path, name) for name in node] if is_update(node) else [path]
+        foreign = [part for part in parts if part not in known]
+        if foreign and (len(foreign) < len(parts) or not is_update(node)):
+            raise TargetError(f"{foreign[0]}: neither a leaf of the base nor part of an adapter")
+        if foreign:
+            entries.add(path)
+    return entries
+
+
+def _says_so(path: str) -> bool:
+    return path.rpartition("/")[2] in _WEIGHTS or any(word in path.lower() for word in _SAYS_SO)
+
+
+def _readings(entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """The rank and the sizes of in and out, for every number of batch axes with which A and B fit each other."""
+    if "A" not in entry:
+        yield 0, 0, 0
+        return
+    a, b = jnp.shape(entry["A"]), jnp.shape(entry["B"])
+    for n in range(min(len(a), len(b)) - 1):
+        if a[:n] == b[:n] and a[-1] == b[n]:
+            yield a[-1], math.prod(a[n:-1]), math.prod(b[n + 1 :])
+
+
+def _low_ranks(entry: Mapping[str, Any]) -> Iterator[bool]:
+    for rank, ins, outs in _readings(entry):
+        yield "A" in entry and rank <= min(ins, outs)
+
+
+def split_params(params: Mapping[str, Any], base: Any = None) -> tuple[Any, Any]:
     """A Linen tree that holds both into `(base, adapters)`, as the functions of a params tree take them.
 
-    The adapter that stands under `lora` beside a `kernel` or an `embedding` becomes the adapter of that weight, and one
-    that stands under `lora` and the name of another leaf beside it, that of this leaf. An adapter that stands anywhere
-    else keeps its place; the base has nothing there.
+    The entry that stands under `lora` beside a `kernel` or an `embedding` becomes the entry of that weight, and one
+    that stands under `lora` and the name of another leaf beside it, that of this leaf, whatever parts it has. An
+    adapter that stands anywhere else keeps its place; the base has nothing there.
+
+    Args:
+      params: nested dicts.
+      base: as in `lora_labels`.
+
+    Raises:
+      TargetError: a leaf is neither of the base nor of an adapter; an adapter stands in a list.
 
     >>> both = {'kernel': jnp.ones((2, 3)), 'lora': {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}}
-    >>> base, adapters = split_params(both)
-    >>> sorted(base), sorted(adapters), sorted(adapters['kernel'])
+    >>> own, adapters = split_params(both)
+    >>> sorted(own), sorted(adapters), sorted(adapters['kernel'])
     (['kernel'], ['kernel'], ['A', 'B'])
     """
+    entries, _ = _find_entries(params, base)
+    return _split(params, "", entries)
+
+
+def _split(module: Mapping[str, Any], at: str, entries: set[str]) -> tuple[Any, Any]:
     base: dict[str, Any] = {}
     adapters: dict[str, Any] = {}
-    if is_adapter(params):
-        return _like(params, base), params
-    beside = _beside(params)
-    for name, node in params.items():
+    if at in entries:
+        return _like(module, base), module
+    beside = _beside(module, at, entries)
+    for name, node in module.items():
+        path = _joined(at, name)
         if name == "lora" and beside:
             adapters.update(beside)
-        elif is_adapter(node):
+        elif path in entries:
             adapters[name] = node
         elif isinstance(node, Mapping):
-            base[name], adapters[name] = split_params(node)
+            base[name], adapters[name] = _split(node, path, entries)
         else:
+            _check_outside(node, path, entries)
             base[name] = node
             adapters.setdefault(name, None)
-    return _like(params, base), _like(params, adapters)
+    return _like(module, base), _like(module, adapters)
+
+
+def _check_outside(node: Any, path: str, entries: set[str]) -> None:
+    """Raises a TargetError for an entry within a list, of which a Linen tree has none."""
+    if not isinstance(node, list | tuple):
+        return
+    for entry in entries:
+        if entry.startswith(f"{path}/"):
+            raise TargetError(f"{entry}: found an adapter in a {type(node).__name__}, wanted a tree of dicts")
+
+
+def _beside(module: Mapping[str, Any], at: str, entries: set[str]) -> dict[str, Any]:
+    """The entries that stand under `lora`, by the names of the weights beside it."""
+    node, path = module.get("lora"), _joined(at, "lora")
+    if path in entries:
+        weight = _weight_beside(module)
+        return {weight: node} if weight else {}
+    if isinstance(node, Mapping) and all(_joined(path, name) in entries and _is_leaf(module, name) for name in node):
+        return dict(node)
+    return {}
 
 
 def combine_params(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Any:
     """The Linen tree that holds both: what `split_params` took apart.
 
-    The adapter of a `kernel` or an `embedding`, where it is the only one of its module, stands under `lora`; those of
-    other weights, or of several, under `lora` and the names of the weights.
+    The entry of a `kernel` or an `embedding`, where it is the only one of its module, stands under `lora`; those of
+    other leaves, or of several, under `lora` and their names.
 
     Raises:
-      TargetError: an adapter stands where a Linen tree has no place for it; the message names the path.
+      TargetError: an entry stands where a Linen tree has no place for it; the message names the path.
 
     >>> adapter = {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}
     >>> sorted(combine_params({'w': jnp.ones((2, 3))}, {'w': adapter})['lora'])
@@ -91,34 +207,23 @@ def _combine(base: Mapping[str, Any], adapters: Mapping[str, Any], at: str) -> A
     beside: dict[str, Any] = {}
     weight = _weight_beside(base)
     for name, node in adapters.items():
-        path = f"{at}{name}"
-        if is_adapter(node) and _is_leaf(base, name):
+        path = _joined(at, name)
+        if is_update(node) and _is_leaf(base, name):
             if "lora" in base:
                 raise TargetError(f"{path}: no place for an adapter: the base has a 'lora' beside the weight already")
             beside[name] = node
-        elif is_adapter(node):
-            if name in base or name in _WEIGHTS:
+        elif is_update(node):
+            if name in base or name in _WEIGHTS or not is_adapter(node):
                 found = "a module" if name in base else "nothing"
                 raise TargetError(f"{path}: no place for an adapter: the base has {found} there, and no weight")
             combined[name] = node
         elif isinstance(node, Mapping) and isinstance(base.get(name, {}), Mapping):
-            combined[name] = _combine(base.get(name, {}), node, f"{path}/")
+            combined[name] = _combine(base.get(name, {}), node, path)
         elif node is not None:
             raise TargetError(f"{path}: found {type(node).__name__}, wanted an adapter {{'A', 'B'}} or None")
     if beside:
         combined["lora"] = beside[weight] if [*beside] == [weight] else beside
     return _like(base, combined)
-
-
-def _beside(module: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapters that stand under `lora`, by the names of the weights beside it."""
-    node = module.get("lora")
-    if is_adapter(node):
-        weight = _weight_beside(module)
-        return {weight: node} if weight else {}
-    if isinstance(node, Mapping) and all(is_adapter(entry) and _is_leaf(module, name) for name, entry in node.items()):
-        return dict(node)
-    return {}
 
 
 def _weight_beside(module: Mapping[str, Any]) -> str:
@@ -127,6 +232,10 @@ def _weight_beside(module: Mapping[str, Any]) -> str:
 
 def _is_leaf(module: Mapping[str, Any], name: str) -> bool:
     return name in module and not isinstance(module[name], Mapping)
+
+
+def _joined(at: str, name: Any) -> str:
+    return f"{at}/{name}" if at else str(name)
 
 
 def _like(original: Any, content: dict[str, Any]) -> Any:

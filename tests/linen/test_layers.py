@@ -428,3 +428,14 @@ def test_a_layer_of_another_kind_is_refused(kind, key):
 def test_what_does_not_fit_is_refused(layer, error, message, key):
     with pytest.raises(error, match=message):
         layer.init(key, jnp.ones((13, 5)))
+
+
+@pytest.mark.parametrize("part", ["magnitude", "value", "offset"])
+def test_parts_that_a_layer_does_not_apply_are_refused(part, rng):
+    layer, x = LoRADense(2, wrapped=nn.Dense(7)), random_array(rng, (3, 5))
+    params = layer.init(jax.random.key(0), x)["params"]
+    params["lora"][part] = jnp.ones(7)
+    with pytest.raises(
+        AdapterError, match=rf"^lora: found {part} beside A and B, which this layer does not apply; jlora"
+    ):
+        layer.apply({"params": params}, x)
