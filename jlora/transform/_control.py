@@ -1,7 +1,8 @@
 """Primitives that run a program: the weights go into it, with their factors."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +30,26 @@ def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
 
 
-@functools.lru_cache(maxsize=512)
+_PROGRAMS: MutableMapping[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
 def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> Callable[..., Any]:
-    """The program with weights in it under jit: the same function again, so that it is compiled once."""
+    """The program with weights in it under jit: the same function again, so that it is compiled once.
 
-    def program(key: Any, inputs: Any) -> Any:
-        return Run(settings, key, source=source).evaluate(jaxpr, inputs)
+    A jaxpr holds the arrays that the program closes over. It is known to the function by a weak reference only, so that
+    both are let go of with it; whoever calls the function has the jaxpr.
+    """
+    functions = _PROGRAMS.setdefault(jaxpr, {})
+    key = name, settings, source
+    if key not in functions:
+        known = weakref.ref(jaxpr)
 
-    program.__name__ = program.__qualname__ = name
-    return jax.jit(program)
+        def program(key: Any, inputs: Any) -> Any:
+            return Run(settings, key, source=source).evaluate(known(), inputs)
+
+        program.__name__ = program.__qualname__ = name
+        functions[key] = jax.jit(program)
+    return functions[key]
 
 
 def _placed(value: Any, sharding: Any) -> Any:
