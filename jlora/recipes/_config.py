@@ -123,9 +123,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullConfig:
-    """The full fine-tuning that LoRA is compared with; the rest is as for LoRA."""
+    """Full fine-tuning to compare LoRA with, where it is asked for; the rest is as for LoRA."""
 
-    enabled: bool = True
+    enabled: bool = False
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -149,9 +149,18 @@ class OutputConfig:
 class JobConfig:
     """A whole job: the sections of its file.
 
-    `model` is a function that returns `(module, params)`: a Linen module, called as `module(inputs)`, and its base
-    parameters. `data` is one that returns `(train, test)`: two mappings of arrays with `inputs` and what the loss
-    needs, such as `labels`. A parameter `console` of theirs is given the console of the run.
+    `model` is a function that returns one of
+      `(module, params)`, `(module, params, collections)`: a Linen module, its params and its other collections;
+      `(function, params)`: any `function(params, inputs)`;
+      `(function, params, state)`: a `function(params, state, inputs)` that returns `(outputs, state)`;
+      an `nnx.Module` with its params.
+    It is called with the inputs, and where it has parameters of these names with `train`, `training` or `is_training`
+    (True in training), `deterministic` or `use_running_average` (False in training); a function also with `key`, the
+    step's PRNG key, or `rngs`, `{'dropout': key}`, both None outside of training. A Linen module gets the rng
+    `dropout` in training, an NNX model is put into its training or its evaluation mode.
+
+    `data` is a function that returns `(train, test)`: two mappings of arrays with `inputs` and what the loss needs,
+    such as `labels`. A parameter `console` of both functions is given the console of the run.
     """
 
     model: FunctionConfig

@@ -1,62 +1,41 @@
 """A whole job: a base, adapters trained on a dataset, and full fine-tuning to compare with."""
 
 import dataclasses
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from rich.console import Console
 
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
-from jlora.linen import LoRA, resolve_config
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
-from jlora.recipes._plot import write_curve
-from jlora.storage import save_adapters
-from jlora.tables import text_table
+from jlora.recipes._folder import Result, check_folder, prepare_folder, report, write_trained
+from jlora.recipes._model import Model, call_model
 from jlora.train import (
     Batches,
     Checkpoints,
     Examples,
     Interrupted,
+    Mean,
     Metrics,
     MetricsLog,
+    Sum,
+    TrainState,
     count_examples,
     fit,
     init_state,
     make_train_step,
 )
-from jlora.tree import combine_params, count_params, init_lora, summary
+from jlora.transform import lora, resolve_config
+from jlora.tree import count_params, init_lora, summary
 
-Forward = Callable[..., Any]  # forward(trained, frozen, inputs, **kwargs of apply)
+Forward = Callable[..., tuple[Any, Any]]  # forward(trained, frozen, inputs, state, key) -> (outputs, state)
 _CHUNK = 1024
-_WRITTEN = ("adapters", "checkpoints", "config.toml", "curve.png", "metrics.jsonl", "results.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How one way of adapting did on the test set.
-
-    Attributes:
-      name: of the way.
-      metrics: of the loss on the test set.
-      parameters: the scalars that were trained.
-      optimizer_bytes: the bytes of the optimizer's state.
-      seconds: of training, compilation included.
-    """
-
-    name: str
-    metrics: dict[str, float]
-    parameters: int
-    optimizer_bytes: int
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +43,7 @@ class _Task:
     """The loaded parts of a job."""
 
     job: JobConfig
-    module: nn.Module
-    params: Any
+    model: Model
     config: LoraConfig
     train: Examples
     test: Examples
@@ -73,98 +51,68 @@ class _Task:
 
 
 def run_job(
-    job: JobConfig, *, resume: bool = False, force: bool = False, console: Console | None = None
+    job: JobConfig, *, resume: bool = False, extend: bool = False, force: bool = False, console: Console | None = None
 ) -> list[Result]:
     """Runs a job and writes its output folder.
 
-    The folder holds `adapters/`, which `jlora.load_adapters` and every command on adapters reads, `checkpoints/`
-    (Orbax) to resume from, `config.toml`, `metrics.jsonl`, `curve.png` and `results.json`. The same seed gives the same
-    numbers on the same machine; times are in `results.json` alone.
+    The folder holds `adapters/`, which `jlora.load_adapters` and every command on adapters reads, `model_state/` where
+    the model changed arrays of its own (batch statistics), `checkpoints/` (Orbax) to resume from, `config.toml`,
+    `metrics.jsonl`, `curve.png` and `results.json`; `load_run` reads it. The same seed gives the same numbers on the
+    same machine; times are in `results.json` alone.
 
     Args:
       job: the configuration.
       resume: go on from the last checkpoint of the folder.
+      extend: go on although `train.steps`, or the learning rate, its schedule or its warm-up, are others than before.
       force: begin anew where the folder holds another run; what else lies there is left alone.
       console: where tables and progress go.
 
     Raises:
       ConfigError, TargetError, DataError: before anything is written.
-      Interrupted: on Ctrl-C; `resume` goes on from there.
+      Interrupted: on Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
     """
     console = console or Console()
     folder = Path(job.output.folder)
-    _check_folder(folder, job, resume, force)
+    changed = check_folder(folder, job, resume or extend, extend, force)
     try:
         task = _load(job, console)
     except Interrupted:  # training of its own, of which the folder of this run knows nothing
         raise KeyboardInterrupt from None
-    adapters = init_lora(None, task.params, task.config)
-    _prepare_folder(folder, job, resume)
-    console.out(str(summary(task.params, adapters, task.config)), highlight=False)
+    model = task.model
+    adapters = init_lora(None, model.params, task.config)
+    prepare_folder(folder, job, resume or extend, changed)
+    for line in changed:
+        console.out(f"extended: {line}", highlight=False)
+    console.out(str(summary(model.params, adapters, task.config)), highlight=False)
 
-    results = [Result("frozen base", _evaluator(task, _base(task), task.params)(None), 0, 0, 0.0)]
+    results = [Result("frozen base", _evaluator(task, _base(task), model.params)(None, model.state), 0, 0, 0.0)]
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        trained, result = _train(
+        state, result = _train(
             task,
             "LoRA",
             _adapted(task),
             adapters,
-            task.params,
+            model.params,
             job.optimizer,
             console,
             checkpoints,
             folder / "metrics.jsonl",
         )
-    save_adapters(folder / "adapters", trained, task.config, metadata=_metadata(job, result))
     results.append(result)
+    changed_state = write_trained(folder, job, task.config, state, model.state, result)
     if job.full.enabled:
         optimizer = dataclasses.replace(job.optimizer, learning_rate=job.full.learning_rate)
-        results.append(_train(task, "full fine-tuning", _base(task), task.params, None, optimizer, console)[1])
-    _report(folder, results, console)
+        results.append(_train(task, "full fine-tuning", _base(task), model.params, None, optimizer, console)[1])
+    report(folder, results, changed_state, console)
     return results
-
-
-def _check_folder(folder: Path, job: JobConfig, resume: bool, force: bool) -> None:
-    written = folder / "config.toml"
-    if resume:
-        if not written.exists():
-            raise DataError(f"{folder}: nothing to resume: it holds no run")
-        before = JobConfig.read(written).to_dict()
-        after = job.to_dict()
-        changed = [
-            f"{section}.{key}"
-            for section in after
-            for key in after[section].keys() | before[section].keys()
-            if after[section].get(key) != before[section].get(key) and section != "output"
-        ]
-        if changed:
-            raise ConfigError(
-                f"{folder}: to resume, give the same configuration; changed: {', '.join(sorted(changed))}"
-            )
-    elif folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: is a file; give output.folder another path")
-    elif folder.exists() and any(folder.iterdir()) and not (force and written.exists()):
-        way_out = "--resume goes on with it, --force begins anew" if written.exists() else "it holds no run of jlora"
-        raise DataError(f"{folder}: is not empty: {way_out}; or give another folder with output.folder=...")
-
-
-def _prepare_folder(folder: Path, job: JobConfig, resume: bool) -> None:
-    if resume:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _WRITTEN:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made: {error.strerror}; give output.folder another path") from None
-    job.write(folder / "config.toml")
 
 
 def _load(job: JobConfig, console: Console) -> _Task:
     loss = FunctionConfig(function=job.train.loss).load("train.loss")
     job.model.load("model.function")
-    parts = _pair(job.data, "data.function", "(train, test)", console)
+    parts = job.data.call("data.function", console=console)
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        raise ConfigError(f"data.function = {job.data.function!r}: wanted it to return (train, test)")
     for name, part in zip(("training", "test"), parts, strict=True):
         if not isinstance(part, Mapping) or not all(np.ndim(array) for array in part.values()):
             raise DataError(f"{job.data.function}: wanted the {name} set as a mapping of arrays")
@@ -175,58 +123,63 @@ def _load(job: JobConfig, console: Console) -> _Task:
         count_examples(part, f"the {name} set")
     train, test = ({key: np.asarray(array) for key, array in part.items()} for part in parts)
     Batches(train, job.train.batch_size, job.train.seed)
-    module, params = _pair(job.model, "model.function", "(module, params)", console)
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"{job.model.function}: wanted a Linen module, found {type(module).__name__}")
-    config = resolve_config(module, job.lora, jax.ShapeDtypeStruct(train["inputs"][:1].shape, train["inputs"].dtype))
-    task = _Task(job, module, params, config, train, test, loss)
+    model = call_model(job, console)
+    first = jax.ShapeDtypeStruct(train["inputs"][:1].shape, train["inputs"].dtype)
+    config = resolve_config(model.fn, job.lora, model.params, first, model.state, None)
+    task = _Task(job, model, config, train, test, loss)
     try:
-        jax.eval_shape(lambda batch: loss(_base(task)(None, params, batch["inputs"]), batch), dict(test))
+        jax.eval_shape(lambda batch: loss(model.fn(model.params, batch["inputs"], model.state, None)[0], batch), test)
     except KeyError as error:
         raise DataError(f"{job.train.loss} needs {error}; {job.data.function} gives {', '.join(test)}") from None
     return task
 
 
-def _pair(function: FunctionConfig, field: str, wanted: str, console: Console) -> tuple[Any, Any]:
-    found = function.call(field, console=console)
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise ConfigError(f"{field} = {function.function!r}: wanted it to return {wanted}")
-    return found
-
-
 def _base(task: _Task) -> Forward:
     """The base alone: nothing trained, or all of it."""
-    return lambda trained, frozen, inputs, **kwargs: task.module.apply(
-        {"params": frozen if trained is None else trained}, inputs, **kwargs
+    return lambda trained, frozen, inputs, state, key: task.model.fn(
+        frozen if trained is None else trained, inputs, state, key
     )
 
 
 def _adapted(task: _Task) -> Forward:
-    model = LoRA(task.module, task.config)
-    return lambda adapters, params, inputs, **kwargs: model.apply(
-        {"params": combine_params(params, adapters)}, inputs, **kwargs
-    )
+    model = lora(task.model.fn, task.config)
+
+    def forward(adapters: Any, params: Any, inputs: Any, state: Any, key: Any) -> tuple[Any, Any]:
+        own, dropout = (None, None) if key is None else jax.random.split(key)
+        return model(params, adapters, inputs, state, own, dropout_key=dropout)
+
+    return forward
 
 
-def _evaluator(task: _Task, forward: Forward, frozen: Any) -> Callable[[Any], dict[str, float]]:
-    """The metrics on the test set, in chunks, each weighed by its length."""
+def _evaluator(task: _Task, forward: Forward, frozen: Any) -> Callable[..., dict[str, float]]:
+    """The metrics on the test set, in chunks, each by its kind: a plain number is weighed by the chunk's length."""
 
     @jax.jit
-    def chunk_metrics(trained: Any, frozen: Any, chunk: Examples) -> Metrics:
-        loss, metrics = task.loss(forward(trained, frozen, chunk["inputs"]), chunk)
+    def chunk_metrics(trained: Any, frozen: Any, state: Any, chunk: Examples) -> dict[str, Any]:
+        outputs, _ = forward(trained, frozen, chunk["inputs"], state, None)
+        loss, metrics = _value_and_metrics(task.loss(outputs, chunk))
         return {"loss": loss, **metrics}
 
-    total = count_examples(task.test)
-
-    def evaluate(trained: Any) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for start in range(0, total, _CHUNK):
+    def evaluate(trained: Any, state: Any = None) -> dict[str, float]:
+        sums: dict[str, list[float]] = {}
+        for start in range(0, count_examples(task.test), _CHUNK):
             chunk = {name: array[start : start + _CHUNK] for name, array in task.test.items()}
-            for name, value in chunk_metrics(trained, frozen, chunk).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * count_examples(chunk)
-        return {name: value / total for name, value in sums.items()}
+            for name, value in chunk_metrics(trained, frozen, state, chunk).items():
+                count = count_examples(chunk)
+                kind = value if isinstance(value, Mean | Sum) else Mean(float(value) * count, count)
+                before = sums.get(name, [0.0] * len(kind))
+                sums[name] = [old + float(new) for old, new in zip(before, kind, strict=True)]
+        return {name: _over(*found) for name, found in sums.items()}
 
     return evaluate
+
+
+def _value_and_metrics(returned: Any) -> tuple[Any, Metrics]:
+    return returned if type(returned) is tuple else (returned, {})
+
+
+def _over(total: float, weight: float = 1.0) -> float:
+    return total / weight if weight else math.nan
 
 
 def _train(
@@ -239,18 +192,20 @@ def _train(
     console: Console,
     checkpoints: Checkpoints | None = None,
     log_file: Path | None = None,
-) -> tuple[Any, Result]:
+) -> tuple[TrainState, Result]:
     """Trains one tree over another that is frozen, from the last checkpoint where there is one."""
     train = task.job.train
 
-    def loss(trained: Any, frozen: Any, batch: Examples, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return task.loss(forward(trained, frozen, batch["inputs"], rngs={"dropout": key}), batch)
+    def loss(trained: Any, frozen: Any, batch: Examples, key: jax.Array, *state: Any) -> Any:
+        outputs, after = forward(trained, frozen, batch["inputs"], *(state or (None,)), key)
+        value, metrics = _value_and_metrics(task.loss(outputs, batch))
+        return (value, metrics, after) if state else (value, metrics)
 
     gradient_transform = optimizer.make(train.steps)
     step = make_train_step(
         loss, gradient_transform, accumulate=train.accumulate, clip_norm=optimizer.clip_norm or None, seed=train.seed
     )
-    state = init_state(trained, gradient_transform)
+    state = init_state(trained, gradient_transform, task.model.state)
     if checkpoints is not None and checkpoints.latest_step is not None:
         state = checkpoints.restore(state)
     evaluate = _evaluator(task, forward, frozen)
@@ -272,34 +227,5 @@ def _train(
     )
     seconds = time.perf_counter() - began
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    return state.trained, Result(name, evaluate(state.trained), count_params(trained), size, seconds)
-
-
-def _metadata(job: JobConfig, result: Result) -> dict[str, Any]:
-    """What is kept beside the adapters: of which model they are, how long they were trained, how they do."""
-    metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
-    return {"model": job.model.function, "steps": job.train.steps, "metrics": metrics}
-
-
-def _report(folder: Path, results: list[Result], console: Console) -> None:
-    """Prints the table of results and writes it, with the curve, to the folder."""
-    rows = [dataclasses.asdict(result) for result in results]
-    (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    write_curve(folder / "curve.png", MetricsLog.read_file(folder / "metrics.jsonl"))
-    metrics = [name for name in results[0].metrics if name != "loss"] or ["loss"]
-    header = ("on the test set", *metrics, "trained parameters", "optimizer state", "seconds")
-    table = [
-        (
-            result.name,
-            *(
-                f"{result.metrics[name]:.1%}" if name == "accuracy" else f"{result.metrics[name]:.4g}"
-                for name in metrics
-            ),
-            f"{result.parameters:,}",
-            f"{result.optimizer_bytes:,} B",
-            f"{result.seconds:.1f}",
-        )
-        for result in results
-    ]
-    console.out(text_table(header, table), highlight=False)
-    console.out(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
+    metrics = evaluate(state.trained, state.model_state)
+    return state, Result(name, metrics, count_params(trained), size, seconds)

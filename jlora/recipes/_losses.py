@@ -1,4 +1,4 @@
-"""Losses of recipes: `loss(outputs, batch) -> (scalar, metrics)`."""
+"""Losses of recipes: `loss(outputs, batch)` returns a scalar, or `(scalar, metrics)`, as in `jlora.train`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -17,7 +17,6 @@ import pytest
 from rich.console import Console
 
 from jlora import ConfigError, DataError, TargetError, count_params, load_adapters, merge_params
-from jlora.linen import resolve_config
 from jlora.recipes import JobConfig, OptimizerConfig, cross_entropy, run_job
 from jlora.storage import read_metadata
 from jlora.train import MetricsLog
@@ -44,6 +43,15 @@ def data(train=40, test=1030):
 
 def squares(outputs, batch):
     return jnp.mean((outputs - jax.nn.one_hot(batch["labels"], 3)) ** 2), {}
+
+def plain(outputs, batch):
+    return squares(outputs, batch)[0]
+
+def weighted(outputs, batch):
+    from jlora.train import Mean, Sum
+    some = batch["labels"] != 0
+    errors = jnp.abs(outputs - jax.nn.one_hot(batch["labels"], 3)).sum(-1)
+    return Mean((errors * some).sum(), some.sum()), {"count": Sum(some.sum()), "mean": errors.mean()}
 
 def no_pair():
     return 1
@@ -119,10 +127,10 @@ def shifted(tmp_path_factory):
 def restored(run):
     """The model, its params and test set, and the adapters of the folder."""
     module, params = run.job.model.call("model")
-    train, test = run.job.data.call("data")
-    config = resolve_config(module, run.job.lora, train["inputs"][:1])
-    adapters, written = load_adapters(run.folder / "adapters", params=params)
-    assert written == config
+    _, test = run.job.data.call("data")
+    adapters, config = load_adapters(run.folder / "adapters", params=params)
+    found = {name: getattr(config, name) for name in ("exclude_modules", "factorizations")}
+    assert config == run.job.lora.replace(**found)
     return module, params, test, config, adapters
 
 
@@ -157,7 +165,7 @@ class TestRun:
         assert {name: rows[-1][f"test_{name}"] for name in ("loss", "accuracy")} == users.results[1].metrics
 
     def test_the_adapters_say_of_what_they_are_and_how_they_do(self, users):
-        wanted = {"model": "mine_of_test_job:model", "steps": 8, "metrics": users.results[1].metrics}
+        wanted = {"model": "mine_of_test_job:model", "steps": 8, "metrics": users.results[1].metrics, "model_state": 0}
         assert read_metadata(users.folder / "adapters") == wanted
 
     @pytest.mark.parametrize("which", ["users", "shifted"])
@@ -202,6 +210,22 @@ class TestRun:
         _, results = run(tmp_path / "run", train={"loss": "mine_of_test_job:squares", "accumulate": 4})
         assert [set(result.metrics) for result in results] == [{"loss"}, {"loss"}]
         assert (tmp_path / "run" / "curve.png").stat().st_size > 0
+
+    def test_a_loss_may_be_a_scalar_alone(self, tmp_path):
+        for name in ("plain", "squares"):
+            run(tmp_path / name, train={"loss": f"mine_of_test_job:{name}"})
+        rows = [MetricsLog.read_file(tmp_path / name / "metrics.jsonl") for name in ("plain", "squares")]
+        assert rows[0] == rows[1]
+
+    def test_a_loss_that_says_of_what_kind_its_values_are_is_tested_so_over_chunks(self, tmp_path):
+        job, results = run(tmp_path / "run", train={"loss": "mine_of_test_job:weighted"})
+        module, params = job.model.call("model")
+        test = job.data.call("data")[1]
+        outputs = np.asarray(module.apply({"params": params}, test["inputs"]), np.float64)
+        errors, some = np.abs(outputs - np.eye(3)[test["labels"]]).sum(-1), test["labels"] != 0
+        assert results[0].metrics["loss"] == pytest.approx(errors[some].mean(), rel=1e-5)
+        assert results[0].metrics["count"] == some.sum()
+        assert results[0].metrics["mean"] == pytest.approx(errors.mean(), rel=1e-5)
 
     def test_a_quiet_console_gets_nothing_from_the_training_of_the_base_either(self, shifted):
         assert shifted.printed == ""
@@ -266,8 +290,8 @@ class TestFolder:
                 "the training set has no 'inputs', found x",
             ),
             ({"data": {"function": "mine_of_test_job:no_pair"}}, ConfigError, "wanted it to return (train, test)"),
-            ({"model": {"function": "mine_of_test_job:no_pair"}}, ConfigError, "wanted it to return (module, params)"),
-            ({"model": {"function": "mine_of_test_job:data"}}, ConfigError, "wanted a Linen module, found dict"),
+            ({"model": {"function": "mine_of_test_job:no_pair"}}, ConfigError, "found int; wanted it to return one of"),
+            ({"model": {"function": "mine_of_test_job:data"}}, ConfigError, "found dict in the first place; wanted it"),
             ({"data": {"function": "nowhere:data"}}, ConfigError, "no module 'nowhere' can be imported"),
             ({"data": {"function": "mine_of_test_job:dat"}}, ConfigError, "mine_of_test_job has no 'dat'"),
             ({"data": {"function": "mine_of_test_job"}}, ConfigError, "wanted 'module:function'"),
