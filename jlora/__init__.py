@@ -16,7 +16,7 @@ from jlora.contraction import Factorization
 from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, DataError, JloraError, JloraWarning, TargetError
 from jlora.storage import LoadReport, load_adapters, save_adapters
-from jlora.transform import Explanation, explain, init_lora, lora, resolve_config
+from jlora.transform import Adapted, Explanation, adapt, explain, init_lora, lora, resolve_config
 from jlora.tree import (
     combine_params,
     count_params,
@@ -31,6 +31,7 @@ from jlora.tree import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapted",
     "AdapterError",
     "ConfigError",
     "CostModel",
@@ -43,6 +44,7 @@ __all__ = [
     "LoadReport",
     "LoraConfig",
     "TargetError",
+    "adapt",
     "combine_params",
     "count_params",
     "explain",

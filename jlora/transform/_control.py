@@ -1,8 +1,7 @@
 """Primitives that run a program: the weights go into it, with their factors."""
 
 import functools
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,32 +23,28 @@ def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     inputs = [_placed(value, sharding) for value, sharding in zip(inputs, params["in_shardings"], strict=True)]
     if run.uses is None:
         source = run.source_of(eqn) if run.settings.strict else ""
-        outputs = _compiled(params["jaxpr"], params["name"], run.settings, source)(key, inputs)
+        program, undropped = _compiled(params["jaxpr"], params["name"], run.settings, source)
+        outputs = program(key, inputs)
+        if key is not None:
+            run.undropped.update((value.path, None) for value in inputs if is_weight(value) and value.path in undropped)
     else:
         outputs = run.inner(eqn, key).evaluate(params["jaxpr"], inputs)
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
 
 
-_PROGRAMS: MutableMapping[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-
-
-def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=512)
+def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> tuple[Callable[..., Any], dict[str, None]]:
     """The program with weights in it under jit: the same function again, so that it is compiled once.
 
-    A jaxpr holds the arrays that the program closes over. It is known to the function by a weak reference only, so that
-    both are let go of with it; whoever calls the function has the jaxpr.
+    With it come the paths of the weights that were ever merged in it although there was a key.
     """
-    functions = _PROGRAMS.setdefault(jaxpr, {})
-    key = name, settings, source
-    if key not in functions:
-        known = weakref.ref(jaxpr)
+    undropped: dict[str, None] = {}
 
-        def program(key: Any, inputs: Any) -> Any:
-            return Run(settings, key, source=source).evaluate(known(), inputs)
+    def program(key: Any, inputs: Any) -> Any:
+        return Run(settings, key, source=source, undropped=undropped).evaluate(jaxpr, inputs)
 
-        program.__name__ = program.__qualname__ = name
-        functions[key] = jax.jit(program)
-    return functions[key]
+    program.__name__ = program.__qualname__ = name
+    return jax.jit(program), undropped
 
 
 def _placed(value: Any, sharding: Any) -> Any:
@@ -78,7 +73,7 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
     Dropout would take the value away from its derivative; there is none within.
     """
     if run.key is not None:
-        return bind(eqn, run.merge_all(eqn, inputs, "a derivative of its own leaves no room for dropout"))
+        return bind(eqn, run.merge_all(eqn, inputs, "a function with a derivative of its own"))
     program = eqn.params["call_jaxpr"]
     leaves, tree = jax.tree.flatten(list(inputs))
     treedef: Any = tree

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +14,13 @@ from jlora.config import LoraConfig
 from jlora.cost import CostModel
 from jlora.paths import leaves_by_path
 from jlora.tables import html_table, text_table
-from jlora.transform._lora import adapted_weights
+from jlora.transform._keywords import name_of
+from jlora.transform._lora import adapted_weights, tell_of_unread
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings, Use
-from jlora.transform._uses import resolve_config
+from jlora.transform._uses import check_handed_on, resolve
+from jlora.tree import LeftOut, left_out_html, left_out_text
 
 _COLUMNS = ("path", "shape", "used by", "at", "axes", "computed", "FLOPs", "+ adapter", "bytes", "+ adapter")
 
@@ -33,12 +34,14 @@ class Explanation:
       uses: of every target, in the order of the program; targets that the function does not use have none.
       base_bytes: path -> the bytes of the weight.
       adapter_bytes: path -> the bytes of A and B.
+      left_out: the weights that a pattern spans and that are not adapted, each with the reason.
     """
 
     config: LoraConfig
     uses: tuple[Use, ...]
     base_bytes: dict[str, int]
     adapter_bytes: dict[str, int]
+    left_out: tuple[LeftOut, ...] = ()
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a last row for the sum."""
@@ -62,7 +65,7 @@ class Explanation:
             use.path,
             "x".join(map(str, use.shape)),
             use.primitive if use.times == 1 else f"{use.times} {use.primitive}",
-            _place(use.source),
+            use.place,
             use.roles,
             f"{form}: {use.why}" if use.why else form,
             _decimal(use.base_flops),
@@ -71,19 +74,20 @@ class Explanation:
 
     def __str__(self) -> str:
         *rows, total = self.rows()
-        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("FLOPs"))
+        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("FLOPs")) + left_out_text(self.left_out)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         *rows, total = self.rows()
-        return html_table(_COLUMNS, rows, total)
+        return left_out_html(html_table(_COLUMNS, rows, total), self.left_out)
 
 
 def explain(
     fn: Callable[..., Any],
     config: LoraConfig,
     params: Any,
+    /,
     *args: Any,
     cost_model: CostModel | None = None,
     **kwargs: Any,
@@ -92,7 +96,8 @@ def explain(
 
     Every row is a use: the weight's shape there, the primitive and the source line, one letter for each axis (b batch,
     i in, o out), factored or merged and why, and the FLOPs and bytes of the base and of the adapter. FLOPs are those of
-    one call, forward; in a scan of all its steps, in a while loop of one.
+    one call, forward; in a scan of all its steps, in a while loop of one. With config.dropout > 0 the call has a
+    dropout key. Below stand the weights that a pattern spans and that are left out, with the reasons.
 
     Args:
       fn: a function whose first argument is params.
@@ -104,6 +109,7 @@ def explain(
 
     Raises:
       TargetError: the configuration does not fit the params.
+      ConfigError: `fn` has an argument `cost_model`, which is not given by position.
 
     >>> shape = jax.ShapeDtypeStruct
     >>> params = {'up': shape((3, 5), 'float32')}
@@ -111,18 +117,11 @@ def explain(
     >>> [(use.path, use.primitive, use.roles, use.factored) for use in table.uses]
     [('up', 'dot_general', 'io', True)]
     """
-    resolved = resolve_config(fn, config, params, *args, **kwargs)
+    check_handed_on("jlora.explain", fn, ["cost_model"], args)
+    resolved, left_out = resolve(fn, config, params, args, kwargs)
     adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
-    program = Program(fn, params, args, kwargs)
-    uses: list[Use] = []
-    run = Run(Settings(RULES, cost_model or CostModel()), uses=uses)
-
-    def evaluated(arrays: Any, adapters: Any) -> Any:
-        by_path = {path: array for path, array in zip(program.paths, arrays, strict=True) if path is not None}
-        weights = adapted_weights(by_path, leaves_by_path(adapters, is_leaf=is_adapter), resolved)
-        return program.evaluate(run, weights, arrays)
-
-    jax.eval_shape(evaluated, program.leaves, adapters)
+    settings = Settings(RULES, cost_model or CostModel(), dropout=config.dropout)
+    uses = adapted_uses(fn, resolved, params, args, kwargs, settings)
     shapes = leaves_by_path(params)
     found = leaves_by_path(adapters, is_leaf=is_adapter)
     return Explanation(
@@ -130,18 +129,32 @@ def explain(
         tuple(uses),
         {path: _bytes(shapes[path]) for path in found},
         {path: sum(map(_bytes, adapter.values())) for path, adapter in found.items()},
+        left_out,
     )
+
+
+def adapted_uses(
+    fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any, settings: Settings
+) -> list[Use]:
+    """The uses of every adapted weight by `lora(fn, config)`, with a dropout key where there is dropout."""
+    program = Program(fn, params, args, kwargs)
+    adapters = jax.eval_shape(lambda: tree.init_lora(None, params, config))
+    if settings.strict:
+        tell_of_unread(name_of(fn), program, leaves_by_path(adapters, is_leaf=is_adapter), strict=True)
+    uses: list[Use] = []
+    run = Run(settings, jax.random.key(0) if settings.dropout else None, uses=uses)
+
+    def evaluated(arrays: Any, adapters: Any) -> Any:
+        by_path = {path: array for path, array in zip(program.paths, arrays, strict=True) if path is not None}
+        weights = adapted_weights(by_path, leaves_by_path(adapters, is_leaf=is_adapter), config)
+        return program.evaluate(run, weights, arrays)
+
+    jax.eval_shape(evaluated, program.leaves, adapters)
+    return uses
 
 
 def _bytes(array: Any) -> int:
     return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
-
-
-def _place(source: str) -> str:
-    """`model.py:12` of `/some/where/model.py:12:8 (Model.__call__)`."""
-    place, _, _ = source.partition(" (")
-    file, *numbers = place.rsplit(":", 2) if place.count(":") > 1 else place.rsplit(":", 1)
-    return ":".join([Path(file).name, *numbers[:1]])
 
 
 def _decimal(number: float) -> str:

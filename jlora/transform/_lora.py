@@ -1,25 +1,33 @@
 """`lora`: a function of params as a function of params and adapters."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
-from jlora.errors import AdapterError
+from jlora.errors import AdapterError, ConfigError, JloraWarning
 from jlora.paths import leaves_by_path
+from jlora.transform._keywords import check_keywords, name_of
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Weight, adapted
 from jlora.tree import adapted_targets, check_config, check_floating, settle_params
 
+_MOST_PATHS = 12
+
 
 def lora(
-    fn: Callable[..., Any], config: LoraConfig, *, strict: bool = False, cost_model: CostModel | None = None
+    fn: Callable[..., Any],
+    config: LoraConfig,
+    *,
+    strict: bool = False,
+    cost_model: CostModel | None = None,
+    dropout_keyword: str = "dropout_key",
 ) -> Callable[..., Any]:
     """The same function with adapters: `lora(fn, config)(params, adapters, *args, **kwargs)`.
 
@@ -31,18 +39,22 @@ def lora(
       fn: any function whose first argument is a pytree of params. Arrays among its arguments are traced; everything
         else (strings, flags, Python numbers, functions) reaches it as it is.
       config: the configuration that the adapters were made with.
-      strict: whether a weight that has to be merged is an error.
+      strict: whether a weight that has to be merged is an error, and an adapter that reaches nothing.
       cost_model: chooses, from static shapes, between factored and merged where both are possible.
+      dropout_keyword: the keyword by which the new function takes the key of its dropout. `fn` never gets it: where
+        `fn` has an argument of this name, give another.
 
     Returns:
       A function `(params, adapters, *args, dropout_key=None, **kwargs)` of the output of `fn`, in its dtypes. Without
-      `dropout_key`, a PRNG key, there is no dropout. It composes with jit, grad, jvp, vmap, scan and checkpoint; the
-      base has gradients only where they are asked for.
+      `dropout_key`, a PRNG key, there is no dropout; nor is there any where a weight is merged, of which a
+      `JloraWarning` tells. Another tells of adapters on whose weights the output does not depend. It composes with
+      jit, grad, jvp, vmap, scan and checkpoint; the base has gradients only where they are asked for.
 
     Raises:
-      ConfigError: `config` is no LoraConfig.
+      ConfigError: `config` is no LoraConfig; `fn` has an argument named as `dropout_keyword`.
       TargetError: when called: params, adapters and configuration do not fit.
-      AdapterError: when called, with `strict`: the path, the primitive and the source line of what would be merged.
+      AdapterError: when called, with `strict`: the path, the primitive and the source line of what would be merged;
+        the paths of adapters that reach nothing.
 
     >>> def fn(params, x):
     ...     return jnp.tanh(x @ params['up']) @ params['down']
@@ -55,16 +67,23 @@ def lora(
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
     check_config(config)
+    _check_keyword(fn, dropout_keyword)
     settings = Settings(RULES, cost_model or CostModel(), strict, config.dropout)
+    name = name_of(fn)
 
-    def adapted_fn(params: Any, adapters: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+    def adapted_fn(params: Any, adapters: Any, /, *args: Any, **kwargs: Any) -> Any:
+        key = kwargs.pop(dropout_keyword, None)
         params = settle_params(params, adapters, config)
         weights = adapted_weights(params, adapters, config, strict)
+        entries = leaves_by_path(adapters, is_leaf=is_update)
         program = Program(fn, params, args, kwargs)
-        run = Run(settings, dropout_key if config.dropout else None)
-        return program.output(program.evaluate(run, weights, program.leaves))
+        tell_of_unread(name, program, entries, strict)
+        run = Run(settings, key if config.dropout else None)
+        outputs = program.evaluate(run, weights, program.leaves)
+        if run.key is not None:
+            _tell_of_undropped([path for path in entries if path in run.undropped or "magnitude" in entries[path]])
+        return program.output(outputs)
 
-    name = getattr(fn, "__name__", type(fn).__name__)
     adapted_fn.__name__ = adapted_fn.__qualname__ = f"lora_{name}"
     adapted_fn.__doc__ = f"`{name}` with adapters; see `jlora.lora`."
     return adapted_fn
@@ -90,3 +109,39 @@ def adapted_weights(params: Any, adapters: Any, config: LoraConfig, strict: bool
         for path, target in targets.items()
         if "magnitude" not in found[path]
     }
+
+
+def _check_keyword(fn: Callable[..., Any], keyword: Any) -> None:
+    """Raises a ConfigError for a keyword that is none, or that `fn` has an argument of."""
+    if not isinstance(keyword, str) or not keyword.isidentifier():
+        raise ConfigError(f"dropout_keyword: found {keyword!r}, wanted the name of an argument, such as 'dropout_key'")
+    way_out = "give that another name, as in jlora.lora(fn, config, dropout_keyword='lora_{name}')"
+    check_keywords("jlora.lora", fn, [keyword], 1, way_out)
+
+
+def tell_of_unread(name: str, program: Program, entries: Iterable[str], strict: bool) -> None:
+    """Warns of adapters, by the paths of their weights, that reach nothing; with `strict` that is an error."""
+    read = program.read()
+    paths = [path for path in entries if path not in read]
+    if not paths:
+        return
+    text = (
+        f"the adapters of {_some(paths)} reach nothing: what {name} returns does not depend on these params. Does it "
+        "use weights of its own instead, as a bound model or a closure does (lambda params, x: x @ weight)? Or does "
+        "this call not use them, as one of another mode does not use a head? Then leave them out with exclude_modules"
+    )
+    if strict:
+        raise AdapterError(text)
+    warnings.warn(text, JloraWarning, stacklevel=3)
+
+
+def _tell_of_undropped(paths: Sequence[str]) -> None:
+    """Warns of weights that are merged although there is a dropout key."""
+    if paths:
+        text = f"no dropout for the adapters of {_some(paths)}: the weights are merged, and jlora.explain says where"
+        warnings.warn(text, JloraWarning, stacklevel=3)
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = len(paths) - _MOST_PATHS
+    return ", ".join([*paths[:_MOST_PATHS], *([f"and {more} more"] if more > 0 else [])])

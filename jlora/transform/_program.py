@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jlora.paths import path_string
+from jlora.transform._liveness import live_inputs
 from jlora.transform._run import Run
 from jlora.transform._weight import Weight
 
@@ -50,6 +51,11 @@ class Program:
         """The outputs of the jaxpr for these leaves, with the weights in place of those at their paths."""
         inputs = [weights.get(path, leaf) for path, leaf in zip(self.paths, leaves, strict=True)]
         return run.merge_all(None, run.evaluate(self.jaxpr, inputs), "it is the weight itself")
+
+    def read(self) -> set[str]:
+        """The paths of the params on which the outputs, or an effect, depend."""
+        live = live_inputs(self.jaxpr)
+        return {path for path, is_live in zip(self.paths, live, strict=True) if is_live and path is not None}
 
     def output(self, arrays: Sequence[Any]) -> Any:
         """What the function returns, from the outputs of its jaxpr."""

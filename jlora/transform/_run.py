@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,8 +52,8 @@ class Use:
       shape: of the weight as it stands there.
       primitive: that uses it.
       source: the line of the user's code that called it.
-      roles: one letter for each axis of the weight as it is used here, of the weight in params for a probe; "" where
-        it is used as a whole.
+      roles: one letter for each axis of the weight as it is used here, of the weight in params for a probe. Where it
+        is used as a whole there is none; for a probe the axes that are left are "o".
       factored: whether the product is computed from the factors.
       why: the reason of the choice.
       times: how often the scans around it repeat it.
@@ -71,6 +72,13 @@ class Use:
     base_flops: float
     adapter_flops: float
 
+    @property
+    def place(self) -> str:
+        """`model.py:12` of the source `/some/where/model.py:12:8 (Model.__call__)`."""
+        place, _, _ = self.source.partition(" (")
+        file, *numbers = place.rsplit(":", 2) if place.count(":") > 1 else place.rsplit(":", 1)
+        return ":".join([Path(file).name, *numbers[:1]])
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -83,6 +91,7 @@ class Run:
       source: the line that called the program at hand, for equations that do not know theirs.
       uses: where the uses are written to; None for nowhere.
       draws: one entry for each key that was taken.
+      undropped: the paths of the weights that are merged although there is a key.
     """
 
     settings: Settings
@@ -91,6 +100,7 @@ class Run:
     source: str = ""
     uses: list[Use] | None = None
     draws: list[None] = dataclasses.field(default_factory=list)
+    undropped: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, closed or open, for inputs of which some are weights."""
@@ -132,7 +142,11 @@ class Run:
                 f"{weight.path}: {place} cannot be factored: {why}; leave the weight out with exclude_modules, "
                 "or allow merging with strict=False"
             )
-        roles = lookup_roles(weight) if weight.looked_up else ""
+        if self.key is not None and not weight.probe:
+            why += "; no dropout"
+            self.undropped[weight.path] = None
+        whole = "o" * len(weight.shape) if weight.probe else ""
+        roles = lookup_roles(weight) if weight.looked_up else whole
         flops = 2.0 * weight.rank * weight.value.size
         self.record(eqn, weight, roles=roles, factored=False, why=why, adapter_flops=flops)
         return weight.merged()

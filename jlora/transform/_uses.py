@@ -1,6 +1,6 @@
 """How a function uses its weights: the factorizations that follow, and adapters made with them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -11,30 +11,40 @@ from jlora.config import LoraConfig
 from jlora.cost import CostModel
 from jlora.errors import ConfigError
 from jlora.paths import literal_pattern, names_leaf
+from jlora.transform._keywords import check_keywords
 from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings, Use
 from jlora.transform._weight import probe
-from jlora.tree import check_config, is_floating, is_targeted
+from jlora.tree import LeftOut, check_config, is_floating, is_targeted, survey
 
 _ADDED = ("add", "sub", "add_any")
+_UNUSED = "the function never uses it"
+_NEVER_MERGED = CostModel(merge_from=float("inf"))
 
 
-def resolve_config(fn: Callable[..., Any], config: LoraConfig, params: Any, *args: Any, **kwargs: Any) -> LoraConfig:
+def resolve_config(
+    fn: Callable[..., Any], config: LoraConfig, params: Any, /, *args: Any, strict: bool = False, **kwargs: Any
+) -> LoraConfig:
     """`config` with the factorization of every weight written out as `fn` uses it.
 
     What is contracted is an in axis, what is looked up by index too, what the other operand shares is a batch axis,
     and so is what a scan or an index takes apart; the rest are out axes. Of several uses a lookup counts, then the
     first. With this configuration `lora`, `init_lora`, `merge_params` and `summary` read the axes alike without
-    guessing. Weights that `fn` only adds, or that are vectors where it uses them, are excluded unless a pattern names
-    them.
+    guessing. Weights that `fn` never uses, only adds, or that are vectors where it uses them, are excluded unless a
+    pattern names them; `adapt` and `explain` say which.
 
     Args:
       fn: a function whose first argument is params.
       config: what is adapted and how; its own factorizations go first.
       params: arrays or shapes; nothing is computed.
       *args: of `fn`, arrays or shapes.
+      strict: whether a weight that is left out is an error.
       **kwargs: of `fn`.
+
+    Raises:
+      TargetError: a pattern matches or adapts nothing; with `strict`, a weight that a pattern spans is left out.
+      ConfigError: `fn` has an argument `strict`, which is not given by position.
 
     >>> def fn(params, x):
     ...     return jax.numpy.einsum('btd,hdk->bthk', x, params['query'])
@@ -43,47 +53,95 @@ def resolve_config(fn: Callable[..., Any], config: LoraConfig, params: Any, *arg
     >>> resolve_config(fn, LoraConfig(rank=2), params, x).factorizations
     (('query', 'oio'),)
     """
+    check_handed_on("jlora.resolve_config", fn, ["strict"], args)
+    return resolve(fn, config, params, args, kwargs, strict=strict)[0]
+
+
+def resolve(
+    fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any, *, strict: bool = False
+) -> tuple[LoraConfig, tuple[LeftOut, ...]]:
+    """What `resolve_config` returns, and the weights that are left out, with the reasons."""
     check_config(config)
-    uses = _probed(fn, config, params, args, kwargs)
     given = dict(config.factorizations)
     found: dict[str, str] = {}
-    exclude = list(config.exclude_modules)
-    for path, of_path in uses.items():
-        pattern = literal_pattern(path)
-        split = [use for use in of_path if {"i", "o"} <= set(use.roles)]
-        roles = next((use.roles for use in sorted(split, key=lambda use: use.primitive != "gather")), None)
-        named = any(names_leaf(target, path) for target in config.target_modules)
-        if roles is not None:
-            found.setdefault(pattern, roles)
-        elif not named and all(_is_vector(use) for use in of_path):
-            exclude.append(pattern)
-    return config.replace(
-        factorizations=given | {p: r for p, r in found.items() if p not in given}, exclude_modules=exclude
-    )
+    known: dict[str, str] = {}
+    whole: dict[str, str] = {}
+    for path, uses in _probed(fn, config, params, args, kwargs).items():
+        roles, why = _reading(uses), _why_left_out(uses)
+        if roles is None and why and not _names(config, path):
+            known[path] = why
+        elif roles is not None:
+            found[literal_pattern(path)] = roles
+        elif uses:
+            whole[path] = f"{uses[0].primitive} at {uses[0].place}" if uses[0].place else uses[0].primitive
+    read = config.replace(factorizations=given | {p: r for p, r in found.items() if p not in given})
+    left_out = survey(params, read, known=known, whole=whole).checked(strict=strict).left_out
+    return read.replace(exclude_modules=(*read.exclude_modules, *map(literal_pattern, known))), left_out
+
+
+def _reading(uses: Sequence[Use]) -> str | None:
+    """The roles of a weight's axes by its uses, in params; None where they do not say.
+
+    A weight that is used as a whole has two readings, which are the same but for the names of A and B, where scans and
+    indices leave two axes of it.
+    """
+    split = [use for use in uses if {"i", "o"} <= set(use.roles)]
+    if split:
+        return min(split, key=lambda use: use.primitive != "gather").roles
+    left = next((use.roles for use in uses if not _is_vector(use)), "")
+    return left.replace("o", "i", 1) if "b" in left and left.count("o") == 2 else None
+
+
+def _why_left_out(uses: Sequence[Use]) -> str | None:
+    """Why a weight of these uses is no target, if it is none."""
+    if not uses:
+        return _UNUSED
+    if all(use.primitive in _ADDED for use in uses):
+        return "the function only adds it"
+    return "it is a vector where the function uses it" if all(map(_is_vector, uses)) else None
 
 
 def _is_vector(use: Use) -> bool:
     return sum(size != 1 for size in use.shape) < 2 or use.primitive in _ADDED
 
 
+def _names(config: LoraConfig, path: str) -> bool:
+    """Whether the configuration speaks of this very leaf, as a target or with a factorization."""
+    patterns = [*config.matches("target_modules", path), *config.matches("factorizations", path)]
+    return any(names_leaf(pattern, path) for pattern, _ in patterns)
+
+
 def _probed(fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any) -> dict[str, list[Use]]:
-    """The uses of every leaf of two or more axes that the patterns take in, by path, in the order of the program."""
+    """The uses of every leaf of two or more axes that the patterns take in, by path, in the order of the program.
+
+    One on which nothing depends has none.
+    """
     program = Program(fn, params, args, kwargs)
     uses: list[Use] = []
-    run = Run(Settings(RULES, CostModel()), uses=uses)
+    run = Run(Settings(RULES, _NEVER_MERGED), uses=uses)
+    probed: list[str] = []
 
     def evaluated(*arrays: jax.Array) -> Any:
         probes = {}
         for path, array in zip(program.paths, arrays, strict=True):
             if path is not None and is_targeted(config, path) and array.ndim > 1 and is_floating(array):
                 probes[path] = probe(path, array)
+        probed.extend(probes)
         return program.evaluate(run, probes, arrays)
 
     jax.eval_shape(evaluated, *program.leaves)
-    by_path: dict[str, list[Use]] = {}
+    read = program.read()
+    by_path: dict[str, list[Use]] = {path: [] for path in [*(use.path for use in uses), *probed]}
     for use in uses:
-        by_path.setdefault(use.path, []).append(use)
+        if use.path in read:
+            by_path[use.path].append(use)
     return by_path
+
+
+def check_handed_on(taker: str, fn: Callable[..., Any], own: Sequence[str], args: Sequence[Any]) -> None:
+    """Raises a ConfigError where `fn`, called with params and `args`, has an argument named as a keyword of jlora's."""
+    way_out = "pass it by position, or in a function of your own: lambda params, *args: fn(params, *args, {name}=...)"
+    check_keywords(taker, fn, own, 1 + len(args), way_out)
 
 
 def check_args(args: Any) -> None:
@@ -100,6 +158,7 @@ def init_lora(
     fn: Callable[..., Any] | None = None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    strict: bool = False,
 ) -> Any:
     """The adapters of a params tree, with B zero: the model is unchanged.
 
@@ -112,6 +171,8 @@ def init_lora(
         without it the names of Flax's parameters do. It is traced, not run.
       args: the arguments of `fn` after params, arrays or shapes.
       kwargs: its keyword arguments.
+      strict: whether a weight that a pattern spans and that cannot be adapted is an error; else it is left out, and
+        `summary`, `explain` and `adapt` say why.
 
     Returns:
       A pytree of the structure of `params`: an adapter where a weight is adapted, `None` elsewhere.
@@ -126,5 +187,5 @@ def init_lora(
     """
     check_args(args)
     if fn is not None:
-        config = resolve_config(fn, config, params, *args, **(kwargs or {}))
-    return tree.init_lora(key, params, config)
+        config, _ = resolve(fn, config, params, args, kwargs or {}, strict=strict)
+    return tree.init_lora(key, params, config, strict=strict and fn is None)

@@ -1,8 +1,10 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
 from jlora.tree._params import init_lora, merge_params, settle_params, unmerge_params
-from jlora.tree._summary import Summary, summary
+from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
+    LeftOut,
+    Survey,
     Target,
     adapted_targets,
     check_config,
@@ -11,11 +13,14 @@ from jlora.tree._targets import (
     find_targets,
     is_floating,
     is_targeted,
+    survey,
 )
 from jlora.tree._views import combine_params, count_params, lora_labels, lora_mask, split_params
 
 __all__ = [
+    "LeftOut",
     "Summary",
+    "Survey",
     "Target",
     "adapted_targets",
     "check_config",
@@ -27,11 +32,14 @@ __all__ = [
     "init_lora",
     "is_floating",
     "is_targeted",
+    "left_out_html",
+    "left_out_text",
     "lora_labels",
     "lora_mask",
     "merge_params",
     "settle_params",
     "split_params",
     "summary",
+    "survey",
     "unmerge_params",
 ]

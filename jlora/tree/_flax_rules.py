@@ -52,7 +52,7 @@ def flax_factorization(path: str, shapes: Mapping[str, Shape]) -> Factorization 
     if len(readings) == 1:
         return readings[0]
     could = f"can be read as {', '.join(f.roles for f in readings)}" if readings else "has no known factorization"
-    raise TargetError(f"{path} {shape} {could}")
+    raise TargetError(could)
 
 
 def _kernel_readings(path: str, shapes: Mapping[str, Shape]) -> list[Factorization]:

@@ -11,10 +11,10 @@ from jlora.config import LoraConfig, adapter_dtype
 from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
-from jlora.tree._targets import adapted_targets, check_floating, find_targets
+from jlora.tree._targets import adapted_targets, check_floating, survey
 
 
-def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
+def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
     """The adapters of a params tree, with B zero: the model is unchanged.
 
     Args:
@@ -22,6 +22,8 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
         so that another target does not change the others.
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`: dicts, lists, FrozenDicts, dataclasses.
       config: what is adapted and how.
+      strict: whether a weight that a pattern spans and that cannot be adapted is an error; else it is left out, and
+        `summary` says why.
 
     Returns:
       A pytree of the structure of `params`: an adapter where a weight is adapted, `None` elsewhere.
@@ -33,7 +35,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig) -> Any:
     >>> jax.tree.map(jax.numpy.shape, init_lora(jax.random.key(0), params, LoraConfig(rank=2)))
     {'up': {'bias': None, 'kernel': {'A': (5, 2), 'B': (2, 7)}}}
     """
-    targets = find_targets(params, config)
+    targets = survey(params, config).checked(strict=strict).targets
     root = jax.random.key(config.seed) if key is None else key
 
     def adapter_at(key_path: Any, weight: Any) -> Any:

@@ -1,16 +1,19 @@
-"""The table of what is adapted."""
+"""The table of what is adapted, and of what is left out and why."""
 
 import dataclasses
+from collections.abc import Container, Sequence
 from typing import Any
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.paths import leaves_by_path
 from jlora.tables import html_table, text_table
-from jlora.tree._targets import Target, adapted_targets
+from jlora.tree._targets import LeftOut, Target, adapted_targets, survey
 from jlora.tree._views import count_params
 
 _COLUMNS = ("path", "shape", "factorization", "rank", "alpha", "parameters", "share")
+_LEFT_OUT = ("left out", "shape", "because")
+_MOST_LEFT_OUT = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,14 @@ class Summary:
       parameters: the number of scalars of each adapter.
       total: the number of scalars of the base.
       others: of entries without A and B, the path, the shape and what they hold.
+      left_out: the weights that a pattern spans and that are not adapted, each with the reason.
     """
 
     targets: tuple[Target, ...]
     parameters: tuple[int, ...]
     total: int
     others: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a last row for the sum."""
@@ -47,17 +52,40 @@ class Summary:
 
     def __str__(self) -> str:
         *rows, total = self.rows()
-        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("rank"))
+        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("rank")) + left_out_text(self.left_out)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         *rows, total = self.rows()
-        return html_table(_COLUMNS, rows, total)
+        return left_out_html(html_table(_COLUMNS, rows, total), self.left_out)
+
+
+def left_out_text(left_out: Sequence[LeftOut]) -> str:
+    """The table of what is left out, to stand below another one; nothing where nothing is."""
+    return f"\n\n{text_table(_LEFT_OUT, _left_out_rows(left_out), left=len(_LEFT_OUT))}" if left_out else ""
+
+
+def left_out_html(above: str, left_out: Sequence[LeftOut]) -> str:
+    """A table as HTML, with that of what is left out below it."""
+    return f"<div>{above}{html_table(_LEFT_OUT, _left_out_rows(left_out))}</div>" if left_out else above
+
+
+def _left_out_rows(left_out: Sequence[LeftOut]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for one in left_out[:_MOST_LEFT_OUT]:
+        rows.append((one.path, "x".join(map(str, one.shape)), one.why))
+    if len(left_out) > len(rows):
+        rows.append((f"and {len(left_out) - len(rows)} more", "", ""))
+    return rows
 
 
 def summary(params: Any, adapters: Any, config: LoraConfig) -> Summary:
     """A table of path, shape, factorization, rank, alpha, parameters and share of the whole.
+
+    Below it stand the weights that a pattern spans and that have no adapter: integers, weights narrower than the rank,
+    those of which neither the configuration nor the names of Flax's parameters say how the axes split. What a function
+    leaves out by how it uses its weights, `explain` and `adapt` know.
 
     Args:
       params: the base, arrays or shapes.
@@ -76,4 +104,13 @@ def summary(params: Any, adapters: Any, config: LoraConfig) -> Summary:
         tuple(count_params(updates[path]) for path in (*targets, *others)),
         count_params(params),
         tuple((path, tuple(shapes[path].shape), parts) for path, parts in others.items()),
+        _without_entry(params, config, updates),
     )
+
+
+def _without_entry(params: Any, config: LoraConfig, updates: Container[str]) -> tuple[LeftOut, ...]:
+    """The weights that the configuration takes in and that have no entry, in the order of the params."""
+    found = survey(params, config)
+    why = {one.path: one for one in found.left_out}
+    why |= {path: LeftOut(path, target.shape, "no adapter at hand") for path, target in found.targets.items()}
+    return tuple(why[path] for path in leaves_by_path(params) if path in why and path not in updates)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +16,12 @@ from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_le
 from jlora.tree._flax_rules import flax_factorization
 
 _MOST_PROBLEMS = 12
+_MOST_PATHS = 3
 _PAIRS = ("rank_pattern", "alpha_pattern", "factorizations")
-_UNADAPTED = "excluded, or is a bias, a scale or a vector"
+_UNADAPTED = "excluded, or is a bias, a scale or a vector, or added with broadcasting as a first axis of size 1 says"
+_FUNCTION = "the function that uses it (jlora.adapt, or init_lora with fn= and args=), or "
+_LETTERS = "one letter per axis, b (batch), i (in) or o (out), as factorizations={{{path!r}: 'i...o'}}"
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +36,86 @@ class Target:
     effective_alpha: float
 
 
-def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
-    """The weights of `params` that `config` adapts, by path.
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A weight that is not adapted although a pattern spans it, and why."""
 
-    A pattern that ends at a module, or in a last `*` or `**`, adapts the weights inside it: those with a
-    factorization, never biases, scales or vectors. One that names a leaf adapts that leaf or fails.
+    path: str
+    shape: tuple[int, ...]
+    why: str
 
-    Raises:
-      TargetError: with every problem at once: a pattern that matches or adapts nothing, a named leaf that is no
-        weight, a weight whose factorization is not known, a rank larger than the smaller side.
+    def __str__(self) -> str:
+        return f"{self.path} {self.shape}: {self.why}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a configuration makes of the weights of a tree.
+
+    Attributes:
+      targets: the weights that are adapted, by path.
+      left_out: those that a pattern spans and that are not; biases, scales and vectors are no weights.
+      problems: what is an error.
+    """
+
+    targets: dict[str, Target]
+    left_out: tuple[LeftOut, ...]
+    problems: tuple[str, ...]
+
+    def checked(self, *, strict: bool = False) -> "Survey":
+        """The survey itself, if there are no problems; with `strict`, if nothing is left out either."""
+        raise_all([*self.problems, *(f"strict, and not adapted: {one}" for one in self.left_out if strict)])
+        return self
+
+
+def survey(
+    params: Any, config: LoraConfig, *, known: Mapping[str, str] = _NOTHING, whole: Mapping[str, str] = _NOTHING
+) -> Survey:
+    """The weights of `params` that `config` adapts, those that it leaves out, and every problem.
+
+    A pattern that ends at a module, or in a last `*` or `**`, spans the weights inside it: what cannot be adapted is
+    left out. One that names a leaf adapts that leaf, or it is a problem.
+
+    Args:
+      params: arrays or shapes.
+      config: what is adapted and how.
+      known: path -> why a weight is left out, by what else is known of it.
+      whole: path -> where a function uses a weight as a whole, which does not say how its axes split.
     """
     check_config(config)
     leaves = leaves_by_path(params)
     shapes = _shapes(params)
     targets: dict[str, Target] = {}
+    left_out: dict[str, LeftOut] = {}
     failed: dict[str, str] = {}
-    for path in shapes:
+    for path, leaf in leaves.items():
         if not is_targeted(config, path):
             continue
+        named = _naming_pattern(config, path)
         try:
-            target = _target(path, shapes, config)
-        except JloraError as error:
+            found = _read(path, leaf, shapes, config, known, whole)
+        except TargetError as error:
             failed[path] = str(error)
-        else:
-            if target is None:
-                continue
-            targets[path] = target
-            if config.dtype is None and not is_floating(leaves[path]):
-                failed[path] = f"{path}: dtype {leaves[path].dtype} is not floating; give the adapters one with dtype"
-    raise_all([*failed.values(), *_unused_patterns(config, list(shapes), [*targets, *failed])])
-    return targets
+            continue
+        if isinstance(found, Target):
+            targets[path] = found
+        elif named is not None:
+            failed[path] = _refusal(path, shapes[path], named, found)
+        elif found is not None:
+            left_out[path] = found
+    without = tuple(left_out.values())
+    unused = _unused_patterns(config, list(shapes), [*targets, *failed], left_out=without, known=known)
+    return Survey(targets, without, (*failed.values(), *unused))
+
+
+def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
+    """The weights of `params` that `config` adapts, by path; see `survey`.
+
+    Raises:
+      TargetError: with every problem at once: a pattern that matches or adapts nothing, a named leaf that is no
+        weight or cannot be adapted.
+    """
+    return survey(params, config).checked().targets
 
 
 def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Target]:
@@ -93,7 +148,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
                 check_update(shapes[path], update, targets[path].factorization if "A" in update else None)
             except JloraError as error:
                 problems.append(f"{path}: {error}")
-    raise_all(problems or _unused_patterns(config, list(shapes), list(updates), "without an adapter at hand"))
+    raise_all(problems or _unused_at_hand(params, config, list(updates)))
     return targets
 
 
@@ -137,41 +192,51 @@ def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str], una
     raise_all(_unused_patterns(config, paths, adapted, unadapted))
 
 
-def _target(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Target | None:
-    """The target at a path that the patterns match, or None where they only span something that is no weight."""
+def _naming_pattern(config: LoraConfig, path: str) -> str | None:
+    """The first target that names the leaf at `path`, and does not only span it."""
+    return next((pattern for pattern, _ in config.matches("target_modules", path) if names_leaf(pattern, path)), None)
+
+
+def _read(
+    path: str,
+    leaf: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: LoraConfig,
+    known: Mapping[str, str],
+    whole: Mapping[str, str],
+) -> Target | LeftOut | None:
+    """The leaf as a target, or why it cannot be one; None for what is no weight."""
     shape = shapes[path]
-    named = next((pattern for pattern, _ in config.matches("target_modules", path) if names_leaf(pattern, path)), None)
-    if named is not None and len(shape) < 2:
-        raise TargetError(f"{path} {shape}, named by {named!r}, has fewer than two axes: name weights only")
-    factorization = _factorization(path, shapes, config)
+    factorization = _given_factorization(path, shapes, config)
+    if factorization is None and not _is_weight(path, shapes):
+        return None
+    if path in known:
+        return LeftOut(path, shape, known[path])
+    if not is_floating(leaf):
+        return LeftOut(path, shape, f"dtype {leaf.dtype} is not floating, nothing can be added to it")
     if factorization is None:
-        if named is None:
-            return None
-        raise TargetError(
-            f"{path} {shape}, named by {named!r}, is a bias, a scale or a vector; "
-            f"to adapt it all the same, give factorizations={{{path!r}: '...'}}"
-        )
+        try:
+            factorization = flax_factorization(path, shapes)
+        except TargetError as error:
+            letters = _LETTERS.format(path=path)
+            given = f", and is used as a whole in {whole[path]}: give " if path in whole else f": give {_FUNCTION}"
+            return LeftOut(path, shape, f"{error}{given}{letters}")
+    assert factorization is not None
     rank, most = config.rank_of(path), factorization.max_rank(shape)
     if rank > most:
-        raise TargetError(
-            f"{path} {shape}: rank {rank} is larger than the smaller side {most}; lower it, give "
-            f"rank_pattern={{{path!r}: {most}}}, or leave the weight out with exclude_modules"
-        )
+        why = f"rank {rank} is larger than the smaller side {most}; lower it, or give rank_pattern={{{path!r}: {most}}}"
+        return LeftOut(path, shape, why)
     return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 
-def _factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
-    """The factorization from the configuration, else from Flax's names; None where the leaf is no weight."""
-    given = _given_factorization(path, shapes, config)
-    if given is not None:
-        return given
-    try:
-        return flax_factorization(path, shapes)
-    except TargetError as error:
-        raise TargetError(
-            f"{error}: give one letter per axis, b (batch), i (in) or o (out), as "
-            f"factorizations={{{path!r}: 'i...o'}}, or leave it out with exclude_modules"
-        ) from None
+def _refusal(path: str, shape: tuple[int, ...], named: str, found: LeftOut | None) -> str:
+    """What is wrong with a leaf that a pattern names and that is not adapted."""
+    at = f"{path} {shape}, named by {named!r}"
+    if found is not None:
+        return f"{at}: {found.why}; or leave it out with exclude_modules"
+    if len(shape) < 2:
+        return f"{at}, has fewer than two axes: name weights only"
+    return f"{at}, is a bias, a scale or a vector; to adapt it all the same, give factorizations={{{path!r}: '...'}}"
 
 
 def _given_factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
@@ -210,10 +275,30 @@ def _adapted(
     return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
 
 
+def _unused_at_hand(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:
+    """A problem for every pattern without effect on the adapters at hand."""
+    unadapted = "without an adapter at hand"
+    problems = list(_unused_patterns(config, list(_shapes(params)), adapted, unadapted))
+    if not problems:
+        return problems
+    left_out = survey(params, config).left_out
+    return list(_unused_patterns(config, list(_shapes(params)), adapted, unadapted, left_out=left_out))
+
+
 def _unused_patterns(
-    config: LoraConfig, paths: list[str], targets: list[str], unadapted: str = _UNADAPTED
+    config: LoraConfig,
+    paths: list[str],
+    targets: list[str],
+    unadapted: str = _UNADAPTED,
+    *,
+    left_out: Sequence[LeftOut] = (),
+    known: Container[str] = (),
 ) -> Iterator[str]:
-    """A problem for every pattern of the configuration that has no effect."""
+    """A problem for every pattern of the configuration that has no effect.
+
+    What a factorization says of a weight that is left out for another reason than how the function uses it may stand:
+    `resolve_config` wrote it.
+    """
 
     def without(field: str, among: list[str]) -> list[str]:
         used = {pattern for path in among for pattern, _ in config.matches(field, path)}
@@ -225,17 +310,30 @@ def _unused_patterns(
     def hint(pattern: str, among: list[str]) -> str:
         return format_nearest(pattern, among) if next(hints) < _MOST_PROBLEMS else "and no near path was sought"
 
+    def reasons(pattern: str) -> str:
+        found = [one for one in left_out if matched_depths(pattern, one.path)]
+        return "".join(f"\n    {line}" for line in _shortened(list(map(str, found)), _MOST_PATHS))
+
     for pattern in without("target_modules", targets):
-        found = [path for path in paths if matched_depths(pattern, path)][:3]
+        found = [path for path in paths if matched_depths(pattern, path)][:_MOST_PATHS]
         if not found:
             yield f"target_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
+        elif why := reasons(pattern):
+            yield f"target_modules: {pattern!r} adapts nothing:{why}"
         else:
             yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({', '.join(found)})"
     for pattern in without("exclude_modules", paths):
         yield f"exclude_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
+    read = [one.path for one in left_out if one.path not in known]
     for field in _PAIRS:
-        for pattern in without(field, targets):
-            yield f"{field}: {pattern!r} matches nothing that is adapted; {hint(pattern, targets or paths)}"
+        for pattern in without(field, [*targets, *read] if field == "factorizations" else targets):
+            what = f"{field}: {pattern!r} matches nothing that is adapted"
+            yield f"{what}:{why}" if (why := reasons(pattern)) else f"{what}; {hint(pattern, targets or paths)}"
+
+
+def _shortened(lines: list[str], most: int = _MOST_PROBLEMS) -> list[str]:
+    """The first lines, and how many more there are."""
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
 
 
 def raise_all(found: Iterable[str]) -> None:
@@ -243,7 +341,5 @@ def raise_all(found: Iterable[str]) -> None:
     problems = list(found)
     if not problems:
         return
-    shown = problems[:_MOST_PROBLEMS]
-    if len(problems) > len(shown):
-        shown.append(f"and {len(problems) - len(shown)} more")
-    raise TargetError("\n  ".join(shown) if len(shown) == 1 else "\n  ".join([f"{len(problems)} problems:", *shown]))
+    counted = [f"{len(problems)} problems:"] if len(problems) > 1 else []
+    raise TargetError("\n  ".join([*counted, *_shortened(problems)]))

@@ -30,9 +30,14 @@ embed        7x11   dot_general    test_explain.py:{}  io    factored           
 layers/down  5x7    3 dot_general  test_explain.py:{}  io    factored                                   2.1 k     1.44 k     420 B      288 B
 layers/up    7x5    3 dot_general  test_explain.py:{}  io    factored                                   2.1 k     1.44 k     420 B      288 B
 mix          7x7    sin            test_explain.py:{}        merged: no rule follows a weight into it       0        196     196 B      112 B
-unused              nothing                                                                                                  884 B      240 B
+named               nothing                                                                                                   60 B       64 B
 ───────────  ─────  ─────────────  ──────────────────  ────  ────────────────────────────────────────  ──────  ─────────  ────────  ─────────
-5 weights                                                                                              5.74 k     4.08 k  2.18 KiB   1.05 KiB
+5 weights                                                                                              5.74 k     4.08 k  1.37 KiB      896 B
+
+left out  shape  because
+────────  ─────  ───────────────────────────────────────────────────────
+order     7x7    dtype int32 is not floating, nothing can be added to it
+unused    13x17  the function never uses it
 """  # noqa: E501
 CONFIG = LoraConfig(rank=2)
 FACTORED = CostModel(merge_from=float("inf"))
@@ -58,7 +63,9 @@ TOKENS = shape(2, 5, dtype="int32")
 
 
 def test_the_whole_table():
-    found = explain(model, CONFIG, params_of(), TOKENS, cost_model=FACTORED)
+    config = CONFIG.replace(target_modules=("**", "named"))
+    params = params_of() | {"named": shape(3, 5), "order": shape(7, 7, dtype="int32")}
+    found = explain(model, config, params, TOKENS, cost_model=FACTORED)
     wanted = TABLE.format(*(FIRST + line for line in (1, 8, 4, 4, 7)))
     assert str(found) == repr(found) == wanted.strip("\n")
 
