@@ -27,6 +27,7 @@ __all__ = [
     "factored_einsum",
     "factored_product",
     "factorization_from_shapes",
+    "scaled",
     "split_batch_axes",
 ]
 
@@ -164,6 +165,12 @@ def common_dtype(*dtypes: Any) -> Any:
         return jnp.result_type(*dtypes)
 
 
+def scaled(array: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """The array times a scalar that is not rounded to the array's dtype; float32 at least, rounded once."""
+    wide = common_dtype(array.dtype, jnp.float32)
+    return (array.astype(wide) * jnp.asarray(scale, wide)).astype(array.dtype)
+
+
 def dense_delta(a: jax.Array, b: jax.Array, factorization: Factorization) -> jax.Array:
     """A@B in the order of the weight's axes, unscaled; float32 at least."""
     roles = factorization.roles
@@ -223,8 +230,7 @@ def factored_product(
     up = _as_it_stands(b.reshape(*batch, rank, math.prod(out_shape)))  # (*batch, r, out)
     hidden = _last_with(x.reshape(*batch, *rows, ins), down, batch_dims + 1, precision)  # (*batch, *rows, r)
     if scale is not None:
-        wide = common_dtype(hidden.dtype, jnp.float32)
-        hidden = (hidden.astype(wide) * jnp.asarray(scale, wide)).astype(hidden.dtype)
+        hidden = scaled(hidden, scale)
     y = _last_with(hidden, up, batch_dims, precision)
     return y.reshape(*batch, *rest_shape, *out_shape)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jlora.adapter import PARTS, draw_a
-from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product
+from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product, scaled
 from jlora.errors import AdapterError
 from jlora.fields import number, whole
 
@@ -216,7 +216,7 @@ class LoRAConvAdapter(LoRAAdapter):
         narrow = conv.clone(
             features=self.rank * groups, use_bias=False, dtype=x.dtype, precision=self.precision, parent=None, name=None
         )
-        hidden = jnp.asarray(narrow.apply({"params": {"kernel": jnp.tile(a, groups)}}, x)) * self._scale()
+        hidden = scaled(jnp.asarray(narrow.apply({"params": {"kernel": jnp.tile(a, groups)}}, x)), self._scale())
         hidden = hidden.reshape(*hidden.shape[:-1], groups, self.rank)
         per_group = b.reshape(self.rank, groups, -1)
         y = jnp.einsum("...gr,rgo->...go", hidden, per_group, precision=self.precision)
@@ -248,7 +248,7 @@ class LoRAEmbedAdapter(LoRAAdapter):
         a, b = self._promote(*self.adapter)
         flat = inputs.reshape(math.prod(inputs.shape))
         rows = jnp.broadcast_to(a, (*flat.shape, self.rank)) if len(a) == 1 else jnp.take(a, flat, axis=0)
-        y = jnp.matmul(rows * self._scale(), b, precision=self.precision)
+        y = jnp.matmul(scaled(rows, self._scale()), b, precision=self.precision)
         return y.reshape(*inputs.shape, self.features)
 
     def attend(self, query: chex.Array) -> chex.Array:

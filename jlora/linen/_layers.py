@@ -97,9 +97,9 @@ class LoRALinenLayer(InPlace):
         y = self.wrapped(inputs, *args, **kwargs)
         return y + self._adapter()(inputs, *args, **kwargs).astype(y.dtype)
 
-    def _adapter(self) -> Any:
+    def _adapter(self, **more: Any) -> Any:
         options = {name: getattr(self, name) for name in ("alpha", "dropout", "param_dtype", "a_init", "b_init")}
-        return bound_adapter(self.wrapped, self.rank, **options)
+        return bound_adapter(self.wrapped, self.rank, **options, **more)
 
 
 class LoRADense(LoRALinenLayer):
@@ -136,6 +136,10 @@ class LoRAEmbed(LoRALinenLayer):
     """An `nn.Embed` and its adapter, for the rows and for `attend`."""
 
     kind = nn.Embed
+
+    def __call__(self, inputs: chex.Array) -> chex.Array:
+        y = self.wrapped(inputs)
+        return y + self._adapter(dtype=y.dtype)(inputs)  # an index has no dtype that the adapter could infer
 
     def attend(self, query: chex.Array) -> chex.Array:
         """query @ (table + update).T, `(..., num_embeddings)`."""

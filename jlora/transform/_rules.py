@@ -115,11 +115,12 @@ def _place_of_weight(inputs: Sequence[Any]) -> int:
 
 def _updated(update: Update, x: jax.Array, weight: Weight) -> jax.Array:
     """The update in the common dtype of input and factors, as matrix products take them."""
-    arrays = [factor.array for factor in weight.factors]
-    dtypes = [array.dtype for array in (x, *arrays)]
+    dtypes = [jnp.dtype(factor.product_dtype or factor.array.dtype) for factor in weight.factors]
+    dtypes.append(x.dtype)
     small = any(dtype.itemsize < 2 for dtype in dtypes)
     dtype = jnp.dtype(jnp.float32) if small else common_dtype(*dtypes)
-    return update(x.astype(dtype), weight.with_arrays(weight.value, [array.astype(dtype) for array in arrays]))
+    arrays = [factor.array.astype(dtype) for factor in weight.factors]
+    return update(x.astype(dtype), weight.with_arrays(weight.value, arrays))
 
 
 def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight: Weight, *, keep: bool) -> jax.Array:

@@ -27,7 +27,7 @@ def same(weight: Weight, *_: Any, **__: Any) -> Factors:
 def convert_element_type(weight: Weight, *, new_dtype: Any, **_: Any) -> Factors:
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return None
-    return [factor.changed(factor.array.astype(new_dtype)) for factor in weight.factors]
+    return [factor.cast(new_dtype) for factor in weight.factors]
 
 
 def stop_gradient(weight: Weight, **_: Any) -> Factors:
@@ -60,7 +60,7 @@ def _scaled(weight: Weight, other: Any, operation: Any) -> Factors:
     if jnp.shape(other) != ():
         return None
     *others, last = weight.factors
-    return [*others, last.changed(operation(last.array, jnp.asarray(other, last.array.dtype)))]
+    return [*others, last.scaled(operation, other)]
 
 
 def transpose(weight: Weight, *, permutation: Sequence[int]) -> Factors:

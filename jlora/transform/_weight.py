@@ -24,13 +24,14 @@ class Factor:
     """An array `(*sizes of axes, r)`; `axes` are axes of the weight, in ascending order.
 
     In a probe, `origin` holds the axes of the weight in params that the factor began with, and `looked_up` says that
-    an index chose among them.
+    an index chose among them. `product_dtype` is the dtype that the factor brings into a product; None for the array's.
     """
 
     array: jax.Array
     axes: tuple[int, ...]
     origin: tuple[int, ...] = ()
     looked_up: bool = False
+    product_dtype: Any = None
 
     def changed(self, array: jax.Array, axes: Sequence[int] | None = None) -> "Factor":
         """The factor with another array, and the numbers of its axes in any order."""
@@ -40,6 +41,15 @@ class Factor:
         if order != list(range(len(axes))):
             array = array.transpose([*order, len(axes)])
         return dataclasses.replace(self, array=array, axes=tuple(sorted(axes)))
+
+    def scaled(self, operation: Any, by: Any) -> "Factor":
+        """Multiplied or divided by numbers, in float32 at least and not rounded until it takes part in a product."""
+        wide = common_dtype(self.array.dtype, jnp.float32)
+        array = operation(self.array.astype(wide), jnp.asarray(by, wide))
+        return dataclasses.replace(self, array=array, product_dtype=self.product_dtype or self.array.dtype)
+
+    def cast(self, dtype: Any) -> "Factor":
+        return dataclasses.replace(self, array=self.array.astype(dtype), product_dtype=None)
 
     def renumbered(self, new: Mapping[int, int]) -> "Factor":
         """The factor of a weight whose axis `a` has become axis `new[a]`."""
@@ -127,12 +137,11 @@ class Weight:
 
 
 def adapted(path: str, value: jax.Array, a: jax.Array, b: jax.Array, split: Factorization, scale: float) -> Weight:
-    """A weight with its adapter A `(*batch, *in, r)`, B `(*batch, r, *out)`; the scale is applied to B, in float32."""
+    """A weight with its adapter A `(*batch, *in, r)`, B `(*batch, r, *out)`, of which B is scaled."""
     batch, ins, outs = (split.axes(role) for role in "bio")
-    wide = common_dtype(b.dtype, jnp.float32)
-    b = jnp.moveaxis((b.astype(wide) * jnp.asarray(scale, wide)).astype(b.dtype), len(batch), -1)
-    factors = (Factor(a, ()).changed(a, (*batch, *ins)), Factor(b, ()).changed(b, (*batch, *outs)))
-    return Weight(path, value, factors)
+    b = jnp.moveaxis(b, len(batch), -1)  # (*batch, *out, r)
+    first, second = Factor(a, ()).changed(a, (*batch, *ins)), Factor(b, ()).changed(b, (*batch, *outs))
+    return Weight(path, value, (first, second.scaled(lax.mul, scale)))
 
 
 def probe(path: str, value: jax.Array) -> Weight:
@@ -143,7 +152,8 @@ def probe(path: str, value: jax.Array) -> Weight:
 
 def _flatten(weight: Weight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     arrays = (weight.value, *(factor.array for factor in weight.factors))
-    return arrays, (weight.path, weight.probe, tuple((f.axes, f.origin, f.looked_up) for f in weight.factors))
+    marks = tuple((f.axes, f.origin, f.looked_up, f.product_dtype) for f in weight.factors)
+    return arrays, (weight.path, weight.probe, marks)
 
 
 def _unflatten(static: tuple[Any, ...], arrays: Sequence[Any]) -> Weight:

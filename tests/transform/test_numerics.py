@@ -38,7 +38,7 @@ LINEAR = ["matmul", "einsum BTD,NDH->BTNH", "take", "conv 1d", "experts by dot_g
 DTYPES = {
     ("bfloat16", "float32"): 2e-2,
     ("bfloat16", "bfloat16"): 4e-2,
-    ("float32", "bfloat16"): 4e-2,
+    ("float32", "bfloat16"): 1e-5,
     ("float16", "float32"): 4e-3,
     ("float32", "float32"): 1e-5,
 }
