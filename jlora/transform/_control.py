@@ -1,7 +1,8 @@
 """Primitives that run a program: the weights go into it, with their factors."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -32,19 +33,29 @@ def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
 
 
-@functools.lru_cache(maxsize=512)
-def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> tuple[Callable[..., Any], dict[str, None]]:
+_Compiled = tuple[Callable[..., Any], dict[str, None]]
+_PROGRAMS: MutableMapping[Any, dict[Any, _Compiled]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> _Compiled:
     """The program with weights in it under jit: the same function again, so that it is compiled once.
 
-    With it come the paths of the weights that were ever merged in it although there was a key.
+    With it come the paths of the weights that were ever merged in it although there was a key. A jaxpr holds the arrays
+    that the program closes over. It is known to the function by a weak reference only, so that both are let go of with
+    it; whoever calls the function has the jaxpr.
     """
-    undropped: dict[str, None] = {}
+    functions = _PROGRAMS.setdefault(jaxpr, {})
+    key = name, settings, source
+    if key not in functions:
+        known = weakref.ref(jaxpr)
+        undropped: dict[str, None] = {}
 
-    def program(key: Any, inputs: Any) -> Any:
-        return Run(settings, key, source=source, undropped=undropped).evaluate(jaxpr, inputs)
+        def program(key: Any, inputs: Any) -> Any:
+            return Run(settings, key, source=source, undropped=undropped).evaluate(known(), inputs)
 
-    program.__name__ = program.__qualname__ = name
-    return jax.jit(program), undropped
+        program.__name__ = program.__qualname__ = name
+        functions[key] = jax.jit(program), undropped
+    return functions[key]
 
 
 def _placed(value: Any, sharding: Any) -> Any:
