@@ -5,11 +5,16 @@ from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._json import dump_json, parse_json, read_json, shortened
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import read_bytes, reason
+from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
 from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
 
 __all__ = [
+    "CONFIG",
+    "MOST_CONFIG",
+    "TENSORS",
     "Checkpoint",
     "LazyArray",
+    "Pair",
     "TensorEntry",
     "TensorFile",
     "can_store",

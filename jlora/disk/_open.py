@@ -3,6 +3,7 @@
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from jlora.errors import DataError
 
@@ -30,13 +31,18 @@ def read_bytes(path: str | Path, most: int) -> bytes:
       DataError: a file that cannot be read, or is larger.
     """
     with os.fdopen(open_to_read(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise DataError(f"{path}: larger than {most:,} bytes")
-        try:
-            return file.read(size)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+        return read_all(file, path, most)
+
+
+def read_all(file: BinaryIO, path: str | Path, most: int) -> bytes:
+    """The contents of an open file, which lies at `path`, of at most `most` bytes."""
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        raise DataError(f"{_shown(path)}: larger than {most:,} bytes")
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise DataError(f"{_shown(path)}: cannot be read: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Adapters and their configuration as one folder: saved whole or not at all, loaded as they were or refused."""
 
-from jlora.storage._folder import is_adapters_folder
+from jlora.storage._folder import folder_to_write, is_adapters_folder
 from jlora.storage._load import load_adapters, load_arrays, read_metadata
 from jlora.storage._report import LoadReport, Misfit
 from jlora.storage._save import save_adapters
@@ -8,6 +8,7 @@ from jlora.storage._save import save_adapters
 __all__ = [
     "LoadReport",
     "Misfit",
+    "folder_to_write",
     "is_adapters_folder",
     "load_adapters",
     "load_arrays",

@@ -18,6 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jlora.disk import (
+    CONFIG,
+    MOST_CONFIG,
+    TENSORS,
+    Pair,
     TensorFile,
     file_written_whole,
     locked_folder,
@@ -31,7 +35,7 @@ from jlora.disk import (
     write_whole,
 )
 from jlora.errors import DataError, JloraError
-from jlora.storage._kinds import CONFIG, MOST_CONFIG, PEFT, TENSORS, is_peft, what_it_is
+from jlora.storage._kinds import PEFT, is_peft, what_it_is
 
 FORMAT, VERSION = "jlora adapters", "1"
 NEW_CONFIG = f".{CONFIG}.new"
@@ -57,11 +61,7 @@ def write_folder(folder: Path, config: bytes, tensors: Mapping[str, Any], struct
         "sha256": _ZEROS,
         "structure": json.dumps(structure, separators=(",", ":"), ensure_ascii=False),
     }
-    _make_folder(folder)
-    with locked_folder(folder):
-        _settle(folder)
-        remove_leftovers(folder / NEW_CONFIG)
-        remove_leftovers(folder / TENSORS)
+    with folder_to_write(folder):
         try:
             write_whole(folder / NEW_CONFIG, config, like=folder / CONFIG)
             with file_written_whole(folder / TENSORS) as file:
@@ -72,6 +72,22 @@ def write_folder(folder: Path, config: bytes, tensors: Mapping[str, Any], struct
         finally:
             _settle(folder)
         sync_folder(folder)
+
+
+@contextlib.contextmanager
+def folder_to_write(folder: Path) -> Iterator[None]:
+    """Makes a folder where there is none, keeps other writers out of it, and ends what a killed one left half done.
+
+    Raises:
+      DataError: the system refuses, or another process is writing here.
+    """
+    _make_folder(folder)
+    with locked_folder(folder):
+        Pair(folder).settle()
+        _settle(folder)
+        for name in (NEW_CONFIG, CONFIG, TENSORS):
+            remove_leftovers(folder / name)
+        yield
 
 
 @contextlib.contextmanager
@@ -193,9 +209,10 @@ def _open_tensors(folder: Path) -> TensorFile:
 
 
 def _config_of(folder: Path, metadata: Mapping[str, str]) -> bytes | None:
-    for name in (NEW_CONFIG, CONFIG):
+    # The last is where it lies while an adapter of PEFT's takes the place of this one.
+    for path in (folder / NEW_CONFIG, folder / CONFIG, Pair(folder).old_config):
         with contextlib.suppress(DataError):
-            text = read_bytes(folder / name, MOST_CONFIG)
+            text = read_bytes(path, MOST_CONFIG)
             if hashlib.sha256(text).hexdigest() == metadata.get("config_sha256"):
                 return text
     return None

@@ -3,11 +3,9 @@
 import os
 from pathlib import Path
 
-from jlora.disk import parse_json, read_bytes
+from jlora.disk import CONFIG, MOST_CONFIG, TENSORS, Pair, parse_json, read_bytes
 from jlora.paths import nearest
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-MOST_CONFIG = 16 << 20
 PEFT = "this is a PEFT adapter: read it with jlora.interop.peft.read_peft"
 
 
@@ -36,7 +34,7 @@ def what_it_is(folder: Path) -> str:
 def is_peft(folder: Path) -> bool:
     """Whether the configuration in a folder is one of PEFT."""
     try:
-        return "peft_type" in parse_json(read_bytes(folder / CONFIG, MOST_CONFIG))
+        return "peft_type" in parse_json(read_bytes(Pair(folder).current_config(), MOST_CONFIG))
     except ValueError:
         return False
 

@@ -10,12 +10,11 @@ import jax
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
-from jlora.disk import TensorFile, shortened
+from jlora.disk import CONFIG, TENSORS, TensorFile, shortened
 from jlora.errors import DataError, JloraError
 from jlora.paths import path_string
 from jlora.storage._checks import check_fit, not_finite
 from jlora.storage._folder import check_seal, opened_folder
-from jlora.storage._kinds import CONFIG, TENSORS
 from jlora.storage._report import LoadReport, compare
 from jlora.storage._structure import Entries, is_name_of, listed, put_together
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import LoraConfig
-from jlora.disk import dump_json, parse_json
+from jlora.disk import CONFIG, dump_json, parse_json
 from jlora.errors import AdapterError, DataError
 from jlora.storage._checks import check_arrays, check_fit, not_finite
 from jlora.storage._folder import FORMAT, write_folder
-from jlora.storage._kinds import CONFIG
 from jlora.storage._structure import listed, take_apart
 from jlora.tree import check_config
 

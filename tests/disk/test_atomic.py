@@ -103,10 +103,15 @@ def test_long_names(tmp_path):
 
 
 def test_leftovers(tmp_path):
-    for name in (".file.0123456789abcdef.tmp", ".file.0123456789abcdeg.tmp", ".other.0123456789abcdef.tmp", "file"):
+    for name in (
+        ".file.0123456789abcdef.jlora",
+        ".file.0123456789abcdeg.jlora",
+        ".other.0123456789abcdef.jlora",
+        "file",
+    ):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path / "file")
-    assert names(tmp_path) == [".file.0123456789abcdeg.tmp", ".other.0123456789abcdef.tmp", "file"]
+    assert names(tmp_path) == [".file.0123456789abcdeg.jlora", ".other.0123456789abcdef.jlora", "file"]
     remove_leftovers(tmp_path / "no" / "file")
 
 

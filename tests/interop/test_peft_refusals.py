@@ -360,7 +360,7 @@ def test_a_and_b_of_two_ranks(tmp_path: Path, rng: Rng) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path, rng: Rng) -> None:
     (tmp_path / "file").write_text("")
     config = jlora.LoraConfig(rank=2, factorizations={"*": "oi"})
-    with pytest.raises(jlora.DataError, match="file/a: cannot be written: Not a directory"):
+    with pytest.raises(jlora.DataError, match="file/a: is a file, or lies in one: wanted a folder"):
         write_peft(tmp_path / "file" / "a", {"q.weight": entry(rng)}, config)
 
 

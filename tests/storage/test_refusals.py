@@ -221,12 +221,12 @@ def test_links_are_replaced_and_never_written_through(tmp_path, rng):
 
 def test_leftovers_of_killed_saves_go_and_other_files_stay(tmp_path, rng):
     adapters, config = small(rng)
-    for name in (f".{TENSORS}.0123456789abcdef.tmp", f"..{CONFIG}.new.0123456789abcdef.tmp", f".{CONFIG}.new"):
+    for name in (f".{TENSORS}.0123456789abcdef.jlora", f"..{CONFIG}.new.0123456789abcdef.jlora", f".{CONFIG}.new"):
         (tmp_path / name).write_text("left")
-    for name in (f".{TENSORS}.mine.tmp", "README.md"):
+    for name in (f".{TENSORS}.mine.jlora", "README.md"):
         (tmp_path / name).write_text("mine")
     save_adapters(tmp_path, adapters, config)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{TENSORS}.mine.tmp", "README.md", CONFIG, TENSORS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{TENSORS}.mine.jlora", "README.md", CONFIG, TENSORS]
 
 
 def test_one_writer_at_a_time(tmp_path, rng):

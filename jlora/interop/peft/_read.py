@@ -13,22 +13,22 @@ import numpy as np
 from jlora.adapter import check_update
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.disk import TensorFile, read_json
+from jlora.disk import CONFIG, TENSORS, Pair, parse_json, read_json
 from jlora.errors import ConfigError, DataError, JloraError, TargetError
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._keys import Entry, entries_of
 from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest, path_string
+from jlora.storage import is_adapters_folder
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _MOST_SHOWN = 12
 
 
 def is_peft_folder(path: str | Path) -> bool:
-    """Whether a folder holds an adapter that PEFT wrote, as its configuration says."""
+    """Whether a folder holds an adapter that PEFT wrote, as its configuration says, and not tensors of jlora's own."""
     try:
-        return "peft_type" in read_json(Path(path) / CONFIG)
+        return "peft_type" in read_json(Pair(path).current_config()) and not is_adapters_folder(path)
     except DataError:
         return False
 
@@ -79,11 +79,11 @@ def read_peft_arrays(
 ) -> tuple[dict[str, Arrays], LoraConfig]:
     """`read_peft` with NumPy arrays by path, whatever dtypes JAX is set to have; lazy ones are read when asked for."""
     folder = Path(path)
-    data = read_json(folder / CONFIG)
     try:
-        check_peft_config(data)
-        targets = data.get("target_parameters") or []
-        with TensorFile(folder / TENSORS) as file:
+        with Pair(folder).opened() as (text, file):
+            data = _parsed(folder, text)
+            check_peft_config(data)
+            targets = data.get("target_parameters") or []
             entries = entries_of(file.entries, targets)
             if not entries:
                 raise DataError(f"{TENSORS} holds no tensors")
@@ -95,6 +95,13 @@ def read_peft_arrays(
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(data)
     return _Reader(folder, data, mapping, transposed_experts).read(entries, arrays, params)
+
+
+def _parsed(folder: Path, text: bytes) -> dict[str, Any]:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{folder / CONFIG}: not valid JSON: {error}") from None
 
 
 class _Reader:

@@ -9,14 +9,14 @@ import numpy as np
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
-from jlora.disk import dump_json, file_written_whole, write_tensors, write_whole
+from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError
 from jlora.interop.peft._config import extras_of, peft_config
 from jlora.interop.peft._keys import key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
-from jlora.interop.peft._read import CONFIG, TENSORS
 from jlora.paths import leaves_by_path
+from jlora.storage import folder_to_write
 from jlora.tree import check_config
 
 _EMBEDDINGS = ("wte", "wpe", "shared")
@@ -26,7 +26,8 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
     """Writes a folder that PEFT and what reads its files can load.
 
     Args:
-      path: the folder; made where it is not there, its adapter replaced where it is.
+      path: the folder; made where it is not there, its adapter replaced where it is: a kill, a full disk or an
+        interrupt leaves the old one or the new one. What else lies there stays as it is.
       adapters: a pytree of adapters at the paths of their weights.
       config: the configuration that they were made with. One that came from `read_peft` brings PEFT's own keys back.
       mapping: as for `read_peft`.
@@ -60,14 +61,9 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
     if problems:
         raise DataError("\n  ".join([f"{path}: {len(problems)} problems:", *problems[:12]]))
     tensors, data = writer.tensors(), writer.config()
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with file_written_whole(folder / TENSORS) as file:
-            write_tensors(file, tensors, {"format": "pt"})
-        write_whole(folder / CONFIG, dump_json(data).rstrip(b"\n"))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror}") from None
+    folder, text = Path(path), dump_json(data).rstrip(b"\n")
+    with folder_to_write(folder):
+        Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
 
 class _Writer:
