@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import tomli_w
 
 from jlora.contraction import Factorization, common_dtype
-from jlora.errors import AdapterError, ConfigError
+from jlora.disk import write_whole
+from jlora.errors import AdapterError, ConfigError, DataError
 from jlora.fields import check_keys, choice, number, refusal, whole
 from jlora.paths import PatternIndex
 
@@ -216,13 +217,13 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def write_mapping(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Writes plain data as a `.toml` or `.json` file."""
+    """Writes plain data as a `.toml` or `.json` file, whole or not at all."""
     file = Path(path)
     text = tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2) + "\n"
     try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be written: {error.strerror}") from None
+        write_whole(file, text.encode("utf-8"))
+    except DataError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _suffix(file: Path) -> str:

@@ -85,16 +85,22 @@ class Faults:
             number = getattr(errno, self.kind[:6].split()[0])
             raise OSError(number, os.strerror(number))
         if self.kind == "interrupted" and not again:
-            call(*args, **kwargs)
+            self._kept(call.__name__, call(*args, **kwargs))
             raise KeyboardInterrupt
         if self.kind == "killed after" and not again:
-            result = call(*args, **kwargs)
-            self.open |= {result} if isinstance(result, int) and call.__name__ == "open" else set()
+            self._kept(call.__name__, call(*args, **kwargs))
         if self.kind == "half written" and not again and args and isinstance(args[-1], bytes | memoryview):
             call(*args[:-1], memoryview(args[-1]).cast("B")[: len(args[-1]) // 2], **kwargs)
         if self.kind in ("killed before", "killed after", "half written"):
             raise Crash
         return call(*args, **kwargs)
+
+    def _kept(self, name: str, result: Any) -> None:
+        """What a call gave to nobody is closed, as by the end of a process."""
+        if isinstance(result, io.IOBase):
+            result.close()
+        elif name == "open":
+            self.open.add(result)
 
 
 def _opens_to_write(file: Any, mode: str = "r", *_: Any, **__: Any) -> bool:
@@ -128,6 +134,14 @@ def failed(kind: str, calls: int, write: Callable[[], Any]) -> bool:
     for handle in faults.open:  # as the end of a process does
         os.close(handle)
     return faults.happened
+
+
+def calls_of(write: Callable[[], Any]) -> int:
+    """How many calls that change files a write makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, "EIO", 10**9)
+        write()
+    return 10**9 - faults.left
 
 
 def at_every_call(kind: str, write: Callable[[int], Any], least: int = 5) -> Iterator[int]:

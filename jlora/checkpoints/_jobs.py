@@ -9,7 +9,7 @@ from jlora.adapter import is_update
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._rewrite import Progress
 from jlora.config import LoraConfig
-from jlora.disk import Checkpoint
+from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
 from jlora.fields import choice
 from jlora.interop.peft import FLAT, NESTED, is_peft_folder, names_embedding, read_peft_arrays, write_peft
@@ -37,7 +37,7 @@ def write_adapters(
     choice("format", form, FORMATS)
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise DataError(f"{folder}: is there already; give another folder, or --force (force=True) to replace it")
+        raise there_already(folder)
     if form == "own":
         save_adapters(folder, adapters, config)
     else:

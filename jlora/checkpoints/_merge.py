@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,10 @@ from jlora.checkpoints._rewrite import (
     rewrite_checkpoint,
 )
 from jlora.checkpoints._updates import changes_of, read_adapter
-from jlora.disk import Checkpoint, TensorEntry, TensorFile, read_json
+from jlora.disk import Checkpoint, Pair, TensorEntry, TensorFile, read_json, shortened
 from jlora.errors import DataError
 from jlora.fields import number
 from jlora.interop.peft import Mapping
-
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,7 @@ def merge(
     """
     source = Checkpoint(checkpoint)
     changes = _changes(source, adapters, weights, mapping)
-    record = _record("merge", source, adapters, weights) | {"residual": keep_residual}
+    record = _record("merge", source, adapters, weights, mapping) | {"residual": keep_residual}
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
         _merge_tensor(name, changes[name], file, writer, keep_residual)
@@ -187,7 +186,7 @@ def unmerge(
     """
     source = Checkpoint(merged)
     changes = _changes(source, adapters, weights, mapping)
-    record = _record("unmerge", source, adapters, weights)
+    record = _record("unmerge", source, adapters, weights, mapping)
     _check_same(source.folder, record)
     exact = (source.folder / RESIDUALS).is_dir()
     if not exact and (lost := [name for name, found in changes.items() if not all(c.is_reversible for c in found)]):
@@ -212,6 +211,7 @@ def unmerge(
         force=force,
         on_progress=on_progress,
         note=tally.take,
+        is_note=is_tally,
     )
     numbers = sum(math.prod(source.entries[name].shape) for name in changes)
     uncertain, largest = sum(count for count, _ in written.notes), max(largest for _, largest in written.notes)
@@ -232,6 +232,14 @@ class _Tally:
         """What was added since it was taken before."""
         count, largest, self._count, self._largest = self._count, self._largest, 0, 0.0
         return count, largest
+
+
+def is_tally(found: Any) -> bool:
+    """Whether what a journal says can come from `_Tally.take`."""
+    if not isinstance(found, list) or len(found) != 2:
+        return False
+    count, largest = found
+    return type(count) is int and 0 <= count < 2**63 and type(largest) in (int, float) and 0 <= largest < math.inf
 
 
 def _changes(
@@ -267,30 +275,38 @@ def _listed(adapters: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _record(
-    command: str, source: Checkpoint, adapters: str | Path | Sequence[str | Path], weights: Sequence[float] | None
+    command: str,
+    source: Checkpoint,
+    adapters: str | Path | Sequence[str | Path],
+    weights: Sequence[float] | None,
+    mapping: Mapping,
 ) -> dict[str, Any]:
+    """What is done, by which a run that was killed is known again: all that a run is given."""
     folders = _listed(adapters)
     return {
         "command": command,
         "source": fingerprint(source),
-        "adapters": [[file_digest(folder / name) for name in _FILES] for folder in folders],
+        "adapters": [[file_digest(path) for path in Pair(folder).current()] for folder in folders],
         "names": [folder.resolve().name for folder in folders],
         "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
+        "mapping": [dataclasses.astuple(row) for row in mapping],
     }
 
 
 def _check_same(folder: Path, record: dict[str, Any]) -> None:
     """Refuses adapters that are not those that were merged, where the record of the merge is there."""
-    if not (folder / RECORD).is_file():
+    if not os.path.lexists(folder / RECORD):
         return
     merged = read_json(folder / RECORD)
     if merged.get("command") != "merge":
-        raise DataError(f"{folder}: nothing is merged here; its {RECORD} tells of {merged.get('command')!r}")
+        command = shortened(merged.get("command"))
+        raise DataError(f"{folder}: nothing is merged here; its {RECORD} tells of {command}")
     for key in ("adapters", "weights"):
         if merged.get(key) != record[key]:
+            names = shortened(merged.get("names")).strip("[]").replace("'", "")
             raise DataError(
-                f"{folder}: merged were the adapters {', '.join(map(str, merged.get('names', [])))} with the weights "
-                f"{merged.get('weights')}; given are {', '.join(record['names'])} with {record['weights']}"
+                f"{folder}: merged were the adapters {names} with the weights {shortened(merged.get('weights'))}; "
+                f"given are {', '.join(record['names'])} with {record['weights']}"
             )
 
 

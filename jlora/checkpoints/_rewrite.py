@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,10 +20,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from jlora.disk import Checkpoint, TensorEntry, TensorFile, dump_json, locked_folder, read_json
+from jlora.disk import (
+    Checkpoint,
+    TensorEntry,
+    TensorFile,
+    Workplace,
+    bring_back,
+    dump_json,
+    read_json,
+    there_already,
+    workplace,
+    write_whole,
+)
 from jlora.errors import DataError
 
 RECORD = "jlora_merge.json"
+_JOURNAL = "journal.json"
 _COPY = 64 << 20
 _SPARE = 64 << 20
 
@@ -105,6 +118,7 @@ def rewrite_checkpoint(
     force: bool = False,
     on_progress: Progress | None = None,
     note: Callable[[], Any] = lambda: None,
+    is_note: Callable[[Any], bool] = lambda found: found is None,
     workers: int | None = None,
 ) -> Rewritten:
     """Writes the checkpoint `source` to the folder `out`, the tensors `changed` by `rewrite`.
@@ -121,38 +135,49 @@ def rewrite_checkpoint(
       force: whether a folder that is there is replaced, when all is written.
       on_progress: called with (bytes done, bytes in all).
       note: called after each shard; what it returns, plain data, is kept with the shard.
+      is_note: whether what a journal says can be a note.
       workers: threads; as many as processors by default, eight at most.
 
     Raises:
       DataError: `out` is there, or holds what is read; the disk is too small; a file cannot be read or written.
     """
     target = Path(out).resolve()
-    partial, old = (target.parent / f".{target.name}.{kind}" for kind in ("partial", "old"))
-    if old.exists() and not target.exists():
-        old.rename(target)
-    _check_target(target, [source.folder, *inputs], force)
     try:
-        partial.mkdir(exist_ok=True)
-        with locked_folder(partial), threadpool_limits(limits=1, user_api="blas"):
-            journal = _Journal(partial, record)
-            done = journal.begin()
+        bring_back(target)
+        _check_target(target, [source.folder, *inputs], force)
+        with (
+            workplace(target, lambda path: _Journal(path, record, source).is_of_this_run()) as place,
+            threadpool_limits(limits=1, user_api="blas"),
+        ):
+            journal = _Journal(place.path, record, source)
+            done = journal.begin(place.new, is_note)
             total = sum((source.folder / shard).stat().st_size for shard in source.shards)
-            _check_room(target.parent, total + extra_bytes, partial)
+            _check_room(target.parent, total + extra_bytes, place.new)
             progress = _Progress(on_progress, total)
             for shard in source.shards:
                 if shard in done:
                     progress.advance((source.folder / shard).stat().st_size)
                     continue
-                _write_shard(source, partial / shard, shard, set(changed), rewrite, progress, workers)
+                _write_shard(source, place.new / shard, shard, set(changed), rewrite, progress, workers)
                 journal.finished(shard, note())
             for file in source.side_files():
                 if file.name not in leave_out:
-                    shutil.copy2(file, partial / file.name)
-            journal.close()
-            _replace(partial, target, old)
+                    shutil.copy2(file, place.new / file.name)
+            write_whole(place.new / RECORD, dump_json(record), sync=False)
+            _put_in_place(place, journal, force)
+            place.remove()
     except OSError as error:
-        raise DataError(f"{error.filename or partial}: {error.strerror}; the same command resumes") from None
+        raise DataError(f"{error.filename or target}: {error.strerror}; the same command resumes") from None
     return Rewritten(len(done), [journal.done[shard] for shard in source.shards])
+
+
+def _put_in_place(place: Workplace, journal: "_Journal", force: bool) -> None:
+    """Gives the output its place, which may hold something by now."""
+    if force and place.target.is_dir() and any(place.target.iterdir()):
+        journal.forget()  # what the workplace holds afterwards is the old output
+        place.replace()
+    else:
+        place.publish()
 
 
 def _write_shard(
@@ -183,23 +208,24 @@ def _copy_in_pieces(writer: ShardWriter, start: int, stop: int) -> None:
 class _Journal:
     """Which shards of a run are finished, each with a note, and of which run they are."""
 
-    def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
-        self.folder, self.record = folder, dict(record)
-        self.path = folder / RECORD
+    def __init__(self, folder: Path, record: Mapping[str, Any], source: Checkpoint) -> None:
+        self.path, self.source = folder / _JOURNAL, source
+        self.job = {"job": json.loads(json.dumps(record)), "machine": _machine()}
         self.done: dict[str, Any] = {}
 
-    def begin(self) -> set[str]:
-        """The shards that an earlier run of the same has finished; what another run left is taken away."""
-        found: dict[str, Any] = {}
-        if self.path.is_file():
-            with contextlib.suppress(DataError):
-                found = read_json(self.path)
-        same = json.loads(json.dumps(self.record))
-        if found.get("job") == same and found.get("machine") == _machine() and isinstance(found.get("done"), dict):
-            self.done = {shard: note for shard, note in found["done"].items() if (self.folder / shard).is_file()}
-        else:
-            for left in self.folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    def is_of_this_run(self) -> bool:
+        """Whether there is one, and an earlier run of the same wrote it on this machine since it was started."""
+        return self._found() is not None
+
+    def begin(self, folder: Path, is_note: Callable[[Any], bool]) -> set[str]:
+        """The shards in the folder that an earlier run has finished."""
+        found = self._found() or {}
+        sizes = {shard: (self.source.folder / shard).stat().st_size for shard in self.source.shards}
+        self.done = {
+            shard: found[shard]
+            for shard in sizes
+            if shard in found and is_note(found[shard]) and _size(folder / shard) == sizes[shard]
+        }
         self._keep()
         return set(self.done)
 
@@ -207,18 +233,21 @@ class _Journal:
         self.done[shard] = note
         self._keep()
 
-    def close(self) -> None:
-        """Leaves the record alone in the journal's place."""
-        self._write(self.record)
+    def forget(self) -> None:
+        """Takes the journal away."""
+        self.path.unlink()
+
+    def _found(self) -> dict[str, Any] | None:
+        try:
+            data = read_json(self.path)
+        except DataError:
+            return None
+        done = data.pop("done", None)
+        return done if data == self.job and isinstance(done, dict) else None
 
     def _keep(self) -> None:
-        self._write({"job": self.record, "machine": _machine(), "done": self.done})
-
-    def _write(self, data: Mapping[str, Any]) -> None:
         # No fsync: it would wait for the shards, which a copy does not either.
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_bytes(dump_json(data))
-        fresh.replace(self.path)
+        write_whole(self.path, dump_json(self.job | {"done": self.done}), sync=False)
 
 
 class _Progress:
@@ -248,8 +277,8 @@ def file_digest(path: Path) -> str:
 
 def fingerprint(source: Checkpoint) -> dict[str, Any]:
     """What tells whether the files of a checkpoint are still the same: their sizes and times."""
-    stats = {shard: (source.folder / shard).stat() for shard in source.shards}
-    return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
+    found = {shard: (source.folder / shard).stat() for shard in source.shards}
+    return {shard: [status.st_size, status.st_mtime_ns] for shard, status in found.items()}
 
 
 def _check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
@@ -259,7 +288,7 @@ def _check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise DataError(f"{target}: is a file; give a folder")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise DataError(f"{target}: is there already; give another folder, or --force (force=True) to replace it")
+        raise there_already(target)
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True)
 
@@ -271,25 +300,13 @@ def _check_room(folder: Path, wanted: int, partial: Path) -> None:
         raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
 
 
-def _replace(partial: Path, target: Path, old: Path) -> None:
-    """Puts the output in its place; what is there goes away when the output is on the disk."""
-    if target.exists():
-        for file in (file for file in partial.rglob("*") if file.is_file()):
-            _sync(file)
-        if old.exists():
-            shutil.rmtree(old)
-        target.rename(old)
-    partial.rename(target)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
+def _size(file: Path) -> int | None:
+    """The size of a regular file."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        found = os.lstat(file)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _copy_range(source: int, target: int, start: int, count: int) -> int:

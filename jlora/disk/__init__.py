@@ -7,6 +7,7 @@ from jlora.disk._lazy import LazyArray
 from jlora.disk._open import read_bytes, reason
 from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
 from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
+from jlora.disk._workplace import Workplace, bring_back, there_already, workplace
 
 __all__ = [
     "CONFIG",
@@ -17,6 +18,8 @@ __all__ = [
     "Pair",
     "TensorEntry",
     "TensorFile",
+    "Workplace",
+    "bring_back",
     "can_store",
     "dump_json",
     "file_written_whole",
@@ -29,6 +32,8 @@ __all__ = [
     "shortened",
     "sync_folder",
     "tensor_bytes",
+    "there_already",
+    "workplace",
     "write_tensors",
     "write_whole",
 ]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jlora.disk._atomic import file_written_whole, remove_leftovers, sync_folder, write_whole
-from jlora.disk._open import open_to_read, read_all, reason
+from jlora.disk._open import open_to_read, read_all, read_bytes, reason
 from jlora.disk._safetensors import TensorFile
 from jlora.errors import DataError
 
@@ -54,6 +54,21 @@ class Pair:
             return self._new_config
         return self.old_config if os.path.lexists(self.old_config) else self.config
 
+    def read_config(self) -> bytes:
+        """The text of the configuration of the generation that is there."""
+        for _ in range(_TRIES):
+            before = self._seen()
+            try:
+                return read_bytes(self.current_config(), MOST_CONFIG)
+            except DataError:
+                if before == self._seen():
+                    raise
+        raise self._restless()
+
+    def current(self) -> tuple[Path, Path]:
+        """The configuration and the tensors of the generation that is there."""
+        return self.current_config(), self.tensors
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[bytes, TensorFile]]:
         """The text of the configuration, and the tensors that belong to it.
@@ -67,7 +82,7 @@ class Pair:
                 with found[1]:
                     yield found
                 return
-        raise DataError(f"{self.folder}: was written again and again while it was read")
+        raise self._restless()
 
     def replace(self, config: bytes, write_tensors: Callable[[BinaryIO], None]) -> None:
         """Writes both files, or neither; for when no other writer is at work.
@@ -128,6 +143,9 @@ class Pair:
             if before == self._seen():
                 raise
         return None
+
+    def _restless(self) -> DataError:
+        return DataError(f"{self.folder}: was written again and again while it was read")
 
     def _seen(self) -> dict[Path, tuple[int, int] | None]:
         """What lies under each name."""

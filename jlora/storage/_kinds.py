@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jlora.disk import CONFIG, MOST_CONFIG, TENSORS, Pair, parse_json, read_bytes
+from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.paths import nearest
 
 PEFT = "this is a PEFT adapter: read it with jlora.interop.peft.read_peft"
@@ -34,7 +34,7 @@ def what_it_is(folder: Path) -> str:
 def is_peft(folder: Path) -> bool:
     """Whether the configuration in a folder is one of PEFT."""
     try:
-        return "peft_type" in parse_json(read_bytes(Pair(folder).current_config(), MOST_CONFIG))
+        return "peft_type" in parse_json(Pair(folder).read_config())
     except ValueError:
         return False
 

@@ -239,7 +239,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path, made, monkeypatch, calls, r
     before = bits(tmp_path / "out")
     with monkeypatch.context() as full:
         FullDisk(full, calls)
-        with pytest.raises(DataError, match=r"/\.out\.partial: No space left on device; the same command resumes$"):
+        with pytest.raises(DataError, match=r"/out: No space left on device; the same command resumes$"):
             merge(*made, tmp_path / "out", force=True, keep_residual=residual)
     assert bits(tmp_path / "out") == before
     merge(*made, tmp_path / "out", force=True, keep_residual=residual)
@@ -251,7 +251,7 @@ def test_a_disk_that_is_full_while_a_base_is_restored(tmp_path, made, monkeypatc
     merge(*made, tmp_path / "merged", keep_residual=True)
     with monkeypatch.context() as full:
         FullDisk(full, 5)
-        with pytest.raises(DataError, match=r"/\.out\.partial: No space left on device; the same command resumes$"):
+        with pytest.raises(DataError, match=r"/out: No space left on device; the same command resumes$"):
             unmerge(tmp_path / "merged", made[1], tmp_path / "out")
     unmerge(tmp_path / "merged", made[1], tmp_path / "out")
     assert bits(tmp_path / "out") == bits(made[0])
@@ -325,8 +325,9 @@ def test_shards_without_an_index_are_not_guessed_at(tmp_path, rng):
 
 
 def test_another_process_at_the_same_output(tmp_path, made):
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / ".out.0123456789abcdef.jlora"
     partial.mkdir()
+    (partial / "jlora_workplace").write_text("out")
     with locked_folder(partial), pytest.raises(DataError, match="another process is writing here"):
         merge(*made, tmp_path / "out")
     merge(*made, tmp_path / "out")

@@ -10,39 +10,35 @@ from typing import Any
 import pytest
 
 from jlora.checkpoints import _arithmetic, merge, unmerge
-from jlora.disk import Checkpoint
-from tests.checkpoints.make import bits, llama, peft_parts, read, write_checkpoint, write_llama, write_peft
+from jlora.interop.peft import Row
+from tests.checkpoints.make import bits, llama, peft_parts, write_checkpoint, write_llama, write_peft
+from tests.faults import calls_of
 
-# Children are forked from a process that has imported everything and started nothing: a kill every few milliseconds.
+# Children are forked from a process that has imported everything and started nothing; each kills itself at a call.
 CHILDREN = """
-import os, signal, sys, time
-from tests.checkpoints.test_resume import slow_merge
+import os, sys
+from tests.checkpoints.test_resume import small_merge
+from tests.faults import failed
 
 for line in sys.stdin:
-    *call, seconds = line.split()
+    *call, calls = line.split()
     child = os.fork()
     if child == 0:
-        slow_merge(*call)
+        failed("SIGKILL", int(calls), lambda: small_merge(*call))
         os._exit(0)
-    time.sleep(float(seconds))
-    os.kill(child, signal.SIGKILL)
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def slow_merge(base: str, adapter: str, out: str, weight: str) -> int:
-    """A merge in small blocks, a nap after each; returns the number of shards that it took over."""
-    from time import sleep
-
-    _arithmetic.BLOCK = 400
-    merged = merge(
-        base, adapter, out, weights=[float(weight)], keep_residual=True, force=True, on_progress=lambda *_: sleep(2e-4)
-    )
-    return merged.resumed
+def small_merge(base: str, adapter: str, out: str, weight: str) -> int:
+    """A merge in small blocks, in place of what is there; returns the number of shards that it took over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_arithmetic, "BLOCK", 400)
+        return merge(base, adapter, out, weights=[float(weight)], keep_residual=True, force=True).resumed
 
 
 class Children:
-    """Merges that are killed after some seconds."""
+    """Merges that are killed at a call that changes files."""
 
     def __enter__(self) -> "Children":
         self._process = subprocess.Popen(
@@ -64,7 +60,9 @@ class Children:
         assert self._process.stdout is not None
         self._process.stdin.write(" ".join(map(str, call)) + "\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline()) == 9
+        status = int(self._process.stdout.readline())
+        assert status in (0, 9)
+        return status == 9
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -73,39 +71,40 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def place_of(out: Path) -> Path:
-    """Where the output is; between the two renames of a replacement it lies beside its place."""
-    return out if out.exists() else out.parent / f".{out.name}.old"
+    """The workplace of an output."""
+    (place,) = out.parent.glob(f".{out.name}.*.jlora")
+    return place
 
 
-def test_killed_at_random_moments(tmp_path, rng):
+def test_killed_at_counted_calls(tmp_path, rng):
     _, base, adapter = write_llama(tmp_path, rng)
     wanted = {}
     for weight in ("1.0", "2.0"):
-        slow_merge(str(base), str(adapter), str(tmp_path / "wanted"), weight)
+        small_merge(str(base), str(adapter), str(tmp_path / "wanted"), weight)
         wanted[weight] = everything(tmp_path / "wanted")
     source, out = bits(base), tmp_path / "out"
-    slow_merge(str(base), str(adapter), str(out), "1.0")
-    there, taken, kills, shards = "1.0", 0, 0, set()
+    small_merge(str(base), str(adapter), str(out), "1.0")
+    total = calls_of(lambda: small_merge(str(base), str(adapter), str(out), "1.0"))
+    there, taken, kills, shards, reached = "1.0", 0, 0, set(), set()
     with Children() as children:
-        for _ in range(400):
+        for calls in (*range(0, total, total // 15), *range(total - 40, total)):
             new = "2.0" if there == "1.0" else "1.0"
-            kills += children.killed(base, adapter, out, new, rng.uniform(0.005, 0.1))
+            kills += children.killed(base, adapter, out, new, calls)  # one that goes on has fewer calls
             assert bits(base) == source
-            found = everything(place_of(out))
+            found = everything(out)
             assert found in (wanted[there], wanted[new])
-            assert read(place_of(out)).keys() == Checkpoint(base).entries.keys()
-            shards.add(len(list((tmp_path / ".out.partial").glob("*.safetensors"))))
-            if rng.random() < 0.3 and found == wanted[there]:
-                taken += slow_merge(str(base), str(adapter), str(out), new)
+            shards.add(len(list(tmp_path.glob(".out.*.jlora/new/*.safetensors"))))
+            reached.add(found == wanted[new])
+            if calls % 3 == 0:
+                taken += small_merge(str(base), str(adapter), str(out), new)
                 found = everything(out)
                 assert found == wanted[new]
             there = there if found == wanted[there] else new
-            if kills == 50:
-                break
-    assert kills == 50
+    assert kills > 20
     assert taken > 0
     assert shards >= {1, 2}
-    slow_merge(str(base), str(adapter), str(out), "2.0")
+    assert reached == {True, False}
+    small_merge(str(base), str(adapter), str(out), "2.0")
     assert everything(out) == wanted["2.0"]
     assert {file.name for file in tmp_path.iterdir()} == {"base", "adapter", "wanted", "out"}
 
@@ -150,7 +149,7 @@ def test_finished_shards_are_taken_over(tmp_path, made, share, shards, residual)
 def test_finished_shards_are_not_written_again(tmp_path, made):
     stopped(*made, tmp_path / "out", share=0.9)
     first = sorted(made[0].glob("*.safetensors"))[0].name
-    before = (tmp_path / ".out.partial" / first).stat()
+    before = (place_of(tmp_path / "out") / "new" / first).stat()
     merge(*made, tmp_path / "out")
     after = (tmp_path / "out" / first).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
@@ -171,14 +170,14 @@ def test_an_unmerge_that_goes_on_counts_all_that_is_uncertain(tmp_path, made):
     assert (report.uncertain, report.largest) == (whole.uncertain, whole.largest)
 
 
-CHANGES = ["source", "adapter", "alpha", "weights", "residual", "boot", "journal", "shard"]
+CHANGES = ["source", "adapter", "alpha", "weights", "residual", "boot", "journal", "shard", "half a shard", "mapping"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_run_starts_anew(tmp_path, made, rng, change):
     base, adapter = made
     stopped(base, adapter, tmp_path / "out", share=0.9)
-    partial = tmp_path / ".out.partial"
+    partial = place_of(tmp_path / "out")
     options: dict[str, Any] = {}
     if change == "source":
         shutil.rmtree(base)
@@ -195,23 +194,29 @@ def test_another_run_starts_anew(tmp_path, made, rng, change):
     elif change == "residual":
         options["keep_residual"] = True
     elif change == "boot":
-        journal = partial / "jlora_merge.json"
+        journal = partial / "journal.json"
         journal.write_text(journal.read_text().replace('"machine": "', '"machine": "0'))
     elif change == "journal":
-        (partial / "jlora_merge.json").write_text('{"job": ')
+        (partial / "journal.json").write_text('{"job": ')
+    elif change == "mapping":
+        options["mapping"] = (Row("{name*}", "other.{name*}"),)
     elif change == "shard":
-        for shard in partial.glob("*.safetensors"):
+        for shard in partial.glob("new/*.safetensors"):
             shard.unlink()
+    elif change == "half a shard":
+        for shard in partial.glob("new/*.safetensors"):
+            os.truncate(shard, 1000)
     assert merge(base, adapter, tmp_path / "out", **options).resumed == 0
     merge(base, adapter, tmp_path / "fresh", **options)
     assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
 
 
 def test_a_run_cut_off_between_the_two_renames(tmp_path, made):
+    """Where the system has no exchange, a replacement is two renames."""
     merge(*made, tmp_path / "out", weights=[3])
     before = bits(tmp_path / "out")
     stopped(*made, tmp_path / "out", share=0.9, force=True)
-    (tmp_path / "out").rename(tmp_path / ".out.old")
+    (tmp_path / "out").rename(place_of(tmp_path / "out") / "old")
     stopped(*made, tmp_path / "out", share=1.0, force=True)
     assert bits(tmp_path / "out") == before
     assert merge(*made, tmp_path / "out", force=True).resumed == 2

@@ -13,7 +13,7 @@ import numpy as np
 from jlora.adapter import check_update
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.disk import CONFIG, TENSORS, Pair, parse_json, read_json
+from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, TargetError
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._keys import Entry, entries_of
@@ -28,8 +28,8 @@ _MOST_SHOWN = 12
 def is_peft_folder(path: str | Path) -> bool:
     """Whether a folder holds an adapter that PEFT wrote, as its configuration says, and not tensors of jlora's own."""
     try:
-        return "peft_type" in read_json(Pair(path).current_config()) and not is_adapters_folder(path)
-    except DataError:
+        return "peft_type" in parse_json(Pair(path).read_config()) and not is_adapters_folder(path)
+    except ValueError:
         return False
 
 
