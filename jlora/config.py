@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import tomli_w
 
 from jlora.contraction import Factorization, common_dtype
-from jlora.disk import write_whole
-from jlora.errors import AdapterError, ConfigError, DataError
+from jlora.disk import MOST_CONFIG, parse_json_value, parse_toml, read_bytes, write_whole
+from jlora.errors import AdapterError, ConfigError, DataError, shortened
 from jlora.fields import check_keys, choice, number, refusal, whole
 from jlora.paths import PatternIndex
 
@@ -205,10 +204,13 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     suffix = _suffix(file)
     try:
-        text = file.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_unique)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        text = read_bytes(file, MOST_CONFIG)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    if not text:
+        raise ConfigError(f"{file}: is empty: wanted a table of field names and values, {{}} in JSON for none")
+    try:
+        data = parse_toml(text) if suffix == ".toml" else parse_json_value(text, constants=True)
     except ValueError as error:
         raise ConfigError(f"{file}: not valid {suffix[1:].upper()}: {error}") from None
     if not isinstance(data, dict):
@@ -219,9 +221,13 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 def write_mapping(path: str | Path, data: Mapping[str, Any]) -> None:
     """Writes plain data as a `.toml` or `.json` file, whole or not at all."""
     file = Path(path)
-    text = tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2) + "\n"
     try:
-        write_whole(file, text.encode("utf-8"))
+        text = tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2) + "\n"
+        contents = text.encode("utf-8")
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ConfigError(f"{file}: cannot be written as {file.suffix[1:].upper()}: {error}") from None
+    try:
+        write_whole(file, contents)
     except DataError as error:
         raise ConfigError(str(error)) from None
 
@@ -230,14 +236,6 @@ def _suffix(file: Path) -> str:
     if file.suffix not in (".toml", ".json"):
         raise ConfigError(f"{file}: wanted a file that ends in .toml or .json")
     return file.suffix
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(items)
-    if len(data) < len(items):
-        keys = [key for key, _ in items]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return data
 
 
 def _pattern(field: str, value: Any) -> str:
@@ -261,7 +259,7 @@ def _pairs(field: str, value: Any, check: Any, check_key: Any = _pattern) -> Pai
     items = list(value.items() if isinstance(value, Mapping) else value)
     if any(not isinstance(item, tuple | list) or len(item) != 2 for item in items):
         raise refusal(field, value, f"a mapping from {keys} to values")
-    pairs = tuple((check_key(field, key), check(f"{field}[{key!r}]", item)) for key, item in items)
+    pairs = tuple((check_key(field, key), check(f"{field}[{shortened(key)}]", item)) for key, item in items)
     if len(dict(pairs)) < len(pairs):
         raise refusal(field, value, "each pattern once" if check_key is _pattern else "each name once")
     return pairs

@@ -7,23 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, shortened
 from jlora.paths import nearest
 
 __all__ = ["check_keys", "choice", "number", "refusal", "whole"]
 
+_MOST, _MOST_KEYS = 200, 5  # characters of a value, and unknown keys, that an error shows
+
 
 def refusal(field: str, value: Any, wanted: str) -> ConfigError:
     """The error for a field whose value is not allowed."""
-    return ConfigError(f"{field} = {value!r}: wanted {wanted}")
+    return ConfigError(f"{field} = {shortened(value, _MOST)}: wanted {wanted}")
 
 
 def check_keys(found: Iterable[str], known: Sequence[str], where: str) -> None:
     """Refuses keys that are not known, each with the known one that is spelled most like it."""
     unknown = [key for key in found if key not in known]
     if unknown:
-        named = ", ".join(f"{key!r} (did you mean {nearest(str(key), known, 1)[0]!r}?)" for key in unknown)
-        raise ConfigError(f"{where}: unknown key {named}; known keys: {', '.join(known)}")
+        shown = unknown[:_MOST_KEYS]
+        named = ", ".join(f"{shortened(key)} (did you mean {nearest(str(key), known, 1)[0]!r}?)" for key in shown)
+        more = f" and {len(unknown) - len(shown):,} more" if len(unknown) > len(shown) else ""
+        raise ConfigError(f"{where}: unknown key {named}{more}; known keys: {', '.join(known)}")
 
 
 def whole(field: str, value: Any, least: int, below: int | None = None) -> int:

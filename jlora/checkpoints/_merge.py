@@ -23,8 +23,8 @@ from jlora.checkpoints._rewrite import (
     rewrite_checkpoint,
 )
 from jlora.checkpoints._updates import changes_of, read_adapter
-from jlora.disk import Checkpoint, Pair, TensorEntry, TensorFile, read_json, shortened
-from jlora.errors import DataError
+from jlora.disk import Checkpoint, Pair, TensorEntry, TensorFile, read_json
+from jlora.errors import DataError, shortened
 from jlora.fields import number
 from jlora.interop.peft import Mapping
 

@@ -2,11 +2,9 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jlora.cli._progress import progress_line
-from jlora.errors import DataError
 
 _ADAPTERS = "a folder of adapters, jlora's own or PEFT's"
 _TABLE = "a .toml or .json file with tables [[row]]"
@@ -241,20 +239,6 @@ def _run_diff(arguments: argparse.Namespace) -> int:
 
 def _mapping(path: str | None) -> Any:
     """The rows of a mapping that a file gives; None without a file."""
-    from jlora.config import read_mapping
-    from jlora.interop.peft import Row
+    from jlora.interop.peft import read_rows
 
-    if path is None:
-        return None
-    rows = read_mapping(Path(path)).get("row")
-    known = {"name", "path", "transpose", "reshape", "stack"}
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: wanted tables [[row]] with name and path")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"name", "path"} <= set(row) <= known:
-            raise DataError(f"{path}: row {number}: wanted name, path, and of {', '.join(sorted(known))} what it needs")
-    return [Row(**{key: _frozen(value) for key, value in row.items()}) for row in rows]
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    return None if path is None else read_rows(path)

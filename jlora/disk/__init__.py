@@ -2,11 +2,18 @@
 
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._checkpoint import Checkpoint
-from jlora.disk._json import dump_json, parse_json, read_json, shortened
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import read_bytes, reason
 from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
 from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
+from jlora.disk._small import (
+    dump_json,
+    parse_json,
+    parse_json_value,
+    parse_toml,
+    read_json,
+    read_json_lines,
+)
 from jlora.disk._workplace import Workplace, bring_back, there_already, workplace
 
 __all__ = [
@@ -25,11 +32,13 @@ __all__ = [
     "file_written_whole",
     "locked_folder",
     "parse_json",
+    "parse_json_value",
+    "parse_toml",
     "read_bytes",
     "read_json",
+    "read_json_lines",
     "reason",
     "remove_leftovers",
-    "shortened",
     "sync_folder",
     "tensor_bytes",
     "there_already",

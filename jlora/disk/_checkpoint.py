@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jlora.disk._json import read_json, shortened
 from jlora.disk._open import reason
 from jlora.disk._safetensors import TensorEntry, TensorFile
-from jlora.errors import DataError
+from jlora.disk._small import read_json
+from jlora.errors import DataError, shortened
 
 INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".safetensors")

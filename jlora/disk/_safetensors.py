@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import ml_dtypes
 import numpy as np
 
-from jlora.disk._json import parse_json, shortened
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, reason
-from jlora.errors import DataError
+from jlora.disk._small import parse_json
+from jlora.errors import DataError, shortened
 
 _MOST_HEADER = 100_000_000
 _MOST_AXES = 64

@@ -1,6 +1,5 @@
 """Adapters and their configuration out of a folder."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +9,13 @@ import jax
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
-from jlora.disk import CONFIG, TENSORS, TensorFile, shortened
-from jlora.errors import DataError, JloraError
+from jlora.disk import CONFIG, TENSORS, TensorFile, parse_json_value
+from jlora.errors import DataError, JloraError, shortened
 from jlora.paths import path_string
 from jlora.storage._checks import check_fit, not_finite
 from jlora.storage._folder import check_seal, opened_folder
 from jlora.storage._report import LoadReport, compare
-from jlora.storage._structure import Entries, is_name_of, listed, put_together
+from jlora.storage._structure import MOST_LEVELS, Entries, is_name_of, listed, put_together
 
 
 class _Stored(NamedTuple):
@@ -140,8 +139,8 @@ def _metadata(folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _structure(file: TensorFile) -> Any:
     try:
-        return json.loads(file.metadata["structure"])
-    except (KeyError, ValueError, RecursionError):
+        return parse_json_value(file.metadata["structure"].encode("utf-8"), levels=4 * MOST_LEVELS)
+    except (KeyError, ValueError):
         raise DataError(f"{file.path}: its structure is missing, or no JSON") from None
 
 

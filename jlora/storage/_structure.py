@@ -16,8 +16,7 @@ import jax
 from jax.tree_util import DictKey, SequenceKey
 
 from jlora.adapter import is_update
-from jlora.disk import shortened
-from jlora.errors import AdapterError, DataError
+from jlora.errors import AdapterError, DataError, shortened
 from jlora.paths import path_string
 
 Keys = tuple[Any, ...]

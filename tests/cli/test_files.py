@@ -235,7 +235,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(folder, rng):
     command = [sys.executable, "-c", "import sys; from jlora.cli import main; sys.exit(main())"]
     command += ["merge", "large", "wide", "--out", "merged", "--keep-residual"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while not Path(".merged.partial/jlora_residual").exists() and process.poll() is None:
+        while not list(Path().glob(".merged.*.jlora/new/jlora_residual")) and process.poll() is None:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
         _, err = process.communicate()

@@ -292,9 +292,9 @@ def test_unclear_mappings(tmp_path: Path, rng: Rng) -> None:
     with pytest.raises(jlora.DataError, match=r"a.weight: 2 rows map it: \{x\}.weight, a.weight"):
         read_peft(folder, (Row("{x}.weight", "{x}"), Row("a.weight", "other")))
     with pytest.raises(jlora.DataError, match=r"b.weight and a.weight both map to same"):
-        read_peft(folder, (Row("{x}.weight", "same"),))
+        read_peft(folder, (Row("a.weight", "same"), Row("b.weight", "same")))
     with pytest.raises(jlora.DataError, match=r"b.weight and a.weight both map to same \[1\]"):
-        read_peft(folder, (Row("{x}.weight", "same", stack=((1, 2),)),))
+        read_peft(folder, tuple(Row(f"{name}.weight", "same", stack=((1, 2),)) for name in "ab"))
     with pytest.raises(jlora.DataError, match="x/y: x is a leaf and a module at once"):
         read_peft(folder, (Row("a.weight", "x"), Row("b.weight", "x/y")))
     adapters, config = read_peft(folder)
@@ -324,20 +324,49 @@ def test_one_path_is_no_stack_and_a_weight(tmp_path: Path, rng: Rng) -> None:
     ("row", "message"),
     [
         (Row("q.weight", "q", (0, 1, 2)), r"transpose \(0, 1, 2\) of the row q.weight does not fit a weight of 2 axes"),
-        (Row("q.weight", "q", (0, 0)), r"transpose \(0, 0\)"),
         (
             Row("q.weight", "q", reshape=(7, -1)),
             r"reshape \(7, -1\) of the row q.weight does not fit a weight \(6, 10\)",
         ),
         (Row("q.weight", "q", reshape=(4, 15)), r"reshape \(4, 15\)"),
         (Row("q.weight", "q", reshape=(60,)), r"reshape \(60,\)"),
-        (Row("q.weight", "q", reshape=(-1, -1)), r"reshape \(-1, -1\)"),
-        (Row("q.weight", "q", reshape=(0, -1)), r"reshape \(0, -1\)"),
     ],
 )
 def test_rows_that_do_not_fit(row: Row, message: str, tmp_path: Path, rng: Rng) -> None:
     with pytest.raises(jlora.DataError, match=f"q.weight: {message}"):
         read_peft(write_folder(tmp_path / "a", pair(rng, "q", 6, 10)), (row,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"transpose": (0, 0)}, r"transpose = \(0, 0\): wanted the axes 0, 1, \.\.\., each once"),
+        ({"transpose": 3}, "transpose = 3: wanted whole numbers"),
+        ({"transpose": (0, True)}, "wanted whole numbers"),
+        ({"reshape": (-1, -1)}, r"reshape = \(-1, -1\): wanted sizes of at least 1, of which one may be -1"),
+        ({"reshape": (0, -1)}, r"reshape = \(0, -1\)"),
+        ({"reshape": (10**5000,)}, "reshape = tuple: wanted whole numbers"),
+        ({"name": 3}, "wanted a name and a path, which are strings"),
+        ({"name": ""}, "wanted a name and a path"),
+        ({"name": "x" * 2000}, "a name and a path of more than 1,000 characters"),
+        ({"name": "l.{1}.q"}, r"\{1\} is no name of a placeholder"),
+        ({"name": "{x/}"}, r"\{x/\} stands in the name: it is for paths"),
+        ({"name": "l.{i}.q"}, "name and path have other placeholders"),
+        ({"path": "l/{i}/q"}, "name and path have other placeholders"),
+        ({"name": "{i}.q", "path": "{i*}/q"}, "one segment here and for several there"),
+        ({"name": "{a*}.{b*}.{c*}.{d*}", "path": "{a*}{b*}{c*}{d*}"}, "more than 3 placeholders for any number"),
+        ({"stack": 3}, "stack = 3: wanted pairs"),
+        ({"stack": ((0, 1, 2),)}, "wanted pairs of a place and the number of places"),
+        ({"stack": (("{e}", 3),)}, r"stack: '\{e\}' is no placeholder of the name for one segment"),
+        ({"stack": ((3, 2),)}, "a place is a placeholder, or a number below that of the places"),
+        ({"stack": ((0, 10**9),)}, "wanted 1 to 100,000 places"),
+        ({"stack": ((0, 1000), (0, 1000))}, "wanted 100,000 places at most"),
+        ({"name": "l.{e}.q", "path": "l/{e}", "stack": (("{e}", 3),)}, "stands there once, and not in the path"),
+    ],
+)
+def test_rows_that_are_none(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(jlora.DataError, match=f"^row .*{message}"):
+        Row(**{"name": "q.weight", "path": "q"} | fields)
 
 
 def test_axes_of_size_one_may_be_put_anywhere(tmp_path: Path, rng: Rng) -> None:

@@ -313,7 +313,7 @@ CONFIGS = {
     "NaN": ('"alpha": 3.0', '"alpha": NaN', "not valid JSON: NaN is no JSON number"),
     "infinite": ('"alpha": 3.0', '"alpha": 1e999', "alpha = inf: wanted a finite number"),
     "digits": ('"alpha": 3.0', '"alpha": ' + "9" * 5000, "not valid JSON: Exceeds the limit"),
-    "huge": ('"alpha": 3.0', '"alpha": 1' + "0" * 400, "alpha = 10{400}: wanted a finite number"),
+    "huge": ('"alpha": 3.0', '"alpha": 1' + "0" * 400, "alpha = 10{199}\\.\\.\\.: wanted a finite number"),
     "a string": ('"alpha": 3.0', '"alpha": "3"', "alpha = '3': wanted a finite number"),
     "unknown": ('"alpha": 3.0', '"alpha": 3, "alhpa": 3', "unknown key 'alhpa'"),
     "twice": ('"alpha": 3.0', '"alpha": 3, "alpha": 4', "key 'alpha' stands twice"),

@@ -1,7 +1,7 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from jlora.interop.peft._keys import names_embedding
-from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name
+from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
 from jlora.interop.peft._read import is_peft_folder, read_peft, read_peft_arrays
 from jlora.interop.peft._write import write_peft
 
@@ -15,5 +15,6 @@ __all__ = [
     "paths_of_name",
     "read_peft",
     "read_peft_arrays",
+    "read_rows",
     "write_peft",
 ]

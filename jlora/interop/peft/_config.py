@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jlora.config import LoraConfig
-from jlora.disk import shortened
-from jlora.errors import ConfigError, DataError
+from jlora.disk import parse_json
+from jlora.errors import ConfigError, DataError, shortened
 from jlora.interop.peft._patterns import compiled
 
 EXTRA = "peft"
@@ -52,14 +52,15 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
     if "peft_type" not in data:
         raise DataError("no folder of PEFT's, which names its peft_type; jlora's own are read by load_adapters")
     if kind != "LORA":
-        raise DataError(f"peft_type {kind!r}: jlora reads LORA")
+        raise DataError(f"peft_type {shortened(kind)}: jlora reads LORA")
     for key, name in _VARIANTS.items():
         if data.get(key):
-            raise DataError(f"{key} = {data[key]!r}: {name} is a variant that A and B alone do not represent")
+            found = shortened(data[key])
+            raise DataError(f"{key} = {found}: {name} is a variant that A and B alone do not represent")
     init = data.get("init_lora_weights", True)
     if not any(init is known or (isinstance(known, str) and init == known) for known in _PORTABLE_INITS):
         raise DataError(
-            f"init_lora_weights = {init!r} changes the base, so that the adapter alone is not portable; in PEFT, "
+            f"init_lora_weights = {shortened(init)} changes the base, so that the adapter alone is not portable; in PEFT, "
             "save_pretrained(path_initial_model_for_weight_conversion=...) writes it as a plain LoRA"
         )
     for key in ("lora_alpha", "lora_dropout"):
@@ -73,7 +74,7 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
             raise DataError(f"{key} = {shortened(pattern)}: wanted a mapping from patterns to numbers")
     targets = data.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise DataError(f"target_parameters = {targets!r}: wanted a list of names")
+        raise DataError(f"target_parameters = {shortened(targets)}: wanted a list of names")
 
 
 def _is_number(value: Any) -> bool:
@@ -112,7 +113,7 @@ def extras_of(config: LoraConfig) -> dict[str, Any]:
     if text is None:
         return {"config": None, "kinds": {}}
     try:
-        data = json.loads(text)
+        data = parse_json(text.encode("utf-8"))
         return {"config": dict(data["config"]), "kinds": dict(data["kinds"])}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"extras[{EXTRA!r}] is not what jlora.interop.peft keeps there; take it out") from None

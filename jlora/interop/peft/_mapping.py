@@ -1,14 +1,20 @@
 """How the names of a Hugging Face model meet the paths of a params tree: one table, read both ways."""
 
 import dataclasses
+import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from jlora.errors import DataError
+from jlora.config import read_mapping
+from jlora.errors import DataError, shortened
 from jlora.paths import nearest
 
 _MOST_SHOWN = 12
+_MOST_CHARACTERS, _MOST_PLACES, _MOST_SPANS = 1000, 100_000, 3
 _PLACEHOLDER = re.compile(r"\{(\w+)([*/]?)\}")
 
 
@@ -35,8 +41,90 @@ class Row:
     reshape: tuple[int, ...] | None = None
     stack: tuple[tuple[str | int, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        if problem := _problem(self):
+            raise DataError(f"row {shortened(self.name)} -> {shortened(self.path)}: {problem}")
+
 
 Mapping = Sequence[Row]
+
+
+def _problem(row: Row) -> str | None:
+    """What keeps a row from being read both ways."""
+    if not all(isinstance(text, str) and text for text in (row.name, row.path)):
+        return "wanted a name and a path, which are strings"
+    if len(row.name) + len(row.path) > _MOST_CHARACTERS:
+        return f"a name and a path of more than {_MOST_CHARACTERS:,} characters"
+    for field, least in (("transpose", 0), ("reshape", -1)):
+        numbers = getattr(row, field)
+        if numbers is not None and not _whole_numbers(numbers, least):
+            return f"{field} = {shortened(numbers)}: wanted whole numbers"
+    if row.transpose is not None and sorted(row.transpose) != list(range(len(row.transpose))):
+        return f"transpose = {shortened(row.transpose)}: wanted the axes 0, 1, ..., each once"
+    if row.reshape is not None and (row.reshape.count(-1) > 1 or 0 in row.reshape):
+        return f"reshape = {shortened(row.reshape)}: wanted sizes of at least 1, of which one may be -1"
+    if not isinstance(row.stack, tuple) or not all(isinstance(s, tuple) and len(s) == 2 for s in row.stack):
+        return f"stack = {shortened(row.stack)}: wanted pairs of a place and the number of places"
+    return _placeholder_problem(row)
+
+
+def _placeholder_problem(row: Row) -> str | None:
+    in_name, in_path = (dict(_PLACEHOLDER.findall(text)) for text in (row.name, row.path))
+    if odd := [name for name in (*in_name, *in_path) if not name.isidentifier()]:
+        return f"{{{odd[0]}}} is no name of a placeholder"
+    if slashed := [name for name, kind in in_name.items() if kind == "/"]:
+        return f"{{{slashed[0]}/}} stands in the name: it is for paths"
+    stacked = [place[1:-1] for place, _ in row.stack if isinstance(place, str)]
+    for place, count in row.stack:
+        inner = place[1:-1] if isinstance(place, str) else place
+        if not _whole_numbers((count,), 1) or count > _MOST_PLACES:
+            return f"stack = {shortened(row.stack)}: wanted 1 to {_MOST_PLACES:,} places"
+        if isinstance(place, str) and (f"{{{inner}}}" != place or in_name.get(str(inner)) != ""):
+            return f"stack: {shortened(place)} is no placeholder of the name for one segment"
+        if not isinstance(place, str) and not (_whole_numbers((place,), 0) and place < count):
+            return f"stack = {shortened(row.stack)}: a place is a placeholder, or a number below that of the places"
+    if math.prod(count for _, count in row.stack) > _MOST_PLACES:
+        return f"stack = {shortened(row.stack)}: wanted {_MOST_PLACES:,} places at most"
+    if len(set(stacked)) < len(stacked) or in_path.keys() & set(stacked):
+        return f"stack = {shortened(row.stack)}: a placeholder of a stack stands there once, and not in the path"
+    if in_name.keys() - set(stacked) != in_path.keys():
+        return "name and path have other placeholders; each stands in both, or in the stack"
+    if any((kind == "") != (in_path.get(name, "") == "") for name, kind in in_name.items()):
+        return "a placeholder stands for one segment here and for several there"
+    if sum(kind != "" for kind in in_name.values()) > _MOST_SPANS:
+        return f"more than {_MOST_SPANS} placeholders for any number of segments"
+    return None
+
+
+def _whole_numbers(found: Any, least: int) -> bool:
+    return isinstance(found, tuple) and all(type(number) is int and least <= number < 2**31 for number in found)
+
+
+def read_rows(path: str | Path) -> tuple[Row, ...]:
+    """The mapping in a TOML or JSON file, a table [[row]] for each row.
+
+    Raises:
+      ConfigError, DataError: a file that cannot be read, or does not hold rows; the message names the row.
+    """
+    tables = read_mapping(path).get("row")
+    if not isinstance(tables, list) or not tables:
+        raise DataError(f"{path}: wanted tables [[row]] with name and path")
+    known = tuple(field.name for field in dataclasses.fields(Row))
+    rows = []
+    for number, table in enumerate(tables, 1):
+        if not isinstance(table, dict) or not {"name", "path"} <= table.keys() <= set(known):
+            wanted = f"wanted name, path, and of {', '.join(sorted(known))} what it needs"
+            raise DataError(f"{path}: row {number}: {wanted}")
+        try:
+            rows.append(Row(**{key: _frozen(value) for key, value in table.items()}))
+        except DataError as error:
+            raise DataError(f"{path}: row {number}: {error}") from None
+    return tuple(rows)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
 
 FLAT: Mapping = (Row("{name*}", "{name*}"),)
 """A state dict as it is loaded: `{"model.layers.0.mlp.up_proj.weight": array}`."""
@@ -102,7 +190,7 @@ def places_of_paths(mapping: Mapping, paths: Iterable[str]) -> dict[str, list[Pl
 
 
 def _by_name(row: Row, name: str) -> Iterator[Place]:
-    match = re.fullmatch(_regex(row.name, "."), name)
+    match = _regex(row.name, ".").fullmatch(name)
     if match:
         values = match.groupdict()
         index = tuple(_index(place, values) for place, _ in row.stack)
@@ -111,7 +199,7 @@ def _by_name(row: Row, name: str) -> Iterator[Place]:
 
 
 def _by_path(row: Row, path: str) -> Iterator[Place]:
-    match = re.fullmatch(_regex(row.path, "/"), path)
+    match = _regex(row.path, "/").fullmatch(path)
     if match:
         slashed = {name for name, kind in _PLACEHOLDER.findall(row.path) if kind == "/"}
         values = {
@@ -123,7 +211,8 @@ def _by_path(row: Row, path: str) -> Iterator[Place]:
             yield Place(_filled(row.name, values | chosen), path, row, index)
 
 
-def _regex(template: str, separator: str) -> str:
+@functools.lru_cache(4096)
+def _regex(template: str, separator: str) -> re.Pattern[str]:
     parts, seen, position = [], set(), 0
     for match in _PLACEHOLDER.finditer(template):
         name, kind = match.groups()
@@ -134,7 +223,7 @@ def _regex(template: str, separator: str) -> str:
         ]
         seen.add(name)
         position = match.end()
-    return "".join([*parts, re.escape(template[position:])])
+    return re.compile("".join([*parts, re.escape(template[position:])]))
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
@@ -170,12 +259,11 @@ def _differing_stacks(found: dict[str, list[Place]]) -> list[str]:
 
 def _unclear(found: dict[str, list[Place]], what: str, rows: list[str]) -> list[str]:
     """A problem for each name or path that not exactly one row maps."""
-    problems = []
+    problems: list[str] = []
     for key, places in found.items():
         if not places:
-            problems.append(
-                f"{key}: no row of the mapping has this {what}; nearest rows: {', '.join(nearest(key, rows))}"
-            )
+            near = ", ".join(nearest(key, rows)) if len(problems) < _MOST_SHOWN else "not sought"
+            problems.append(f"{key}: no row of the mapping has this {what}; nearest rows: {near}")
         elif len(places) > 1:
             problems.append(f"{key}: {len(places)} rows map it: {', '.join(place.row.name for place in places)}")
     return problems

@@ -5,8 +5,7 @@ import re
 import warnings
 from typing import Any
 
-from jlora.disk import shortened
-from jlora.errors import DataError
+from jlora.errors import DataError, shortened
 
 _MOST_STEPS = 10**8
 
