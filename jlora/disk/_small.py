@@ -51,6 +51,8 @@ def read_json_lines(path: str | Path, most: int = MOST_BYTES) -> list[dict[str, 
     *lines, last = read_bytes(path, most).split(b"\n")
     rows = []
     for number, line in enumerate([*lines, last], 1):
+        if not line.strip():
+            continue
         try:
             rows.append(parse_json(line, constants=True))
         except ValueError as error:

@@ -1,11 +1,13 @@
 """Where the metrics of a run go."""
 
-import contextlib
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from jlora.disk import read_json_lines, write_whole
+from jlora.errors import DataError, shortened
 
 
 @runtime_checkable
@@ -36,9 +38,7 @@ class MetricsLog:
     def __init__(self, path: str | Path, step: int = 0) -> None:
         self.path = Path(path)
         kept = [row for row in self.read_file(path) if row["step"] <= step] if step else []
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
 
     def write(self, row: dict[str, Any]) -> None:
         said = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
@@ -47,9 +47,15 @@ class MetricsLog:
 
     @staticmethod
     def read_file(path: str | Path) -> list[dict[str, Any]]:
-        """The lines of a file; a last one that a killed run left half written is dropped."""
-        rows = []
-        for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        """The rows in a file, none where there is no file; a last one that a killed run left half written is dropped.
+
+        Raises:
+          DataError: a file that cannot be read, or a line that is no row; the message says which.
+        """
+        if not os.path.lexists(path):
+            return []
+        rows = read_json_lines(path)
+        for number, row in enumerate(rows, 1):
+            if type(row.get("step")) is not int or not all(type(value) in (int, float) for value in row.values()):
+                raise DataError(f"{path}: row {number}: found {shortened(row)}, wanted a step and numbers")
         return rows

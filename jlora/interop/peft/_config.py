@@ -60,8 +60,8 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
     init = data.get("init_lora_weights", True)
     if not any(init is known or (isinstance(known, str) and init == known) for known in _PORTABLE_INITS):
         raise DataError(
-            f"init_lora_weights = {shortened(init)} changes the base, so that the adapter alone is not portable; in PEFT, "
-            "save_pretrained(path_initial_model_for_weight_conversion=...) writes it as a plain LoRA"
+            f"init_lora_weights = {shortened(init)} changes the base, so that the adapter alone is not portable; in "
+            "PEFT, save_pretrained(path_initial_model_for_weight_conversion=...) writes it as a plain LoRA"
         )
     for key in ("lora_alpha", "lora_dropout"):
         if not _is_number(data.get(key, 0)):
