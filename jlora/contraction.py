@@ -82,6 +82,12 @@ class Factorization:
         order = [*self.axes("b"), *self.axes("o")]
         return array.transpose([order.index(axis) for axis in sorted(order)])
 
+    @property
+    def adapter_axes(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """The axes of the weight that the axes of A and of B are; None for the rank."""
+        batch, ins, outs = (self.axes(role) for role in "bio")
+        return (*batch, *ins, None), (*batch, None, *outs)
+
     def max_rank(self, shape: Sequence[int]) -> int:
         """The smaller side of the matrix that the weight is, beyond which a rank has no use."""
         return min(math.prod(self.sizes(shape, "i")), math.prod(self.sizes(shape, "o")))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jlora.boxes import is_box, unboxed
 from jlora.errors import TargetError
 
 __all__ = [
@@ -38,17 +39,21 @@ def path_number(path: str) -> int:
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a pytree by their path, in the order of the tree.
+    """The leaves of a pytree by their path, in the order of the tree; of a box, as `nn.Partitioned`, what lies in it.
 
     Raises:
       TargetError: two leaves have the same path, as `{'a/b': x, 'a': {'b': y}}`.
     """
     leaves: dict[str, Any] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+
+    def stop(node: Any) -> bool:
+        return is_box(node) or (is_leaf is not None and is_leaf(node))
+
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
         path = path_string(key_path)
         if path in leaves:
             raise TargetError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
-        leaves[path] = leaf
+        leaves[path] = unboxed(leaf)
     return leaves
 
 

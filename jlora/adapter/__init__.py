@@ -13,13 +13,23 @@ from jlora.adapter._functions import (
     unmerge_lora_weight,
 )
 from jlora.adapter._layer import LoRALayer
-from jlora.adapter._update import PARTS, apply_update, check_update, is_reversible, is_update, undo_update
+from jlora.adapter._update import (
+    PARTS,
+    apply_update,
+    boxed_update,
+    check_update,
+    is_reversible,
+    is_update,
+    part_axes,
+    undo_update,
+)
 
 __all__ = [
     "PARTS",
     "Adapter",
     "LoRALayer",
     "apply_update",
+    "boxed_update",
     "check_update",
     "draw_a",
     "init_lora_adapter",
@@ -30,6 +40,7 @@ __all__ = [
     "lora_linear",
     "lora_singular_values",
     "merge_lora_weight",
+    "part_axes",
     "tree_lora_delta",
     "undo_update",
     "unmerge_lora_weight",

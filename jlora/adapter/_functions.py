@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.boxes import unboxed
 from jlora.contraction import (
     Factorization,
     common_dtype,
@@ -27,7 +28,11 @@ Adapter = Mapping[str, chex.Array]
 
 def is_adapter(node: Any) -> TypeGuard[Adapter]:
     """Whether a node of a pytree is an adapter: a mapping of exactly the arrays `A` and `B`."""
-    return isinstance(node, Mapping) and set(node) == {"A", "B"} and all(hasattr(node[name], "ndim") for name in "AB")
+    return (
+        isinstance(node, Mapping)
+        and set(node) == {"A", "B"}
+        and all(hasattr(unboxed(node[name]), "ndim") for name in "AB")
+    )
 
 
 def _gaussian(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any, fan_in: int, std: float) -> jax.Array:
@@ -292,6 +297,7 @@ def _parts(adapter: Any) -> tuple[jax.Array, jax.Array]:
     if not isinstance(adapter, Mapping) or set(adapter) != {"A", "B"}:
         found = f"a mapping of {sorted(map(str, adapter))}" if isinstance(adapter, Mapping) else type(adapter).__name__
         raise AdapterError(f"found {found}: wanted an adapter, {{'A': (in, r), 'B': (r, out)}}")
+    adapter = unboxed(adapter)
     return jnp.asarray(adapter["A"]), jnp.asarray(adapter["B"])
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.adapter._functions import merge_lora_weight, unmerge_lora_weight
+from jlora.boxes import box_named, unboxed
 from jlora.contraction import Factorization, common_dtype
 from jlora.errors import AdapterError
 
@@ -30,8 +31,24 @@ def is_update(node: Any) -> TypeGuard[Mapping[str, Any]]:
         and bool(node)
         and set(node) <= set(PARTS)
         and ("A" in node) == ("B" in node) >= ("magnitude" in node)
-        and all(hasattr(part, "ndim") for part in node.values())
+        and all(hasattr(unboxed(part), "ndim") for part in node.values())
     )
+
+
+def boxed_update(weight: Any, update: Mapping[str, Any], factorization: Factorization | None) -> dict[str, Any]:
+    """The entry of a weight in a box with its parts in such boxes, which name the axes that they have of the weight."""
+    axes = part_axes(unboxed(weight).ndim, factorization)
+    return {name: box_named(weight, part, axes[name]) for name, part in update.items()}
+
+
+def part_axes(ndim: int, factorization: Factorization | None) -> dict[str, tuple[int | None, ...]]:
+    """The axes of a weight of `ndim` axes that the axes of each part are; None for the rank."""
+    every = tuple(range(ndim))
+    if factorization is None:
+        return {"value": every, "offset": every}
+    a_axes, b_axes = factorization.adapter_axes
+    magnitude = tuple(axis for axis in b_axes if axis is not None)
+    return {"value": every, "offset": every, "A": a_axes, "B": b_axes, "magnitude": magnitude}
 
 
 def check_update(shape: tuple[int, ...], update: Mapping[str, Any], factorization: Factorization | None) -> None:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,8 +16,8 @@ from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError, ConfigError
 from jlora.fields import number, refusal, whole
-from jlora.paths import format_nearest, leaves_by_path, path_number, path_string
-from jlora.tree import find_targets
+from jlora.paths import format_nearest, leaves_by_path, path_number
+from jlora.tree import find_targets, in_structure
 from jlora.tree._targets import raise_all
 
 
@@ -124,8 +123,8 @@ def extract(
         tuple(path for path in targets if path not in adapters),
         tuple(path for path, is_changed in changed.items() if is_changed and path not in adapters),
     )
-    tree = jax.tree_util.tree_map_with_path(lambda key_path, _: adapters.get(path_string(key_path)), base)
-    return tree, unit_config(config, ranks, roles), report
+    own = unit_config(config, ranks, roles)
+    return in_structure(base, adapters, own), own, report
 
 
 def _energy(energy: Any) -> float | None:

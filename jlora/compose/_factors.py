@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapter import is_adapter
+from jlora.boxes import unboxed
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, split_batch_axes
 from jlora.errors import AdapterError, JloraError, TargetError
@@ -65,7 +66,7 @@ def read_factors(adapters: Any, config: LoraConfig, where: str = "") -> dict[str
     """
     found: dict[str, Factors] = {}
     problems: list[str] = []
-    for path, node in leaves_by_path(adapters, is_leaf=_is_node).items():
+    for path, node in leaves_by_path(unboxed(adapters), is_leaf=_is_node).items():
         try:
             found[path] = _read(path, node, config)
         except JloraError as error:

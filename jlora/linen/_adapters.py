@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jlora.adapter import PARTS, draw_a
+from jlora.boxes import box_named, is_box
 from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product, scaled
 from jlora.errors import AdapterError
 from jlora.fields import number, whole
@@ -42,6 +43,7 @@ class LoRAAdapter(nn.Module):
       param_dtype: of A and B.
       precision: of the products.
       a_init, b_init: Flax initializers of A and B. `None` for A is `AInit()`.
+      box: a box of Flax's (`nn.Partitioned`) as the weight has it, whose names of axes A and B take over.
     """
 
     rank: int
@@ -53,6 +55,7 @@ class LoRAAdapter(nn.Module):
     precision: Any = None
     a_init: Initializer | None = None
     b_init: Initializer = nn.initializers.zeros_init()
+    box: Any = None
 
     def _adapter(self, factorization: Factorization, shape: Sequence[int]) -> tuple[chex.Array, chex.Array]:
         """A and B of a weight of this shape."""
@@ -69,9 +72,19 @@ class LoRAAdapter(nn.Module):
         a_init = self.a_init or AInit()
         if isinstance(a_init, AInit):
             a_init = dataclasses.replace(a_init, batch_dims=factorization.roles.count("b"))
-        a = self.param("A", a_init, a_shape, self.param_dtype)
-        b = self.param("B", self.b_init, b_shape, self.param_dtype)
+        a_axes, b_axes = factorization.adapter_axes
+        a = self.param("A", self._boxed(a_init, a_axes), a_shape, self.param_dtype)
+        b = self.param("B", self._boxed(self.b_init, b_axes), b_shape, self.param_dtype)
         return a, b
+
+    def _boxed(self, init: Initializer, axes: Sequence[int | None]) -> Initializer:
+        """The initializer with what it gives in a box that names its axes, where it is in none and the weight is."""
+
+        def boxed(*args: Any) -> Any:
+            value = init(*args)
+            return value if is_box(value) else box_named(self.box, value, axes)
+
+        return boxed if is_box(self.box) else init
 
     def _error(self, message: str) -> AdapterError:
         where = "/".join(self.path)

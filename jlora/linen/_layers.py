@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import chex
 import flax.linen as nn
 
+from jlora.boxes import box_like, is_box
 from jlora.config import adapter_dtype
 from jlora.errors import AdapterError
 from jlora.linen._adapters import (
@@ -54,9 +55,11 @@ def adapter_of(layer: nn.Module, rank: int, *, parent: Any = None, **options: An
 
 
 def bound_adapter(layer: nn.Module, rank: int, **options: Any) -> LoRAAdapter:
-    """The adapter of a layer, in the scope `lora` of the layer's scope."""
+    """The adapter of a layer, in the scope `lora` of the layer's scope; the layer has been called."""
     assert layer.scope is not None
-    return adapter_of(layer, rank, parent=layer.scope.push("lora", reuse=True), **options)
+    weight = layer.scope.get_variable("params", weight_name(layer))
+    box = box_like(weight, None) if is_box(weight) else None
+    return adapter_of(layer, rank, parent=layer.scope.push("lora", reuse=True), box=box, **options)
 
 
 class LoRALinenLayer(InPlace):

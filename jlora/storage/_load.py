@@ -11,11 +11,11 @@ from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, TENSORS, TensorFile, parse_json_value
 from jlora.errors import DataError, JloraError, shortened
-from jlora.paths import path_string
 from jlora.storage._checks import check_fit, not_finite
 from jlora.storage._folder import check_seal, opened_folder
 from jlora.storage._report import LoadReport, compare
 from jlora.storage._structure import MOST_LEVELS, Entries, is_name_of, listed, put_together
+from jlora.tree import in_structure
 
 
 class _Stored(NamedTuple):
@@ -81,7 +81,8 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
         report = compare(stored.entries, stored.config, params)
         if strict and not report.fits:
             raise DataError(f"{folder}: {report}")
-        adapters = _in_structure(params, stored.entries, report)
+        updates = dict(stored.entries.values())
+        adapters = in_structure(params, {path: updates[path] for path in report.matched}, stored.config)
     placed = _placed(folder, adapters, sharding)
     return (placed, stored.config) if strict else (placed, stored.config, report)
 
@@ -189,16 +190,6 @@ def _check_paths_once(folder: Path, entries: Entries) -> None:
     path, count = Counter(path for path, _ in entries.values()).most_common(1)[0]
     if count > 1:
         raise DataError(f"{folder}: {count} adapters have the path {path!r}: load without params")
-
-
-def _in_structure(params: Any, entries: Entries, report: LoadReport) -> Any:
-    updates, matched = dict(entries.values()), frozenset(report.matched)
-
-    def at(key_path: Any, _: Any) -> Any:
-        path = path_string(key_path)
-        return updates[path] if path in matched else None
-
-    return jax.tree_util.tree_map_with_path(at, params)
 
 
 def _placed(folder: Path, adapters: Any, sharding: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 from jax.tree_util import DictKey, SequenceKey
 
 from jlora.adapter import is_update
+from jlora.boxes import unboxed
 from jlora.errors import AdapterError, DataError, shortened
 from jlora.paths import path_string
 
@@ -39,7 +40,7 @@ def take_apart(adapters: Any) -> tuple[Any, Entries]:
         if node is None:
             return None
         if is_update(node):
-            return _enter(entries, path_string(keys), node)
+            return _enter(entries, path_string(keys), unboxed(node))
         children = _children(node)
         problem = f"found {type(node).__name__}, wanted an adapter {{'A', 'B'}} or None" if children is None else None
         if len(keys) == MOST_LEVELS:

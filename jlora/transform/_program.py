@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora.boxes import box_like, is_box, unboxed
 from jlora.paths import path_string
 from jlora.transform._liveness import live_inputs
 from jlora.transform._run import Run
@@ -24,14 +25,15 @@ class Program:
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> None:
-        leaves, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
+        boxed, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs), is_leaf=is_box)
         treedef: Any = tree
+        leaves = [(key_path, unboxed(leaf)) for key_path, leaf in boxed]
         traced = [number for number, (_, leaf) in enumerate(leaves) if is_array(leaf)]
 
         def flat(*arrays: Any) -> list[Any]:
-            values = [leaf for _, leaf in leaves]
+            values = [leaf for _, leaf in boxed]
             for number, array in zip(traced, arrays, strict=True):
-                values[number] = array
+                values[number] = box_like(values[number], array)
             own_params, own_args, own_kwargs = treedef.unflatten(values)
             outputs, out_tree = jax.tree.flatten(fn(own_params, *own_args, **own_kwargs))
             self._out_tree: Any = out_tree

@@ -1,6 +1,6 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
-from jlora.tree._params import init_lora, merge_params, settle_params, unmerge_params
+from jlora.tree._params import in_structure, init_lora, merge_params, settle_params, unmerge_params
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
     LeftOut,
@@ -29,6 +29,7 @@ __all__ = [
     "combine_params",
     "count_params",
     "find_targets",
+    "in_structure",
     "init_lora",
     "is_floating",
     "is_targeted",

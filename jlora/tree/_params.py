@@ -6,12 +6,21 @@ from typing import Any
 import chex
 import jax
 
-from jlora.adapter import apply_update, init_lora_adapter, is_adapter, is_reversible, is_update, undo_update
+from jlora.adapter import (
+    apply_update,
+    boxed_update,
+    init_lora_adapter,
+    is_adapter,
+    is_reversible,
+    is_update,
+    undo_update,
+)
+from jlora.boxes import box_like, is_box, unboxed
 from jlora.config import LoraConfig, adapter_dtype
 from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
-from jlora.tree._targets import adapted_targets, check_floating, survey
+from jlora.tree._targets import adapted_target, adapted_targets, check_floating, shapes_by_path, survey
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
@@ -20,7 +29,8 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
     Args:
       key: PRNG key; `None` for `jax.random.key(config.seed)`. Each adapter's key is derived from it and the path,
         so that another target does not change the others.
-      params: a pytree of arrays or of `jax.ShapeDtypeStruct`: dicts, lists, FrozenDicts, dataclasses.
+      params: a pytree of arrays or of `jax.ShapeDtypeStruct`: dicts, lists, FrozenDicts, dataclasses. Of weights in
+        boxes (`nn.Partitioned`) A and B come in boxes, with the weights' names of their axes and None for the rank.
       config: what is adapted and how.
       strict: whether a weight that a pattern spans and that cannot be adapted is an error; else it is left out, and
         `summary` says why.
@@ -43,17 +53,34 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
         target = targets.get(path)
         if target is None:
             return None
-        return init_lora_adapter(
+        array = unboxed(weight)
+        adapter = init_lora_adapter(
             jax.random.fold_in(root, path_number(path)),
-            weight,
+            array,
             target.rank,
             init_std=config.init_std,
-            dtype=adapter_dtype(weight.dtype, config.dtype),
+            dtype=adapter_dtype(array.dtype, config.dtype),
             factorization=target.factorization,
             init=config.init,
         )
+        return boxed_update(weight, adapter, target.factorization)
 
-    return jax.tree_util.tree_map_with_path(adapter_at, params)
+    return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=is_box)
+
+
+def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) -> Any:
+    """Entries of the adapters, by path, in the structure of params, `None` elsewhere; in boxes as their weights."""
+    shapes = shapes_by_path(params)
+
+    def entry_at(key_path: Any, weight: Any) -> Any:
+        path = path_string(key_path)
+        entry = entries.get(path)
+        if entry is None or not is_box(weight):
+            return entry
+        split = adapted_target(path, shapes, entry, config).factorization if "A" in entry else None
+        return boxed_update(weight, entry, split)
+
+    return jax.tree_util.tree_map_with_path(entry_at, params, is_leaf=is_box)
 
 
 def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:
@@ -146,11 +173,12 @@ def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., An
         target = targets.get(path)
         scaling = config.effective_alpha_of(path) / config.rank_of(path)
         try:
-            return fold(path, weight, updates[path], scaling, None if target is None else target.factorization)
+            result = fold(path, unboxed(weight), updates[path], scaling, target and target.factorization)
         except (AdapterError, DataError) as error:
             raise TargetError(f"{path}: {error}") from None
+        return box_like(weight, result)
 
-    return jax.tree_util.tree_map_with_path(folded, params)
+    return jax.tree_util.tree_map_with_path(folded, params, is_leaf=is_box)
 
 
 def _concrete(array: Any) -> Any:

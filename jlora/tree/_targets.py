@@ -84,7 +84,7 @@ def survey(
     """
     check_config(config)
     leaves = leaves_by_path(params)
-    shapes = _shapes(params)
+    shapes = shapes_by_path(params)
     targets: dict[str, Target] = {}
     left_out: dict[str, LeftOut] = {}
     failed: dict[str, str] = {}
@@ -129,7 +129,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
         there is no adapter.
     """
     check_config(config)
-    shapes = _shapes(params)
+    shapes = shapes_by_path(params)
     problems: list[str] = []
     targets: dict[str, Target] = {}
     updates = leaves_by_path(adapters, is_leaf=is_update)
@@ -144,7 +144,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
         else:
             try:
                 if "A" in update:
-                    targets[path] = _adapted(path, shapes, update, config)
+                    targets[path] = adapted_target(path, shapes, update, config)
                 check_update(shapes[path], update, targets[path].factorization if "A" in update else None)
             except JloraError as error:
                 problems.append(f"{path}: {error}")
@@ -160,7 +160,7 @@ def check_config(config: Any) -> None:
         )
 
 
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+def shapes_by_path(params: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the leaves by path; () for what is no array, such as the functions in an Equinox module."""
     return {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_by_path(params).items()}
 
@@ -258,7 +258,7 @@ def _is_weight(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return True
 
 
-def _adapted(
+def adapted_target(
     path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, Any], config: LoraConfig
 ) -> Target:
     shape, a_shape, b_shape = shapes[path], jnp.shape(adapter["A"]), jnp.shape(adapter["B"])
@@ -278,11 +278,11 @@ def _adapted(
 def _unused_at_hand(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:
     """A problem for every pattern without effect on the adapters at hand."""
     unadapted = "without an adapter at hand"
-    problems = list(_unused_patterns(config, list(_shapes(params)), adapted, unadapted))
+    problems = list(_unused_patterns(config, list(shapes_by_path(params)), adapted, unadapted))
     if not problems:
         return problems
     left_out = survey(params, config).left_out
-    return list(_unused_patterns(config, list(_shapes(params)), adapted, unadapted, left_out=left_out))
+    return list(_unused_patterns(config, list(shapes_by_path(params)), adapted, unadapted, left_out=left_out))
 
 
 def _unused_patterns(

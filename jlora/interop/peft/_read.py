@@ -19,8 +19,9 @@ from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_tra
 from jlora.interop.peft._keys import Entry, entries_of
 from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
-from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest, path_string
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest
 from jlora.storage import is_adapters_folder
+from jlora.tree import in_structure
 
 _MOST_SHOWN = 12
 
@@ -66,7 +67,7 @@ def read_peft(
             return nest(adapters), config
         except TargetError as error:
             raise DataError(f"{path}: {error}") from None
-    return jax.tree_util.tree_map_with_path(lambda key_path, _: adapters.get(path_string(key_path)), params), config
+    return in_structure(params, adapters, config), config
 
 
 def read_peft_arrays(
