@@ -1,6 +1,6 @@
 """Training as a library: a jitted step over adapters alone, batches, a loop, metrics and checkpoints."""
 
-from jlora.train._checkpoint import Checkpoints, restore_tree, save_tree
+from jlora.train._checkpoint import Checkpoints
 from jlora.train._data import Batches, Examples, count_examples
 from jlora.train._log import Logger, MetricsLog
 from jlora.train._loop import fit
@@ -27,6 +27,4 @@ __all__ = [
     "fit",
     "init_state",
     "make_train_step",
-    "restore_tree",
-    "save_tree",
 ]

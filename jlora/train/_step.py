@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.fields import number, whole
 from jlora.train._loss import Returned, divided, finished, numerator, read_returned
@@ -50,17 +51,20 @@ def init_state(trained: Any, optimizer: optax.GradientTransformation, model_stat
 
 
 def _ready(state: TrainState) -> TrainState:
-    """The state as a step takes and gives it: no array twice, which cannot be donated, and no weak types.
+    """The state as a step takes and gives it, so that the second step is no other program than the first.
 
-    Optimizers make both (L-BFGS), and a weak type would have the step traced twice.
+    No array stands in it twice, which cannot be donated, and none has a weak type; optimizers make both (L-BFGS).
+    Where what is trained lies on a mesh, steps and counts lie on all of it.
     """
-    seen: set[int] = set()
+    state, seen = jax.tree.map(jnp.asarray, state), set()
+    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(state) if isinstance(leaf.sharding, NamedSharding)}
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
 
     def own(leaf: chex.Array) -> chex.Array:
         if id(leaf) in seen or leaf.weak_type:
             leaf = jnp.array(leaf, leaf.dtype, copy=True)
         seen.add(id(leaf))
-        return leaf
+        return leaf if everywhere is None or leaf.committed else jax.device_put(leaf, everywhere)
 
     return jax.tree.map(own, state)
 

@@ -1,6 +1,7 @@
-"""A training run that is killed at any moment leaves a checkpoint that can be read, and goes on to the same bits."""
+"""A training run that is killed at any call to the system leaves a checkpoint that can be read, and goes on alike."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,22 +18,35 @@ from jlora.train import Batches, Checkpoints, fit, init_state, make_train_step
 
 # Children are forked from a process that has imported JAX and not yet started it.
 CHILDREN = """
-import os, signal, sys, time
+import os, sys
 from pathlib import Path
-from tests.train.test_kill import trained
+from tests.train.test_kill import killed_at, trained
 
 for line in sys.stdin:
-    folder, seconds = line.split()
+    folder, steps, call = line.split()
     child = os.fork()
     if child == 0:
-        trained(Path(folder), 10**6)
-    while not (Path(folder).parent / str(child)).exists():
-        time.sleep(0.005)
-    time.sleep(float(seconds))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    print("killed", flush=True)
+        killed_at(int(call), Path(folder))
+        trained(Path(folder), int(steps))
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
+
+
+def killed_at(call: int, folder: Path) -> None:
+    """From here on this process is killed before its call of this number that changes something in a folder."""
+    calls = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal calls
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (writes or event in CHANGES) and str(folder) in os.fsdecode(str(args[0])):
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def start() -> Any:
@@ -54,22 +68,19 @@ def trained(folder: Path, steps: int) -> Any:
     rng = np.random.default_rng(0)
     batches = Batches({"x": rng.normal(size=(11, 5)), "y": rng.normal(size=(11, 3))}, size=4, seed=0)
     state, params, step = start()
+    quiet = Console(quiet=True)
     with Checkpoints(folder) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
-        quiet, first = Console(quiet=True), int(state.step)
-
-        def batch(number: int) -> Any:
-            if number > first:  # the first checkpoint of this process is written
-                (folder.parent / str(os.getpid())).touch()
-            return batches(number)
-
-        return fit(step, state, params, batch, steps=steps, checkpoints=checkpoints, checkpoint_every=1, console=quiet)
+        return fit(
+            step, state, params, batches, steps=steps, checkpoints=checkpoints, checkpoint_every=1, console=quiet
+        )
 
 
-def test_killed_at_random_moments(tmp_path, rng):
+def test_killed_at_every_call(tmp_path):
     folder = tmp_path / "killed" / "checkpoints"
-    reached, like = [0], start()[0]
+    trained(folder, 2)
+    like, reached, call = start()[0], 2, 0
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with subprocess.Popen(
         [sys.executable, "-c", CHILDREN],
@@ -81,16 +92,21 @@ def test_killed_at_random_moments(tmp_path, rng):
     ) as children:
         assert children.stdin is not None
         assert children.stdout is not None
-        for seconds in rng.uniform(0.0, 0.15, 50):
-            children.stdin.write(f"{folder} {seconds}\n")
+        status = signal.SIGKILL.value
+        while status == signal.SIGKILL:
+            call += 1
+            children.stdin.write(f"{folder} {reached + 1} {call}\n")
             children.stdin.flush()
-            assert children.stdout.readline() == "killed\n"
-            with Checkpoints(folder) as checkpoints:
-                reached.append(int(checkpoints.restore(like).step))
-                assert reached[-1] == checkpoints.latest_step > reached[-2]
+            status = int(children.stdout.readline())
+            with Checkpoints(folder) as checkpoints:  # a warning of a damaged one would be an error here
+                step = int(checkpoints.restore(like).step)
+            assert step == checkpoints.latest_step
+            assert step - reached in (0, 1)
+            reached = step
         children.stdin.close()
-    assert reached[-1] > 10
-    whole = trained(tmp_path / "whole" / "checkpoints", reached[-1] + 3)
-    resumed = trained(folder, reached[-1] + 3)
+    assert status == 0
+    assert {path.name for path in folder.iterdir()} == {str(reached - 1), str(reached)}
+    whole = trained(tmp_path / "whole" / "checkpoints", reached + 3)
+    resumed = trained(folder, reached + 3)
     for found, wanted in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
