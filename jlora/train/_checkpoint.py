@@ -10,8 +10,8 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from jlora.disk import read_json, reason, shortened
-from jlora.errors import DataError
+from jlora.disk import read_json, reason
+from jlora.errors import DataError, shortened
 from jlora.train._arrays import array_types, read_arrays, read_old_arrays, write_arrays
 from jlora.train._manifest import MANIFEST, read_manifest, write_manifest
 

@@ -38,12 +38,11 @@ class MetricsLog:
     def __init__(self, path: str | Path, step: int = 0) -> None:
         self.path = Path(path)
         kept = [row for row in self.read_file(path) if row["step"] <= step] if step else []
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
+        write_whole(self.path, "".join(map(_line, kept)).encode("utf-8"))
 
     def write(self, row: dict[str, Any]) -> None:
-        said = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(said, allow_nan=False) + "\n")
+            file.write(_line(row))
 
     @staticmethod
     def read_file(path: str | Path) -> list[dict[str, Any]]:
@@ -59,3 +58,8 @@ class MetricsLog:
             if type(row.get("step")) is not int or not all(type(value) in (int, float) for value in row.values()):
                 raise DataError(f"{path}: row {number}: found {shortened(row)}, wanted a step and numbers")
         return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    said = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+    return json.dumps(said, allow_nan=False) + "\n"

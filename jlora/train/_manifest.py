@@ -6,8 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from jlora.disk import dump_json, read_json, reason, shortened, write_whole
-from jlora.errors import DataError
+from jlora.disk import dump_json, read_json, reason, write_whole
+from jlora.errors import DataError, shortened
 
 MANIFEST = "jlora_manifest.json"
 _FORMAT = 1

@@ -92,6 +92,9 @@ class TestMetricsLog:
         log = MetricsLog(tmp_path / "metrics.jsonl")
         log.write({"step": 1, "loss": 0.5, "share": math.nan, "most": math.inf, "least": -math.inf})
         assert log.path.read_text() == '{"step": 1, "loss": 0.5}\n'
+        log.path.write_text('{"step": 1, "loss": NaN}\n')
+        MetricsLog(log.path, 1)
+        assert log.path.read_text() == '{"step": 1}\n'
 
 
 class TestFit:
