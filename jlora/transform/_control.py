@@ -1,5 +1,6 @@
 """Primitives that run a program: the weights go into it, with their factors."""
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, jaxpr_as_fun
 from jax.sharding import PartitionSpec, Sharding
 
-from jlora.transform._jax import bind, mapped_axes, opened, scan_counts, scan_options
+from jlora.transform import _combine as combine
+from jlora.transform._jax import bind, mapped_axes, opened, scan_counts, scan_options, varied, varying_axes
 from jlora.transform._run import Run, Settings
-from jlora.transform._weight import Factor, Weight, is_weight
+from jlora.transform._weight import Factor, Weight, bare, base_of, is_marked, is_weight, of_params
 
 
 def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -81,7 +83,8 @@ def checkpoint(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
 def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """A function with a derivative of its own: its value from the factors, its derivative at the merged weight.
 
-    Dropout would take the value away from its derivative; there is none within.
+    Where it returns a weight, the derivative of that is one of its value. Dropout would take the value away from its
+    derivative; there is none within.
     """
     if run.key is not None:
         return bind(eqn, run.merge_all(eqn, inputs, "a function with a derivative of its own"))
@@ -92,7 +95,7 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
 
     @jax.custom_jvp
     def function(*leaves: Any) -> Any:
-        return _arrays(run, eqn, inner.evaluate(program, treedef.unflatten(leaves)))
+        return [bare(output) for output in inner.evaluate(program, treedef.unflatten(leaves))]
 
     @functools.partial(function.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
@@ -103,24 +106,57 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
             for n, leaf in zip(moving, moved, strict=True):
                 leaves[n] = leaf
             values = treedef.unflatten(leaves)
-            return list(bind(eqn, [value.merged() if is_weight(value) else value for value in values]))
+            return list(bind(eqn, [value.merged() if is_weight(value) else bare(value) for value in values]))
 
-        return jax.jvp(merged, [primals[n] for n in moving], [tangents[n] for n in moving])
+        outputs, moved = jax.jvp(merged, [primals[n] for n in moving], [tangents[n] for n in moving])
+        for n, output in enumerate(function(*primals)):
+            if is_weight(output):
+                still = [jnp.zeros_like(factor.array) for factor in output.factors]
+                outputs[n], moved[n] = output, output.with_arrays(moved[n], still)
+        return outputs, moved
 
     return function(*leaves)
 
 
 def cond(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Every branch has the weights."""
-    index, *operands = inputs
+    """Every branch has the weights; a weight that comes out of it, whichever is taken, is followed on."""
+    index, key = bare(inputs[0]), run.next_key()
+    operands = [_varied(value, varying_axes(index)) for value in inputs[1:]]
+    given = jax.tree.leaves((key, operands))
+    traced = []
+    for program in eqn.params["branches"]:
 
-    def branch(program: Any) -> Callable[..., Any]:
-        def evaluated(key: Any, operands: Any) -> Any:
-            return _arrays(run, eqn, run.inner(eqn, key).evaluate(program, operands))
+        def evaluated(key: Any, operands: Any, program: Any = program) -> Any:
+            return run.inner(eqn, key).evaluate(program, operands)
 
-        return evaluated
+        traced.append(jax.make_jaxpr(evaluated, return_shape=True)(key, operands))
+    frames = []
+    for parts in zip(*(shapes for _, shapes in traced), strict=True):
+        frame = combine.common_frame(parts)
+        frames.append(frame and dataclasses.replace(frame, of_data=frame.of_data or not of_params(inputs[0])))
 
-    return lax.switch(index, [branch(program) for program in eqn.params["branches"]], run.next_key(), operands)
+    def branch(closed: Any, shapes: Any) -> Callable[..., Any]:
+        def taken(*leaves: Any) -> Any:
+            found = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(closed)(*leaves))
+            outputs = []
+            for output, frame in zip(found, frames, strict=True):
+                outputs.append(combine.fitted(output, frame) if frame else _arrays(run, eqn, [output])[0])
+            return outputs
+
+        return taken
+
+    return lax.switch(index, [branch(*pair) for pair in traced], *given)
+
+
+def _varied(value: Any, axes: Sequence[str]) -> Any:
+    """The value; if it is a weight, with factors that vary over these axes of the mesh.
+
+    So they go into branches that differ from device to device: what made them vary within a branch would sum their
+    gradients there, over devices of which not all take it.
+    """
+    if not is_weight(value):
+        return value
+    return value.with_arrays(value.value, [varied(factor.array, axes) for factor in value.factors])
 
 
 def while_(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -142,7 +178,7 @@ def while_(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
 
     def going(state: Any) -> Any:
         step, carried = state
-        return keyed(step).evaluate(params["cond_jaxpr"], [*cond_consts, *loop.joined(carried)])[0]
+        return bare(keyed(step).evaluate(params["cond_jaxpr"], [*cond_consts, *loop.joined(carried)])[0])
 
     def advanced(state: Any) -> Any:
         step, carried = state
@@ -199,16 +235,16 @@ def _element(weight: Weight, arrays: Sequence[jax.Array]) -> Weight:
         array = next(remaining) if 0 in factor.axes else factor.array
         return factor.changed(array, [axis - 1 for axis in factor.axes if axis])
 
-    return Weight(weight.path, value, tuple(map(element, weight.factors)), weight.probe)
+    return dataclasses.replace(weight, value=value, factors=tuple(map(element, weight.factors)))
 
 
 class _Carry:
-    """What a loop carries, without the weights that it hands on as they are."""
+    """What a loop carries, without the weights and other params that it hands on as they are."""
 
     def __init__(self, run: Run, eqn: JaxprEqn, body: Any, consts: int, carry: Sequence[Any]) -> None:
         program, _ = opened(body)
         inner = program.invars[consts : consts + len(carry)]
-        self._fixed = {n: value for n, value in enumerate(carry) if is_weight(value) and program.outvars[n] is inner[n]}
+        self._fixed = {n: value for n, value in enumerate(carry) if is_marked(value) and program.outvars[n] is inner[n]}
         self._run, self._eqn = run, eqn
         self.initial = self.changing(carry)
 
@@ -255,7 +291,7 @@ def _spec(value: Any, spec: PartitionSpec) -> Any:
 
 def side_by_side(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Every operand is placed, or meets the others at a barrier; the factors go past it."""
-    values = bind(eqn, [value.value if is_weight(value) else value for value in inputs])
+    values = bind(eqn, list(map(base_of, inputs)))
     return [
         old.with_arrays(new, [factor.array for factor in old.factors]) if is_weight(old) else new
         for old, new in zip(inputs, values, strict=True)

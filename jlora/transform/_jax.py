@@ -46,8 +46,15 @@ def varying_axes(array: Any) -> tuple[str, ...]:
     return tuple(sorted(aval.vma if kind is None else kind.varying))
 
 
-def vary(array: Any, axes: Sequence[str]) -> Any:
+def varied(array: Any, axes: Sequence[str]) -> Any:
     """The array, varying over these axes too; lax.pvary was renamed in JAX 0.8."""
+    more = tuple(axis for axis in axes if axis not in varying_axes(array))
     cast: Any = getattr(lax, "pcast", None)
     pvary: Any = getattr(lax, "pvary", None)
-    return cast(array, tuple(axes), to="varying") if cast else pvary(array, tuple(axes))
+    return cast(array, more, to="varying") if cast else pvary(array, more)
+
+
+def reshard(array: Any, sharding: Any) -> Any:
+    """The array in another sharding of an explicit mesh; public as jax.reshard since JAX 0.8."""
+    found: Any = getattr(jax, "reshard", None) or jax.sharding.reshard
+    return found(array, sharding)

@@ -10,7 +10,7 @@ from jlora.boxes import box_like, is_box, unboxed
 from jlora.paths import path_string
 from jlora.transform._liveness import live_inputs
 from jlora.transform._run import Run
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Plain, Weight
 
 
 class Program:
@@ -51,7 +51,9 @@ class Program:
 
     def evaluate(self, run: Run, weights: Mapping[Any, Weight], leaves: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for these leaves, with the weights in place of those at their paths."""
-        inputs = [weights.get(path, leaf) for path, leaf in zip(self.paths, leaves, strict=True)]
+        inputs = []
+        for path, leaf in zip(self.paths, leaves, strict=True):
+            inputs.append(leaf if path is None else weights.get(path, Plain(leaf)))
         return run.merge_all(None, run.evaluate(self.jaxpr, inputs), "it is the weight itself")
 
     def read(self) -> set[str]:

@@ -1,5 +1,6 @@
 """The registry: one row for each primitive that a weight is followed through."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +11,15 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
 
 from jlora.contraction import common_dtype
+from jlora.transform import _combine as combine
 from jlora.transform import _control as control
 from jlora.transform import _products as products
+from jlora.transform import _sharded as sharded
 from jlora.transform import _structure as structure
 from jlora.transform._jax import bind
 from jlora.transform._products import Product, Update, cost
 from jlora.transform._run import Registry, Rule, Run, lookup_roles
-from jlora.transform._weight import Weight, is_weight
+from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
 
 
 def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = False) -> Rule:
@@ -26,30 +29,72 @@ def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = 
     """
 
     def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+        of_data = not all(map(of_params, inputs))
+        inputs = list(map(bare, inputs))
         place = 1 if either_side and not is_weight(inputs[0]) else 0
         weight, others = inputs[place], [value for number, value in enumerate(inputs) if number != place]
-        factors = None
+        factors: Any = None
         if is_weight(weight) and not any(map(is_weight, others)):
             factors = rule(weight, *others, **eqn.params)
-        if factors is None:
-            return bind(eqn, run.merge_all(eqn, inputs, "what it makes of the weight is no product of factors"))
+        if factors is None or isinstance(factors, str):
+            why = factors or "what it makes of the weight is no product of factors"
+            return bind(eqn, run.merge_all(eqn, inputs, why))
         values = bind(eqn, [value.value if value is weight else value for value in inputs])
         return [
-            Weight(weight.path, value, tuple(of_value), weight.probe)
+            dataclasses.replace(weight, value=value, factors=tuple(of_value), of_data=of_data)
             for value, of_value in zip(values, factors if parts else [factors], strict=True)
         ]
 
     return apply
 
 
+def each(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The primitive does the same to every number: to those of the factors too."""
+    (weight,) = inputs
+    (value,) = bind(eqn, [weight.value])
+    return [weight.with_arrays(value, [bind(eqn, [factor.array])[0] for factor in weight.factors])]
+
+
+def joins(rule: Callable[..., Any], *, besides: tuple[int, ...] = ()) -> Rule:
+    """The primitive makes one weight of several parts, of which those without an update follow from params alone.
+
+    `besides` are the places of operands that say how, and are no part.
+    """
+
+    def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+        outvar: Any = eqn.outvars[0]
+        parts = [value for place, value in enumerate(inputs) if place not in besides]
+        others = [bare(inputs[place]) for place in besides]
+        factors: Any = "what it meets depends on the arguments of the function, or on arrays that it closes over"
+        if all(map(_is_part, parts)) and any(map(is_weight, parts)):
+            factors = rule(parts, outvar.aval.shape, *others, **eqn.params)
+        if isinstance(factors, str):
+            return bind(eqn, run.merge_all(eqn, inputs, factors))
+        weights = [part for part in parts if is_weight(part)]
+        paths = dict.fromkeys(path for weight in weights for path in weight.paths)
+        (value,) = bind(eqn, list(map(base_of, inputs)))
+        joined = dataclasses.replace(weights[0], paths=tuple(paths), value=value, factors=tuple(factors))
+        return [dataclasses.replace(joined, of_data=not all(map(of_params, inputs)))]
+
+    return apply
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value may be joined with a weight: not an activation, of which a looked-up row is one."""
+    if isinstance(value, Weight):
+        return not value.looked_up and (value.is_matrix or not value.of_data)
+    return of_params(value) or jnp.ndim(value) == 0
+
+
 def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Looking up by a batch axis gives a weight again; by another one, as embeddings do, rows of A times B."""
-    weight, indices = inputs
+    of_data = not all(map(of_params, inputs))
+    weight, indices = map(bare, inputs)
     factors = structure.gather(weight, indices, **eqn.params) if is_weight(weight) else None
     if factors is None:
         return bind(eqn, run.merge_all(eqn, inputs, "a lookup with a batch of tables"))
     values = bind(eqn, [weight.value, indices])
-    rows = Weight(weight.path, values[0], tuple(factors), weight.probe)
+    rows = dataclasses.replace(weight, value=values[0], factors=tuple(factors), of_data=of_data)
     indexed = structure.indexed_axes(weight.shape, eqn.params)
     if weight.probe or indices.ndim == 1 or set(indexed) <= set(weight.shared):
         return [rows]
@@ -67,7 +112,7 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
         inputs = [
             run.merge(eqn, value, "the other side of the product is an adapted weight too")
             if is_weight(value) and number != place
-            else value
+            else bare(value)
             for number, value in enumerate(inputs)
         ]
         weight, x, rest = inputs[place], inputs[1 - place], inputs[2:]
@@ -105,12 +150,13 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
 
 
 def _place_of_weight(inputs: Sequence[Any]) -> int:
-    """Which of the first two operands is followed; of two weights the one that was not looked up."""
+    """Which of the first two operands is followed; of two weights the one that was not looked up, or is not a sum."""
     if not is_weight(inputs[0]):
         return 1
     if not is_weight(inputs[1]):
         return 0
-    return int(inputs[0].looked_up)
+    first, second = ((weight.looked_up, len(weight.paths)) for weight in inputs[:2])
+    return int(first > second)
 
 
 def _updated(update: Update, x: jax.Array, weight: Weight) -> jax.Array:
@@ -160,22 +206,39 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
 
 RULES = Registry(
     {
+        "add": joins(combine.add),
+        "add_any": joins(combine.add),
+        "all_gather": moves(sharded.all_gather),
+        "all_to_all": moves(sharded.all_to_all),
         "broadcast_in_dim": moves(structure.broadcast_in_dim),
+        "concatenate": joins(combine.concatenate),
         "convert_element_type": moves(structure.convert_element_type),
         "copy": moves(structure.same),
         "div": moves(structure.div),
         "dynamic_slice": moves(structure.dynamic_slice),
         "mul": moves(structure.mul, either_side=True),
+        "name": each,
         "neg": moves(structure.neg),
-        "pvary": moves(structure.pvary),
+        "pad": moves(structure.pad),
+        "ppermute": moves(sharded.ppermute),
+        "pvary": moves(structure.same),
+        "reduce_precision": each,
         "reshape": moves(structure.reshape),
+        "reshard": moves(sharded.reshard),
         "rev": moves(structure.rev),
+        "scatter-add": joins(combine.scatter_add, besides=(1,)),
+        "scatter-sub": joins(combine.scatter_add, besides=(1,)),
+        "select_n": joins(combine.select_n, besides=(0,)),
         "sharding_constraint": moves(structure.same),
         "slice": moves(structure.slice_),
         "split": moves(structure.split, parts=True),
         "squeeze": moves(structure.squeeze),
+        "stack": joins(combine.stack),
         "stop_gradient": moves(structure.stop_gradient),
+        "sub": joins(combine.sub),
+        "tile": moves(structure.tile),
         "transpose": moves(structure.transpose),
+        "unstack": moves(structure.unstack, parts=True),
         "conv_general_dilated": multiplies(products.conv_general_dilated),
         "dot_general": multiplies(products.dot_general),
         "gather": looks_up,

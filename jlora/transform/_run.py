@@ -14,7 +14,8 @@ from jlora.cost import CostModel
 from jlora.errors import AdapterError
 from jlora.paths import path_number
 from jlora.transform._jax import bind, opened, varying_axes
-from jlora.transform._weight import Weight, is_weight
+from jlora.transform._weight import Plain, Weight, bare, is_marked, is_weight, of_params
+from jlora.transform._whole import UNKNOWN, WHOLE
 
 Rule = Callable[["Run", JaxprEqn, Sequence[Any]], Sequence[Any]]
 
@@ -110,7 +111,7 @@ class Run:
         last = _last_uses(program)
 
         def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else values[atom]
+            return Plain(atom.val) if isinstance(atom, Literal) else values[atom]
 
         for number, eqn in enumerate(program.eqns):
             values.update(zip(eqn.outvars, self.apply(eqn, [read(atom) for atom in eqn.invars]), strict=True))
@@ -119,20 +120,26 @@ class Run:
         return [read(atom) for atom in program.outvars]
 
     def apply(self, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The outputs of one equation."""
+        """The outputs of one equation; they follow from params alone if its inputs do."""
+        outputs = self._outputs(eqn, inputs)
+        if eqn.effects or not all(map(of_params, inputs)):
+            return outputs
+        return [value if is_marked(value) else Plain(value) for value in outputs]
+
+    def _outputs(self, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
             if not any(map(is_weight, inputs)):
-                return bind(eqn, inputs)
+                return bind(eqn, list(map(bare, inputs)))
             rule = self.settings.rules.get(eqn.primitive.name)
             if rule is not None:
                 return rule(self, eqn, inputs)
-            return bind(eqn, self.merge_all(eqn, inputs, "no rule follows a weight into it"))
+            return bind(eqn, self.merge_all(eqn, inputs, WHOLE.get(eqn.primitive.name, UNKNOWN)))
 
     def merge_all(self, eqn: JaxprEqn | None, inputs: Sequence[Any], why: str) -> list[Any]:
-        """The inputs of an equation, or the outputs of the whole program, with every weight merged."""
+        """The inputs of an equation, or the outputs of the whole program, as arrays: every weight is merged."""
         merged = {id(value): self.merge(eqn, value, why) for value in inputs if is_weight(value)}
-        return [merged.get(id(value), value) for value in inputs]
+        return [merged.get(id(value), bare(value)) for value in inputs]
 
     def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> jax.Array:
         """The merged weight, for an equation that takes it as a whole."""
@@ -167,24 +174,29 @@ class Run:
         base_flops: float = 0.0,
         adapter_flops: float = 0.0,
     ) -> None:
-        """Notes a use, with the roles of the weight's axes as they stand at this equation."""
+        """Notes a use, with the roles of the weight's axes as they stand at this equation.
+
+        What several weights in params are a part of is a use of each, and its cost is shared out among them.
+        """
         if self.uses is None:
             return
         name = eqn.primitive.name if eqn else "return"
-        self.uses.append(
-            Use(
-                weight.path,
-                weight.shape,
-                "gather" if weight.looked_up else name,
-                self.source_of(eqn) if eqn else "",
-                _roles_in_params(weight, roles) if weight.probe and roles else roles,
-                factored,
-                why,
-                self.times,
-                base_flops * self.times,
-                adapter_flops * self.times,
+        share = self.times / len(weight.paths)
+        for path in weight.paths:
+            self.uses.append(
+                Use(
+                    path,
+                    weight.shape,
+                    "gather" if weight.looked_up else name,
+                    self.source_of(eqn) if eqn else "",
+                    _roles_in_params(weight, path, roles) if weight.probe and roles else roles,
+                    factored,
+                    why,
+                    self.times,
+                    base_flops * share,
+                    adapter_flops * share,
+                )
             )
-        )
 
     def inner(self, eqn: JaxprEqn, key: jax.Array | None, times: int = 1) -> "Run":
         """The run of a program that this equation holds, with a key of its own."""
@@ -217,8 +229,8 @@ def lookup_roles(weight: Weight) -> str:
     return "".join("i" if by[axis] else "o" for axis in range(len(weight.shape)))
 
 
-def _roles_in_params(weight: Weight, roles: str) -> str:
-    """The roles of the axes that a probe began with; one that was sliced or scanned away is a batch axis.
+def _roles_in_params(weight: Weight, path: str, roles: str) -> str:
+    """The roles of the axes that a probe of `path` began with; one that was sliced or scanned away is a batch axis.
 
     So is one of which a single element was looked up, unless what is left lacks an in axis, as a row of a table does.
     """
@@ -227,7 +239,7 @@ def _roles_in_params(weight: Weight, roles: str) -> str:
     for factor in weight.factors:
         used = {roles[axis] for axis in factor.axes}
         role = next((role for role in "iob" if role in used), gone if factor.looked_up else "b")
-        found.update(dict.fromkeys(factor.origin, role))
+        found.update({axis: role for of_path, axis in factor.origin if of_path == path})
     return "".join(found[axis] for axis in sorted(found))
 
 

@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.transform._jax import vary, varying_axes
 from jlora.transform._weight import Factor, Shape, Weight
 
 Factors = Sequence[Factor] | None
 
 
 def same(weight: Weight, *_: Any, **__: Any) -> Factors:
-    """The value is placed or constrained; the factors stay."""
+    """The value is placed or constrained, or varies over more axes of a mesh; the factors stay.
+
+    They vary where they meet what varies, and not before: what does not vary is known to be the same on all devices.
+    """
     return weight.factors
 
 
@@ -32,15 +34,6 @@ def convert_element_type(weight: Weight, *, new_dtype: Any, **_: Any) -> Factors
 
 def stop_gradient(weight: Weight, **_: Any) -> Factors:
     return [factor.changed(lax.stop_gradient(factor.array)) for factor in weight.factors]
-
-
-def pvary(weight: Weight, *, axes: Any, **_: Any) -> Factors:
-    """Within shard_map: the factors vary over the same axes of the mesh."""
-
-    def varied(array: jax.Array) -> jax.Array:
-        return vary(array, [axis for axis in axes if axis not in varying_axes(array)])
-
-    return [factor.changed(varied(factor.array)) for factor in weight.factors]
 
 
 def neg(weight: Weight, **_: Any) -> Factors:
@@ -57,10 +50,22 @@ def div(weight: Weight, other: Any, **_: Any) -> Factors:
 
 
 def _scaled(weight: Weight, other: Any, operation: Any) -> Factors:
-    if jnp.shape(other) != ():
+    """A matrix times or over a scalar, or what has no axes but those of one factor, as a scale for each channel.
+
+    A row alone, as one that was looked up, has no scale but a scalar: times anything else it is an activation.
+    """
+    sizes = jnp.shape(other) or (1,) * len(weight.shape)
+    wide = [axis for axis, size in enumerate(sizes) if size != 1]
+    if any(sizes[axis] != weight.shape[axis] for axis in wide) or (wide and not weight.is_matrix):
         return None
-    *others, last = weight.factors
-    return [*others, last.scaled(operation, other)]
+    place = next((n for n in (-1, *range(len(weight.factors))) if set(wide) <= set(weight.factors[n].axes)), None)
+    if place is None:
+        return None
+    factors = list(weight.factors)
+    axes = factors[place].axes
+    scale = jnp.expand_dims(jnp.reshape(other, [sizes[axis] for axis in axes]), -1) if jnp.ndim(other) else other
+    factors[place] = factors[place].scaled(operation, scale)
+    return factors
 
 
 def transpose(weight: Weight, *, permutation: Sequence[int]) -> Factors:
@@ -79,6 +84,31 @@ def rev(weight: Weight, *, dimensions: Sequence[int]) -> Factors:
         factor.changed(lax.rev(factor.array, [place for place, axis in enumerate(factor.axes) if axis in dimensions]))
         for factor in weight.factors
     ]
+
+
+def pad(weight: Weight, _: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> Factors:
+    """The padding is one of the value; that of the factors is zero."""
+
+    def padded(factor: Factor) -> Factor:
+        zero = jnp.zeros((), factor.array.dtype)
+        return factor.changed(lax.pad(factor.array, zero, [*(padding_config[axis] for axis in factor.axes), (0, 0, 0)]))
+
+    return [padded(factor) for factor in weight.factors]
+
+
+def tile(weight: Weight, *, reps: Sequence[int]) -> Factors:
+    return [
+        factor.changed(jnp.tile(factor.array, [*(reps[axis] for axis in factor.axes), 1])) for factor in weight.factors
+    ]
+
+
+def unstack(weight: Weight, *, axis: int, **_: Any) -> Sequence[Sequence[Factor]]:
+    """The factors of every element."""
+    size = weight.shape[axis]
+    one = dataclasses.replace(weight, value=lax.index_in_dim(weight.value, 0, axis))
+    parts = split(weight, sizes=[1] * size, axis=axis)
+    elements = [squeeze(dataclasses.replace(one, factors=tuple(part)), dimensions=[axis]) for part in parts]
+    return [element for element in elements if element is not None]
 
 
 def broadcast_in_dim(weight: Weight, *_: Any, shape: Shape, broadcast_dimensions: Sequence[int], **__: Any) -> Factors:
@@ -102,6 +132,8 @@ def slice_(
 
     def sliced(factor: Factor) -> Factor:
         starts, limits, by = ([part[axis] for axis in factor.axes] for part in (start_indices, limit_indices, steps))
+        if tuple(limits) == factor.array.shape[:-1] and not any(starts) and set(by) <= {1}:
+            return factor  # the very same, so that a concatenation of slices sees it
         return factor.changed(lax.slice(factor.array, [*starts, 0], [*limits, weight.rank], [*by, 1]))
 
     return [sliced(factor) for factor in weight.factors]

@@ -23,13 +23,14 @@ Shape = tuple[int, ...]
 class Factor:
     """An array `(*sizes of axes, r)`; `axes` are axes of the weight, in ascending order.
 
-    In a probe, `origin` holds the axes of the weight in params that the factor began with, and `looked_up` says that
-    an index chose among them. `product_dtype` is the dtype that the factor brings into a product; None for the array's.
+    In a probe, `origin` holds the axes that the factor began with, each with the path of its weight in params, and
+    `looked_up` says that an index chose among them. `product_dtype` is the dtype that the factor brings into a product;
+    None for the array's.
     """
 
     array: jax.Array
     axes: tuple[int, ...]
-    origin: tuple[int, ...] = ()
+    origin: tuple[tuple[str, int], ...] = ()
     looked_up: bool = False
     product_dtype: Any = None
 
@@ -72,13 +73,21 @@ class Factor:
 class Weight:
     """A weight and its factors: a pytree, so that it passes into jit, cond and checkpoint as it is.
 
-    A probe has one factor of rank 1 for each axis; it shows how a program uses the axes.
+    `paths` are those of the weights in params that it is made of; `of_data` says that it depends on the arguments of
+    the function too, as a row that was looked up. A probe has one factor of rank 1 for each axis; it
+    shows how a program uses the axes.
     """
 
-    path: str
+    paths: tuple[str, ...]
     value: jax.Array
     factors: tuple[Factor, ...]
     probe: bool = False
+    of_data: bool = False
+
+    @property
+    def path(self) -> str:
+        """The paths as one word, for messages."""
+        return " with ".join(self.paths)
 
     @property
     def shape(self) -> Shape:
@@ -92,6 +101,11 @@ class Weight:
     def shared(self) -> tuple[int, ...]:
         """The axes that every factor has."""
         return tuple(axis for axis in range(len(self.shape)) if all(axis in factor.axes for factor in self.factors))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether two factors at least have axes of their own."""
+        return sum(bool(self.own(factor)) for factor in self.factors) > 1
 
     @property
     def looked_up(self) -> bool:
@@ -141,30 +155,63 @@ def adapted(path: str, value: jax.Array, a: jax.Array, b: jax.Array, split: Fact
     batch, ins, outs = (split.axes(role) for role in "bio")
     b = jnp.moveaxis(b, len(batch), -1)  # (*batch, *out, r)
     first, second = Factor(a, ()).changed(a, (*batch, *ins)), Factor(b, ()).changed(b, (*batch, *outs))
-    return Weight(path, value, (first, second.scaled(lax.mul, scale)))
+    return Weight((path,), value, (first, second.scaled(lax.mul, scale)))
 
 
 def probe(path: str, value: jax.Array) -> Weight:
     """A weight of which every axis is a factor."""
-    factors = (Factor(jnp.zeros((size, 1), value.dtype), (axis,), (axis,)) for axis, size in enumerate(value.shape))
-    return Weight(path, value, tuple(factors), probe=True)
+    factors = (
+        Factor(jnp.zeros((size, 1), value.dtype), (axis,), ((path, axis),)) for axis, size in enumerate(value.shape)
+    )
+    return Weight((path,), value, tuple(factors), probe=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain:
+    """A value without an update that follows from params and from what the program itself makes of nothing.
+
+    The sum of a weight and such a value is a weight. The sum of a weight and anything else, as of a table of positions
+    and a token, is an activation, and nothing to follow.
+    """
+
+    value: jax.Array
 
 
 def _flatten(weight: Weight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     arrays = (weight.value, *(factor.array for factor in weight.factors))
     marks = tuple((f.axes, f.origin, f.looked_up, f.product_dtype) for f in weight.factors)
-    return arrays, (weight.path, weight.probe, marks)
+    return arrays, (weight.paths, weight.probe, weight.of_data, marks)
 
 
 def _unflatten(static: tuple[Any, ...], arrays: Sequence[Any]) -> Weight:
-    path, is_probe, marks = static
+    paths, is_probe, of_data, marks = static
     value, *rest = arrays
     factors = tuple(Factor(array, *mark) for array, mark in zip(rest, marks, strict=True))
-    return Weight(path, value, factors, is_probe)
+    return Weight(paths, value, factors, is_probe, of_data)
 
 
 jax.tree_util.register_pytree_node(Weight, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(Plain, lambda plain: ((plain.value,), None), lambda _, values: Plain(*values))
 
 
 def is_weight(node: Any) -> bool:
     return isinstance(node, Weight)
+
+
+def is_marked(node: Any) -> bool:
+    return isinstance(node, Weight | Plain)
+
+
+def of_params(node: Any) -> bool:
+    """Whether a value follows from params alone, with an update or without."""
+    return isinstance(node, Plain) or (isinstance(node, Weight) and not node.of_data)
+
+
+def bare(node: Any) -> Any:
+    """The value without its mark, if it has no update; a weight as it is."""
+    return node.value if isinstance(node, Plain) else node
+
+
+def base_of(node: Any) -> Any:
+    """The value without the update."""
+    return node.value if is_marked(node) else node

@@ -23,16 +23,16 @@ def model(params, tokens):
 
 
 TABLE = """
-path         shape  used by        at                  axes  computed                                   FLOPs  + adapter     bytes  + adapter
-───────────  ─────  ─────────────  ──────────────────  ────  ────────────────────────────────────────  ──────  ─────────  ────────  ─────────
-embed        11x7   gather         test_explain.py:{}  io    factored: rows of A, times B                   0        280     308 B      144 B
-embed        7x11   dot_general    test_explain.py:{}  io    factored                                  1.54 k        720
-layers/down  5x7    3 dot_general  test_explain.py:{}  io    factored                                   2.1 k     1.44 k     420 B      288 B
-layers/up    7x5    3 dot_general  test_explain.py:{}  io    factored                                   2.1 k     1.44 k     420 B      288 B
-mix          7x7    sin            test_explain.py:{}        merged: no rule follows a weight into it       0        196     196 B      112 B
-named               nothing                                                                                                   60 B       64 B
-───────────  ─────  ─────────────  ──────────────────  ────  ────────────────────────────────────────  ──────  ─────────  ────────  ─────────
-5 weights                                                                                              5.74 k     4.08 k  1.37 KiB      896 B
+path         shape  used by        at                  axes  computed                                 FLOPs  + adapter     bytes  + adapter
+───────────  ─────  ─────────────  ──────────────────  ────  ──────────────────────────────────────  ──────  ─────────  ────────  ─────────
+embed        11x7   gather         test_explain.py:{}  io    factored: rows of A, times B                 0        280     308 B      144 B
+embed        7x11   dot_general    test_explain.py:{}  io    factored                                1.54 k        720
+layers/down  5x7    3 dot_general  test_explain.py:{}  io    factored                                 2.1 k     1.44 k     420 B      288 B
+layers/up    7x5    3 dot_general  test_explain.py:{}  io    factored                                 2.1 k     1.44 k     420 B      288 B
+mix          7x7    sin            test_explain.py:{}        merged: it is not linear in the weight       0        196     196 B      112 B
+named               nothing                                                                                                 60 B       64 B
+───────────  ─────  ─────────────  ──────────────────  ────  ──────────────────────────────────────  ──────  ─────────  ────────  ─────────
+5 weights                                                                                            5.74 k     4.08 k  1.37 KiB      896 B
 
 left out  shape  because
 ────────  ─────  ───────────────────────────────────────────────────────

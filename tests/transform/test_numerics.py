@@ -13,6 +13,7 @@ from jax import lax
 import jlora
 from jlora import LoraConfig
 from tests.reference import assert_close, reference_delta
+from tests.transform.table import RANK
 from tests.transform.test_places import NAMES, PLACES
 from tests.transform.test_primitives import (
     ALPHA,
@@ -22,7 +23,6 @@ from tests.transform.test_primitives import (
     MERGED,
     PRODUCTS,
     PROGRAMS,
-    RANK,
     Program,
     arguments,
     assert_trees_close,

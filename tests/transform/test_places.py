@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.transform._rules import RULES
+from tests.transform.test_decided import installed
 from tests.transform.test_primitives import (
     FACTORED,
     MERGED,
@@ -293,11 +294,41 @@ class Recording(dict):
         return self is other
 
 
+def on_one_device(move: Callable[[Any], Any]) -> Function:
+    """A product with a weight that is moved within shard_map."""
+    return shard_map_alone(lambda w, x: (x @ move(w))[:, :11])
+
+
+def resharded(w: Any, x: Any) -> Any:
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # public as jax.reshard since JAX 0.8
+    return x @ reshard(w, NamedSharding(mesh, P(None, "d")))
+
+
+MOVED = {
+    "all_gather": on_one_device(lambda w: lax.all_gather(w, "d", axis=1, tiled=True)),
+    "all_gather, a new axis": on_one_device(lambda w: lax.all_gather(w, "d", axis=1)[:, 0]),
+    "all_to_all": on_one_device(lambda w: lax.all_to_all(w, "d", 1, 1, tiled=True)),
+    "ppermute": on_one_device(lambda w: lax.ppermute(w, "d", [(0, 0)])),
+    "reshard": resharded,
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_weight_that_is_moved_on_a_mesh_of_one_device(rng, name):
+    program = dataclasses.replace(PROGRAMS["matmul"], fn=MOVED[name])
+    primals = arguments(program, rng, np.float32)
+    found = jlora.lora(of_params(program.fn), config_of(program), strict=True, cost_model=FACTORED)(*primals)
+    wanted = reference(program.fn, program.roles)(*primals)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
 def test_every_rule_meets_a_weight(rng, monkeypatch):
     recording = Recording(RULES)
     monkeypatch.setattr("jlora.transform._lora.RULES", recording)
     placed = [place.program(PROGRAMS["matmul"]) for place in PLACES.values()]
-    for program in [*PROGRAMS.values(), *placed]:
+    moved = [dataclasses.replace(PROGRAMS["matmul"], fn=fn) for fn in MOVED.values()]
+    for program in [*PROGRAMS.values(), *placed, *moved]:
         fn = jlora.lora(of_params(program.fn), config_of(program), cost_model=FACTORED)
         jax.eval_shape(fn, *arguments(program, rng, np.float32))
-    assert set(RULES) - recording.met == set()
+    assert set(RULES) & installed() - recording.met == set()

@@ -1,6 +1,5 @@
 """Every way in which a program may use a weight, against the same program with the dense delta added, in float64."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,39 +13,22 @@ import jlora
 from jlora import AdapterError, CostModel, LoraConfig
 from jlora.contraction import Factorization
 from tests.reference import reference_delta, x64
+from tests.transform.table import (
+    COLUMN_IDS,
+    EXPERT_IDS,
+    FAR_IDS,
+    JOINED,
+    MERGED_JOINS,
+    ROW_IDS,
+    TABLE_IDS,
+    Program,
+    einsum,
+    merged,
+    weight_first,
+)
 
-RANK, ALPHA = 2, 3.0
+ALPHA = 3.0
 FACTORED, MERGED = CostModel(float("inf")), CostModel(0.0)
-
-ROW_IDS = np.array([3, 0, 12, 3, 7, 1, 5], np.int32)  # of 13 rows
-TABLE_IDS = np.array([[3, 0, 12], [4, 4, 9]], np.int32)
-FAR_IDS = np.array([3, 99, 12, -1, 7, -99, 5], np.int32)
-EXPERT_IDS = np.array([2, 0, 1, 2, 2, 0, 1], np.int32)  # of 3 experts
-COLUMN_IDS = np.array([4, 4, 0, 1, 3, 2, 0], np.int32)  # of 5 columns
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """`fn(w, x)` and the sizes of its arguments; `tolerance` is relative, of a run in float64."""
-
-    name: str
-    fn: Callable[[Any, Any], Any]
-    weight: tuple[int, ...]
-    x: tuple[int, ...]
-    roles: str = "io"
-    factored: bool = True
-    tolerance: float = 1e-10
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def rank(self) -> int:
-        return min(RANK, Factorization(self.roles).max_rank(self.weight))
-
-
-def merged(name: str, fn: Callable[..., Any], weight: Any = (5, 11), x: Any = (7, 5), roles: str = "io") -> Program:
-    return Program(name, fn, weight, x, roles, factored=False)
 
 
 def conv(strides: Any, padding: Any, numbers: Any, lhs: Any = None, rhs: Any = None, **groups: int) -> Any:
@@ -58,14 +40,6 @@ def conv(strides: Any, padding: Any, numbers: Any, lhs: Any = None, rhs: Any = N
 
 NHC, NHWC, NDHWC = ("NHC", "HIO", "NHC"), ("NHWC", "HWIO", "NHWC"), ("NDHWC", "DHWIO", "NDHWC")
 NCHW, CHWN = ("NCHW", "OIHW", "NCHW"), ("CHWN", "IHWO", "HWNC")
-
-
-def einsum(equation: str) -> Any:
-    return lambda w, x: jnp.einsum(equation, x, w)
-
-
-def weight_first(equation: str) -> Any:
-    return lambda w, x: jnp.einsum(equation, w, x)
 
 
 def ragged(sizes: tuple[int, ...]) -> Any:
@@ -269,6 +243,7 @@ MOVES = [
     Program("-w", lambda w, x: x @ -w, (5, 11), (7, 5)),
 ]
 
+
 WHOLES = [
     merged("w ** 2", lambda w, x: x @ w**2),
     merged("w * w", lambda w, x: x @ (w * w)),
@@ -280,7 +255,6 @@ WHOLES = [
     merged("softmax", lambda w, x: x @ jax.nn.softmax(w)),
     merged("sort", lambda w, x: x @ jnp.sort(w, axis=0)),
     merged("sum", lambda w, x: jnp.sum(w) * x),
-    merged("concatenate", lambda w, x: x @ jnp.concatenate([w, x.T], 1)),
     merged("where", lambda w, x: x @ jnp.where(w > 0, w, 0.1 * w)),
     merged("round", lambda w, x: x @ w + lax.stop_gradient(w).astype(jnp.int32)[0]),
     merged("returned", lambda w, x: (w, x @ w)),
@@ -289,10 +263,11 @@ WHOLES = [
     merged("reshape mixes in and out", lambda w, x: x @ w.reshape(11, 5), x=(7, 11)),
     merged("reshape to a vector", lambda w, x: x @ w.reshape(-1), x=(7, 55)),
     merged("reshape mixes batch and in", lambda w, x: x @ w.reshape(15, 11), (3, 5, 11), (7, 15), "bio"),
-    merged("pad", lambda w, x: x @ jnp.pad(w, ((1, 1), (0, 0))), x=(7, 7)),
 ]
 
-PROGRAMS = {program.name: program for program in [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *MOVES, *WHOLES]}
+PROGRAMS = {
+    program.name: program for program in [*PRODUCTS, *CONVOLUTIONS, *LOOKUPS, *MOVES, *WHOLES, *JOINED, *MERGED_JOINS]
+}
 
 
 def config_of(program: Program, **fields: Any) -> LoraConfig:
@@ -398,7 +373,7 @@ def test_values_and_derivatives_are_those_of_the_dense_delta(rng, program):
     def everything(primals, tangents):
         small = {dtype: factored(*cast(primals, dtype, "float32")) for dtype in SMALL}
         chosen = derivatives(merging, primals, tangents, "grad") if program.factored else {}
-        return [derivatives(fn, primals, tangents) for fn in (wanted_fn, factored)], chosen, small
+        return [derivatives(fn, primals, tangents, program.modes) for fn in (wanted_fn, factored)], chosen, small
 
     with x64():
         primals = arguments(program, rng)

@@ -62,7 +62,118 @@ def matmul(w: Any, x: Any) -> Any:
     return x @ w
 
 
+def gathered(axis: int, name: Any = "d", **options: Any) -> Function:
+    """Each device has a part of the weight and gathers the whole before it is used."""
+    options = {"tiled": True} | options
+    return lambda w, x: x @ lax.all_gather(w, name, axis=axis, **options)
+
+
+def gathered_apart(w: Any, x: Any) -> Any:
+    return jnp.einsum("tdi,dio->to", x.reshape(-1, 4, 5), lax.all_gather(w, "d"))
+
+
+def gathered_layers(w: Any, x: Any) -> Any:
+    """Layer by layer in a scan, as by hand in FSDP."""
+    return lax.scan(lambda c, wi: (jnp.tanh(c @ lax.all_gather(wi, "d", tiled=True)), None), x, w)[0]
+
+
+def passed_on(w: Any, x: Any) -> Any:
+    """Every device uses the parts of all, one after the other, as they come around a ring."""
+    ring = [(n, (n + 1) % 4) for n in range(4)]
+    y = 0.0
+    for _ in range(4):
+        w = lax.ppermute(w, "d", ring)
+        y += jnp.sin(x @ w)
+    return y
+
+
+def exchanged(w: Any, x: Any) -> Any:
+    """Experts of which every device had a part become a few whole ones on each."""
+    return jax.vmap(jnp.matmul)(x, lax.all_to_all(w, "d", 0, 1, tiled=True))
+
+
+def chosen_there(w: Any, x: Any) -> Any:
+    """Each device takes another of two forms of its weight."""
+    there = w * (1 + lax.axis_index("d"))
+    return x @ lax.cond(lax.axis_index("d") > 1, lambda w: w, lambda w: 2 * w[::-1] + 1, there)
+
+
+def joined_there(w: Any, x: Any) -> Any:
+    there = w * (1 + lax.axis_index("d"))
+    return x @ jnp.concatenate([there, jnp.ones_like(w), w], 1)
+
+
 SHARDED = {
+    "gathered in axes": Program("", sharded(gathered(0), P("d"), P("d"), P("d")), (20, 11), (8, 20)),
+    "gathered out axes": Program("", sharded(gathered(1), P(None, "d"), P("d"), P("d")), (5, 12), (8, 5)),
+    "gathered over both": Program(
+        "", sharded(gathered(0, ("d", "m")), P(("d", "m")), P(("d", "m")), P(("d", "m"))), (16, 11), (8, 16)
+    ),
+    "gathered over one of both": Program(
+        "",
+        sharded(lambda w, x: lax.pmean(lax.psum(gathered(1, "m")(w, x), "d"), "m"), P("d", "m"), P(None, "d"), P()),
+        (20, 6),
+        (8, 20),
+    ),
+    "gathered as a new axis": Program("", sharded(gathered_apart, P("d"), P("d"), P("d")), (20, 11), (8, 20)),
+    "gathered experts": Program(
+        "",
+        sharded(lambda w, x: jnp.einsum("td,edo->teo", x, lax.all_gather(w, "d", tiled=True)), P("d"), P("d"), P("d")),
+        (4, 5, 11),
+        (8, 5),
+        "bio",
+    ),
+    "gathered layers": Program("", sharded(gathered_layers, P(None, "d"), P("d"), P("d")), (3, 8, 8), (8, 8), "bio"),
+    "gathered, unchecked": Program(
+        "", sharded(gathered(0), P("d"), P("d"), P("d"), check_vma=False), (20, 11), (8, 20), factored=False
+    ),
+    "gathered experts, unchecked": Program(
+        "",
+        sharded(
+            lambda w, x: jnp.einsum("td,edo->teo", x, lax.all_gather(w, "d", tiled=True)),
+            P("d"),
+            P("d"),
+            P("d"),
+            check_vma=False,
+        ),
+        (4, 5, 11),
+        (8, 5),
+        "bio",
+    ),
+    "gathered of what differs": Program(
+        "",
+        sharded(
+            lambda w, x: x @ lax.all_gather(w * (1 + lax.axis_index("d")), "d", axis=1, tiled=True), P(), P("d"), P("d")
+        ),
+        (5, 3),
+        (8, 5),
+    ),
+    "gathered of what differs in A and B": Program(
+        "",
+        sharded(
+            lambda w, x: x @ lax.all_gather(jnp.roll(w, lax.axis_index("d"), 0), "d", axis=1, tiled=True),
+            P(),
+            P("d"),
+            P("d"),
+        ),
+        (5, 3),
+        (8, 5),
+        factored=False,
+    ),
+    "passed on": Program("", sharded(passed_on, P(None, "d"), P("m"), P("m", "d")), (5, 12), (8, 5)),
+    "passed on, unchecked": Program(
+        "", sharded(passed_on, P(None, "d"), P("m"), P("m", "d"), check_vma=False), (5, 12), (8, 5)
+    ),
+    "exchanged": Program("", sharded(exchanged, P(None, "d"), P("d"), P("d")), (4, 20, 11), (4, 3, 20), "iio"),
+    "exchanged, A for B": Program(
+        "",
+        sharded(lambda w, x: x @ lax.all_to_all(w, "d", 1, 0, tiled=True), P("d"), P(), P(None, "d")),
+        (20, 12),
+        (3, 20),
+        factored=False,
+    ),
+    "chosen on each device": Program("", sharded(chosen_there, P(), P("d"), P("d")), (5, 11), (8, 5)),
+    "joined on each device": Program("", sharded(joined_there, P(), P("d"), P("d")), (5, 11), (8, 5)),
     "rows": Program("", sharded(matmul, P(), P("d"), P("d")), (5, 11), (8, 5)),
     "rows over all": Program("", sharded(matmul, P(), P(("d", "m")), P(("d", "m"))), (5, 11), (8, 5)),
     "rows, unchecked": Program("", sharded(matmul, P(), P("d"), P("d"), check_vma=False), (5, 11), (8, 5)),

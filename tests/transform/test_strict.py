@@ -16,7 +16,13 @@ from tests.reference import random_array, randomize
 LINES = Path(__file__).read_text().splitlines()
 CONFIG = LoraConfig(rank=2, alpha=3)
 MOVED = "what it makes of the weight is no product of factors"
-UNKNOWN = "no rule follows a weight into it"
+NONLINEAR = "it is not linear in the weight"
+ELEMENTS = "which weight it takes differs from element to element"
+ARGUMENTS = "what it meets depends on the arguments of the function, or on arrays that it closes over"
+APART = "the weights split into in and out axes in different ways"
+WIDE = "the ranks together are no smaller than the weight"
+SPREAD = "a scalar of the weight is spread over another operand"
+WITHIN = "a part of it is replaced by an adapted weight"
 CARRIED = "the program returns or carries the weight itself"
 TWO = "the other side of the product is an adapted weight too"
 ROWS = "a lookup with a batch of tables"
@@ -121,15 +127,36 @@ def selected(p, x):
 
 
 def concatenated(p, x):
-    return x @ jnp.concatenate([p["w"], p["w"]], axis=1)  # concatenated
+    return x @ jnp.concatenate([p["w"], x], axis=1)  # concatenated
+
+
+def added(p, x):
+    return (x + p["w"][:, :5]) @ x  # added
+
+
+def together(p, x):
+    return x @ jnp.concatenate([p["w"][:, :4], p["v"].T[:, :4]])[:5]  # together
+
+
+def across(p, x):
+    cube = p["stack"][:, :3, :3]
+    return x[:, :3] @ (cube + cube.T)  # across
+
+
+def spread(p, x):
+    return x @ (p["w"][0, 0] + jnp.zeros((5, 3)))  # spread
+
+
+def within(p, x):
+    return x @ jnp.zeros((5, 7)).at[:, 2:].add(p["w"][:, :5])  # within
 
 
 def scaled(p, x):
-    return x @ (p["w"] * jnp.arange(7.0))  # scaled
+    return x @ (p["w"] * jnp.sin(jnp.arange(35.0)).reshape(5, 7))  # scaled
 
 
 def chosen(p, x):
-    w = lax.cond(x.sum() > 0, lambda w: w, lambda w: 2 * w, p["w"])  # chosen
+    w = lax.cond(x.sum() > 0, lambda w, x: w, lambda w, x: jnp.tile(x, 2)[:, :7], p["w"], x)  # chosen
     return x @ w
 
 
@@ -153,20 +180,25 @@ def as_the_image(p, x):
 
 # name of the line's comment: function, path, primitive, reason
 UNFACTORED = {
-    "directly": (directly, "w", "sin", UNKNOWN),
-    "jit": (in_jit, "w", "sin", UNKNOWN),
-    "nested jit": (in_nested_jit, "w", "sin", UNKNOWN),
-    "scan": (in_scan, "stack", "sin", UNKNOWN),
-    "cond": (in_cond, "w", "sin", UNKNOWN),
-    "while": (in_while, "w", "sin", UNKNOWN),
-    "checkpoint": (in_checkpoint, "w", "sin", UNKNOWN),
-    "vmap": (in_vmap, "w", "sin", UNKNOWN),
-    "custom_jvp": (in_custom_jvp, "w", "sin", UNKNOWN),
-    "custom_vjp": (in_custom_vjp, "w", "sin", UNKNOWN),
-    "grad": (in_grad, "w", "sin", UNKNOWN),
-    "helper": (in_a_helper, "w", "sin", UNKNOWN),
-    "selected": (selected, "w", "select_n", UNKNOWN),
-    "concatenated": (concatenated, "w", "concatenate", UNKNOWN),
+    "directly": (directly, "w", "sin", NONLINEAR),
+    "jit": (in_jit, "w", "sin", NONLINEAR),
+    "nested jit": (in_nested_jit, "w", "sin", NONLINEAR),
+    "scan": (in_scan, "stack", "sin", NONLINEAR),
+    "cond": (in_cond, "w", "sin", NONLINEAR),
+    "while": (in_while, "w", "sin", NONLINEAR),
+    "checkpoint": (in_checkpoint, "w", "sin", NONLINEAR),
+    "vmap": (in_vmap, "w", "sin", NONLINEAR),
+    "custom_jvp": (in_custom_jvp, "w", "sin", NONLINEAR),
+    "custom_vjp": (in_custom_vjp, "w", "sin", NONLINEAR),
+    "grad": (in_grad, "w", "sin", NONLINEAR),
+    "helper": (in_a_helper, "w", "sin", NONLINEAR),
+    "selected": (selected, "w", "select_n", ELEMENTS),
+    "concatenated": (concatenated, "w", "concatenate", ARGUMENTS),
+    "added": (added, "w", "add", ARGUMENTS),
+    "together": (together, "w", "concatenate", WIDE),
+    "across": (across, "stack", "add", APART),
+    "spread": (spread, "w", "add", SPREAD),
+    "within": (within, "w", "scatter-add", WITHIN),
     "scaled": (scaled, "w", "mul", MOVED),
     "chosen": (chosen, "w", "cond", CARRIED),
     "carried": (carried, "w", "while", CARRIED),
@@ -175,6 +207,11 @@ UNFACTORED = {
     "image": (as_the_image, "w", "conv_general_dilated", KERNEL),
 }
 SHAPES = {"w": (5, 7), "v": (7, 3), "stack": (3, 5, 7)}
+
+
+def names_of(marker: str) -> tuple[str, ...]:
+    """The params of a function."""
+    return ("w", "v") if marker in ("two weights", "together") else (UNFACTORED[marker][1],)
 
 
 def adapted_to(rng: np.random.Generator, *names: str, **fields: Any) -> tuple[Any, Any, LoraConfig]:
@@ -188,7 +225,7 @@ def adapted_to(rng: np.random.Generator, *names: str, **fields: Any) -> tuple[An
 @pytest.mark.parametrize("marker", UNFACTORED)
 def test_strict_names_path_primitive_line_reason_and_the_way_out(rng, marker, compiled):
     fn, path, primitive, why = UNFACTORED[marker]
-    params, adapters, config = adapted_to(rng, *({"v": ("w", "v")}.get(path, (path,))))
+    params, adapters, config = adapted_to(rng, *names_of(marker))
     strict = lora(fn, config, strict=True)
     with pytest.raises(AdapterError) as caught:
         (jax.jit(strict) if compiled else strict)(params, adapters, random_array(rng, (5, 5)))
@@ -200,8 +237,8 @@ def test_strict_names_path_primitive_line_reason_and_the_way_out(rng, marker, co
 
 @pytest.mark.parametrize("marker", UNFACTORED)
 def test_what_strict_refuses_is_otherwise_merged(rng, marker):
-    fn, path, *_ = UNFACTORED[marker]
-    params, adapters, config = adapted_to(rng, *({"v": ("w", "v")}.get(path, (path,))))
+    fn, *_ = UNFACTORED[marker]
+    params, adapters, config = adapted_to(rng, *names_of(marker))
     x = random_array(rng, (5, 5))
     merged = {
         name: weight + 1.5 * jnp.einsum("...ir,...ro->...io", adapters[name]["A"], adapters[name]["B"])

@@ -1,0 +1,106 @@
+"""What primitives that place a weight on a mesh, or move it between devices within shard_map, do to its factors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora.transform._jax import reshard as resharded
+from jlora.transform._jax import varied, varying_axes
+from jlora.transform._weight import Factor, Weight
+
+Factors = Sequence[Factor] | str
+
+DIFFERS = "A or B may differ between the devices that it is gathered from; shard_map with check_vma=True tells"
+EXCHANGED = "the devices exchange an axis of A for one of B"
+
+
+def reshard(weight: Weight, *, dst_sharding: NamedSharding, **_: Any) -> Factors:
+    """Every factor is placed as the axes of the weight that it has."""
+    spec = [*dst_sharding.spec, *[None] * (len(weight.shape) - len(dst_sharding.spec))]
+
+    def placed(factor: Factor) -> Factor:
+        of_axes = PartitionSpec(*(spec[axis] for axis in factor.axes), None)
+        return factor.changed(resharded(factor.array, NamedSharding(dst_sharding.mesh, of_axes)))
+
+    return [placed(factor) for factor in weight.factors]
+
+
+def all_gather(
+    weight: Weight,
+    *,
+    all_gather_dimension: int,
+    axis_name: Any,
+    axis_index_groups: Any,
+    tiled: bool,
+    **_: Any,
+) -> Factors:
+    """The parts of all devices along an axis: along that of the factors that have it, if the others are the same there.
+
+    Along a new axis everything that differs is gathered.
+    """
+    names = _names(axis_name)
+
+    def gathered(factor: Factor) -> Factor:
+        place = sorted({*factor.axes, all_gather_dimension}).index(all_gather_dimension)
+        array = lax.all_gather(
+            varied(factor.array, names), axis_name, axis=place, tiled=tiled, axis_index_groups=axis_index_groups
+        )
+        return factor.changed(array, sorted({*factor.axes, all_gather_dimension}))
+
+    factors: Sequence[Factor] = weight.factors
+    if not tiled:
+        factors = [
+            factor.renumbered({axis: axis + (axis >= all_gather_dimension) for axis in factor.axes})
+            for factor in factors
+        ]
+        differing = [factor for factor in factors if _differs(factor, names)] or factors
+        return [gathered(factor) if factor in differing else factor for factor in factors]
+    having = [factor for factor in factors if all_gather_dimension in factor.axes]
+    if any(_differs(factor, names) for factor in factors if factor not in having) and not weight.probe:
+        return DIFFERS
+    return [gathered(factor) if factor in having else factor for factor in factors]
+
+
+def ppermute(weight: Weight, *, axis_name: Any, perm: Any) -> Factors:
+    """Every factor that differs from device to device goes to the device that its weight goes to."""
+    names = _names(axis_name)
+    moving = [factor for factor in weight.factors if _differs(factor, names)] or weight.factors
+    return [
+        factor.changed(lax.ppermute(varied(factor.array, names), axis_name, perm)) if factor in moving else factor
+        for factor in weight.factors
+    ]
+
+
+def all_to_all(
+    weight: Weight, *, axis_name: Any, split_axis: int, concat_axis: int, axis_index_groups: Any, tiled: bool, **_: Any
+) -> Factors:
+    """A factor that has both axes is split and joined as the weight is; one that has neither is the same everywhere."""
+    names = _names(axis_name)
+    axes = {split_axis, concat_axis}
+    moving = [factor for factor in weight.factors if axes <= set(factor.axes)]
+    staying = [factor for factor in weight.factors if factor not in moving]
+    if not tiled or not moving or any(axes & set(factor.axes) for factor in staying):
+        return EXCHANGED
+    if any(_differs(factor, names) for factor in staying):
+        return DIFFERS
+
+    def exchanged(factor: Factor) -> Factor:
+        places = factor.axes.index(split_axis), factor.axes.index(concat_axis)
+        array = lax.all_to_all(
+            varied(factor.array, names), axis_name, *places, axis_index_groups=axis_index_groups, tiled=True
+        )
+        return factor.changed(array)
+
+    return [exchanged(factor) if factor in moving else factor for factor in weight.factors]
+
+
+def _names(axis_name: Any) -> tuple[str, ...]:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def _differs(factor: Factor, names: Sequence[str]) -> bool:
+    """Whether a factor may differ along these axes of the mesh; without check_vma nothing says that it does not."""
+    checked = bool(varying_axes(lax.axis_index(tuple(names))))
+    return not checked or bool(set(names) & set(varying_axes(factor.array)))
