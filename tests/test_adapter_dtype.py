@@ -152,6 +152,23 @@ def test_small_updates_of_a_16_bit_base_are_not_lost(rng):
     assert trained("bfloat16", "bfloat16") > 1.5 * reached
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "word"),
+    [
+        ((None, None), "2 weights of 70 parameters"),
+        (("bfloat16", "bfloat16"), "2 weights of 70 parameters, adapters in bfloat16"),
+        (("float16", None), "2 weights of 70 parameters, adapters in float16 and float32"),
+    ],
+)
+def test_the_table_names_another_dtype(dtypes, word, rng):
+    params = {name: random_array(rng, (5, 7)) for name in ("down", "up")}
+    adapters = {}
+    for name, dtype in zip(params, dtypes, strict=True):
+        adapters[name] = jlora.init_lora(None, params, CONFIG.replace(dtype=dtype))[name]
+    for tree in (adapters, jax.eval_shape(lambda: adapters)):
+        assert jlora.summary(params, tree, CONFIG).rows()[-1][0] == word
+
+
 def test_the_dtype_is_in_every_file(rng, tmp_path):
     params = {"up": random_array(rng, (5, 7), "bfloat16")}
     for dtype, found in ((None, "float32"), ("float16", "float16")):

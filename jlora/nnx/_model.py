@@ -1,17 +1,20 @@
 """`LoRA`: an NNX model with adapters, by split, transform and merge."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
+from jlora.adapter import part_axes
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError
+from jlora.paths import path_string
 from jlora.transform import Explanation, check_args, explain, lora, resolve_config
-from jlora.tree import adapted_targets, init_lora, merge_params
+from jlora.tree import Target, adapted_targets, init_lora, merge_params
 
+_NAMES = ("out_sharding", "sharding_names", "sharding")  # Flax before 0.12 says "sharding"
 _BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 
 
@@ -77,9 +80,9 @@ class LoRA(nnx.Module):
             config = resolve_config(function, config, params, rest)
         if adapters is None:
             adapters = init_lora(None if rngs is None else rngs.params(), self.params, config)
-        adapted_targets(self.params, adapters, config)
+        targets = adapted_targets(self.params, adapters, config)
         self.config = config
-        self.lora = nnx.data(jax.tree.map(nnx.LoRAParam, adapters))
+        self.lora = nnx.data(_variables(model, adapters, targets))
         self.deterministic = False
         if config.dropout:
             self.rngs = (nnx.Rngs(config.seed) if rngs is None else rngs).dropout.fork()
@@ -155,6 +158,31 @@ class LoRA(nnx.Module):
             return output, graphdef_after, rest_after
 
         return function, self.params, rest
+
+
+def _variables(model: nnx.Module, adapters: Any, targets: Mapping[str, Target]) -> Any:
+    """The adapters as variables; where a weight's metadata name its axes, those of its parts name theirs."""
+    weights = {"/".join(map(str, path)): weight for path, weight in nnx.to_flat_state(nnx.state(model, _BASE))}
+
+    def variable(key_path: Any, part: Any) -> nnx.LoRAParam:
+        *at, name = key_path
+        path = path_string(at)
+        weight, split = weights[path], targets[path].factorization if path in targets else None
+        return nnx.LoRAParam(part, **_named(weight.get_metadata(), part_axes(weight.ndim, split)[name.key]))
+
+    return jax.tree_util.tree_map_with_path(variable, adapters)
+
+
+def _named(metadata: Mapping[str, Any], axes: Sequence[int | None]) -> dict[str, Any]:
+    """What of a weight's metadata says how its axes are sharded, for a part that has these axes of it."""
+    field = next((field for field in _NAMES if metadata.get(field)), None)
+    if field is None:
+        return {}
+    names = metadata[field]
+    own = {other: metadata[other] for other in ("mesh", "sharding_rules", "eager_sharding") if other in metadata}
+    if "eager_sharding" in own and own.get("mesh") is None and jax.sharding.get_abstract_mesh().empty:
+        own["eager_sharding"] = False  # Flax 0.12 places a variable as it is made, and needs a mesh to do so
+    return own | {field: tuple(None if axis is None or axis >= len(names) else names[axis] for axis in axes)}
 
 
 def _split(nodes: Any) -> Any:

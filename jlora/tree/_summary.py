@@ -26,6 +26,7 @@ class Summary:
       total: the number of scalars of the base.
       others: of entries without A and B, the path, the shape and what they hold.
       left_out: the weights that a pattern spans and that are not adapted, each with the reason.
+      dtypes: the dtypes of the adapters; the table names them where there is another than float32.
     """
 
     targets: tuple[Target, ...]
@@ -33,6 +34,7 @@ class Summary:
     total: int
     others: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    dtypes: tuple[str, ...] = ("float32",)
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a last row for the sum."""
@@ -45,6 +47,8 @@ class Summary:
             for (path, shape, parts), n in zip(self.others, self.parameters[len(rows) :], strict=True)
         ]
         weights = f"{len(rows)} weight{'' if len(rows) == 1 else 's'} of {self.total:,} parameters"
+        if set(self.dtypes) - {"float32"}:
+            weights += f", adapters in {' and '.join(self.dtypes)}"
         return [*rows, (weights, "", "", "", "", *self._share(sum(self.parameters)))]
 
     def _share(self, parameters: int) -> tuple[str, str]:
@@ -105,6 +109,7 @@ def summary(params: Any, adapters: Any, config: LoraConfig) -> Summary:
         count_params(params),
         tuple((path, tuple(shapes[path].shape), parts) for path, parts in others.items()),
         _without_entry(params, config, updates),
+        tuple(sorted({part.dtype.name for update in updates.values() for part in update.values()})),
     )
 
 
