@@ -128,10 +128,6 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
     axis: int | Sequence[int] = -1
     batch_dims: int | Sequence[int] = ()
 
-    def factorization(self, inputs: chex.Array) -> Factorization:
-        """How the axes of the weight of such a layer split."""
-        return canonical(*(len(_sizes(sizes)) for sizes in (self.batch_dims, self.axis, self.features)))
-
     @nn.compact
     def __call__(self, inputs: chex.Array) -> chex.Array:
         axis, batch = self._axes(self.axis, inputs), self._axes(self.batch_dims, inputs)
@@ -140,7 +136,8 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
                 f"batch_dims {self.batch_dims}: wanted consecutive leading axes from 0, apart from axis {self.axis}"
             )
         shape = (*inputs.shape[: len(batch)], *(inputs.shape[d] for d in axis), *_sizes(self.features))
-        a, b = self._adapter(self.factorization(inputs), shape)
+        features = len(shape) - len(batch) - len(axis)
+        a, b = self._adapter(canonical(len(batch), len(axis), features), shape)
         x, a, b = self._promote(self._drop(inputs), a, b)
         return factored_product(x, a, b, axis, len(batch), scale=self._scale(), precision=self.precision)
 
@@ -180,10 +177,6 @@ class LoRAEinsumAdapter(LoRAAdapter):
     shape: Sequence[int]
     einsum_str: str | None = None
 
-    def factorization(self, inputs: chex.Array, einsum_str: str | None = None) -> Factorization:
-        """How the axes of the weight of such a layer split."""
-        return self._einsum(inputs, einsum_str).factorization
-
     @nn.compact
     def __call__(self, inputs: chex.Array, einsum_str: str | None = None) -> chex.Array:
         einsum = self._einsum(inputs, einsum_str)
@@ -212,10 +205,6 @@ class LoRAConvAdapter(LoRAAdapter):
 
     conv: nn.Conv
 
-    def factorization(self, inputs: chex.Array) -> Factorization:
-        """How the axes of the kernel split."""
-        return canonical(0, len(_sizes(self.conv.kernel_size)) + 1, 1)
-
     @nn.compact
     def __call__(self, inputs: chex.Array) -> chex.Array:
         conv = self.conv
@@ -224,7 +213,7 @@ class LoRAConvAdapter(LoRAAdapter):
         groups = conv.feature_group_count
         window = tuple(_sizes(conv.kernel_size))
         shape = (*window, inputs.shape[-1] // groups, conv.features)
-        a, b = self._adapter(self.factorization(inputs), shape)
+        a, b = self._adapter(canonical(0, len(shape) - 1, 1), shape)
         x, a, b = self._promote(self._drop(inputs), a, b)
         narrow = conv.clone(
             features=self.rank * groups, use_bias=False, dtype=x.dtype, precision=self.precision, parent=None, name=None
@@ -249,10 +238,6 @@ class LoRAEmbedAdapter(LoRAAdapter):
 
     num_embeddings: int
     features: int
-
-    def factorization(self, inputs: chex.Array) -> Factorization:
-        """How the axes of the table split."""
-        return canonical(0, 1, 1)
 
     def setup(self) -> None:
         self.adapter = self._adapter(canonical(0, 1, 1), (self.num_embeddings, self.features))

@@ -20,47 +20,6 @@ from jlora.linen._adapters import (
 )
 from jlora.linen._scope import InPlace
 
-_ADAPTERS: dict[type[nn.Module], tuple[type[LoRAAdapter], tuple[str, ...]]] = {
-    nn.Dense: (LoRADenseAdapter, ("features", "precision")),
-    nn.DenseGeneral: (LoRADenseGeneralAdapter, ("features", "axis", "batch_dims", "precision")),
-    nn.Einsum: (LoRAEinsumAdapter, ("shape", "einsum_str", "precision")),
-    nn.Conv: (LoRAConvAdapter, ("precision",)),
-    nn.Embed: (LoRAEmbedAdapter, ("num_embeddings", "features")),
-}
-
-
-def layer_kind(layer: nn.Module) -> type[nn.Module] | None:
-    """Which of Flax's layers this is or is derived from, if it is one that can be adapted."""
-    return next((kind for kind in _ADAPTERS if isinstance(layer, kind)), None)
-
-
-def weight_name(layer: nn.Module) -> str:
-    """The name of the one weight of a layer that can be adapted."""
-    return "embedding" if isinstance(layer, nn.Embed) else "kernel"
-
-
-def adapter_of(layer: nn.Module, rank: int, *, parent: Any = None, **options: Any) -> LoRAAdapter:
-    """The adapter that fits a layer of Flax's; dtype and precision are the layer's, A and B float32 at least."""
-    kind = layer_kind(layer)
-    if kind is None:
-        known = ", ".join(f"nn.{known.__name__}" for known in _ADAPTERS)
-        raise AdapterError(f"found {type(layer).__name__}: wanted one of {known}")
-    adapter, names = _ADAPTERS[kind]
-    fields = {name: getattr(layer, name) for name in (*names, "dtype")}
-    fields["param_dtype"] = adapter_dtype(layer.param_dtype)
-    if kind is nn.Conv:
-        fields["conv"] = layer.clone(parent=None, name=None)
-    given = {name: value for name, value in options.items() if value is not None}
-    return adapter(rank, **fields | given, parent=parent)
-
-
-def bound_adapter(layer: nn.Module, rank: int, **options: Any) -> LoRAAdapter:
-    """The adapter of a layer, in the scope `lora` of the layer's scope; the layer has been called."""
-    assert layer.scope is not None
-    weight = layer.scope.get_variable("params", weight_name(layer))
-    box = box_like(weight, None) if is_box(weight) else None
-    return adapter_of(layer, rank, parent=layer.scope.push("lora", reuse=True), box=box, **options)
-
 
 class LoRALinenLayer(InPlace):
     """What the layers share.
@@ -87,6 +46,8 @@ class LoRALinenLayer(InPlace):
     b_init: Initializer | None = None
 
     kind: ClassVar[type[nn.Module]]
+    adapter: ClassVar[type[LoRAAdapter]]
+    shared: ClassVar[tuple[str, ...]]  # what the adapter takes over from the layer
     held = "wrapped"
 
     def setup(self) -> None:
@@ -101,8 +62,18 @@ class LoRALinenLayer(InPlace):
         return y + self._adapter()(inputs, *args, **kwargs).astype(y.dtype)
 
     def _adapter(self, **more: Any) -> Any:
-        options = {name: getattr(self, name) for name in ("alpha", "dropout", "param_dtype", "a_init", "b_init")}
-        return bound_adapter(self.wrapped, self.rank, **options, **more)
+        """The adapter, in the scope `lora` of the layer's scope; the layer has been called."""
+        layer: Any = self.wrapped
+        weight = layer.scope.get_variable("params", "embedding" if self.kind is nn.Embed else "kernel")
+        fields = self._fields(layer) | {"param_dtype": adapter_dtype(layer.param_dtype)}
+        fields["box"] = box_like(weight, None) if is_box(weight) else None
+        for name in ("alpha", "dropout", "param_dtype", "a_init", "b_init"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
+        return self.adapter(self.rank, **fields | more, parent=layer.scope.push("lora", reuse=True))
+
+    def _fields(self, layer: nn.Module) -> dict[str, Any]:
+        return {name: getattr(layer, name) for name in (*self.shared, "dtype")}
 
 
 class LoRADense(LoRALinenLayer):
@@ -115,30 +86,43 @@ class LoRADense(LoRALinenLayer):
     """
 
     kind = nn.Dense
+    adapter = LoRADenseAdapter
+    shared = ("features", "precision")
 
 
 class LoRADenseGeneral(LoRALinenLayer):
     """An `nn.DenseGeneral` and its adapter; any features, axis and batch_dims."""
 
     kind = nn.DenseGeneral
+    adapter = LoRADenseGeneralAdapter
+    shared = ("features", "axis", "batch_dims", "precision")
 
 
 class LoRAEinsum(LoRALinenLayer):
     """An `nn.Einsum` and its adapter; any equation with an in and an out axis."""
 
     kind = nn.Einsum
+    adapter = LoRAEinsumAdapter
+    shared = ("shape", "einsum_str", "precision")
 
 
 class LoRAConv(LoRALinenLayer):
     """An `nn.Conv` and its adapter; any window, strides, padding, dilation and groups."""
 
     kind = nn.Conv
+    adapter = LoRAConvAdapter
+    shared = ("precision",)
+
+    def _fields(self, layer: nn.Module) -> dict[str, Any]:
+        return super()._fields(layer) | {"conv": layer.clone(parent=None, name=None)}
 
 
 class LoRAEmbed(LoRALinenLayer):
     """An `nn.Embed` and its adapter, for the rows and for `attend`."""
 
     kind = nn.Embed
+    adapter = LoRAEmbedAdapter
+    shared = ("num_embeddings", "features")
 
     def __call__(self, inputs: chex.Array) -> chex.Array:
         y = self.wrapped(inputs)

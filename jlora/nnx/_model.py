@@ -134,7 +134,8 @@ class LoRA(nnx.Module):
         """A method of the model, by name, with the adapters in it."""
         function, params, rest = self._function(method, args, kwargs)
         key = self.rngs() if self.config.dropout and not self.deterministic else None
-        output, graphdef, state = lora(function, self.config)(params, self.adapters, rest, dropout_key=key)
+        adapted = lora(function, self.config, partial=method != "__call__")
+        output, graphdef, state = adapted(params, self.adapters, rest, dropout_key=key)
         if not _written((self.model, args, kwargs), rest, state, graphdef):
             raise AdapterError(
                 f"{type(self.model).__name__}.{method} changes attributes that are no variables while it runs; call it "

@@ -3,6 +3,16 @@
 from jlora.transform._adapt import Adapted, adapt
 from jlora.transform._explain import Explanation, explain
 from jlora.transform._lora import lora
-from jlora.transform._uses import check_args, init_lora, resolve_config
+from jlora.transform._uses import check_args, init_lora, resolve_config, survey_uses
 
-__all__ = ["Adapted", "Explanation", "adapt", "check_args", "explain", "init_lora", "lora", "resolve_config"]
+__all__ = [
+    "Adapted",
+    "Explanation",
+    "adapt",
+    "check_args",
+    "explain",
+    "init_lora",
+    "lora",
+    "resolve_config",
+    "survey_uses",
+]

@@ -28,6 +28,7 @@ def lora(
     strict: bool = False,
     cost_model: CostModel | None = None,
     dropout_keyword: str = "dropout_key",
+    partial: bool = False,
 ) -> Callable[..., Any]:
     """The same function with adapters: `lora(fn, config)(params, adapters, *args, **kwargs)`.
 
@@ -43,6 +44,8 @@ def lora(
       cost_model: chooses, from static shapes, between factored and merged where both are possible.
       dropout_keyword: the keyword by which the new function takes the key of its dropout. `fn` never gets it: where
         `fn` has an argument of this name, give another.
+      partial: whether `fn` may use some of the adapted weights only, as one of several methods of a model does; then
+        nothing tells of adapters that reach nothing.
 
     Returns:
       A function `(params, adapters, *args, dropout_key=None, **kwargs)` of the output of `fn`, in its dtypes. Without
@@ -77,7 +80,8 @@ def lora(
         weights = adapted_weights(params, adapters, config, strict)
         entries = leaves_by_path(adapters, is_leaf=is_update)
         program = Program(fn, params, args, kwargs)
-        tell_of_unread(name, program, entries, strict)
+        if not partial:
+            tell_of_unread(name, program, entries, strict)
         run = Run(settings, key if config.dropout else None)
         outputs = program.evaluate(run, weights, program.leaves)
         if run.key is not None:

@@ -16,7 +16,7 @@ from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings, Use
 from jlora.transform._weight import probe
-from jlora.tree import LeftOut, check_config, is_floating, is_targeted, survey
+from jlora.tree import LeftOut, Survey, check_config, is_floating, is_targeted, survey
 
 _ADDED = ("add", "sub", "add_any")
 _UNUSED = "the function never uses it"
@@ -61,6 +61,14 @@ def resolve(
     fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any, *, strict: bool = False
 ) -> tuple[LoraConfig, tuple[LeftOut, ...]]:
     """What `resolve_config` returns, and the weights that are left out, with the reasons."""
+    resolved, found = survey_uses(fn, config, params, *args, **kwargs)
+    return resolved, found.checked(strict=strict).left_out
+
+
+def survey_uses(
+    fn: Callable[..., Any], config: LoraConfig, params: Any, /, *args: Any, **kwargs: Any
+) -> tuple[LoraConfig, Survey]:
+    """What `resolve_config` returns, and what it makes of the weights; problems stand in the survey, none is raised."""
     check_config(config)
     given = dict(config.factorizations)
     found: dict[str, str] = {}
@@ -75,8 +83,8 @@ def resolve(
         elif uses:
             whole[path] = f"{uses[0].primitive} at {uses[0].place}" if uses[0].place else uses[0].primitive
     read = config.replace(factorizations=given | {p: r for p, r in found.items() if p not in given})
-    left_out = survey(params, read, known=known, whole=whole).checked(strict=strict).left_out
-    return read.replace(exclude_modules=(*read.exclude_modules, *map(literal_pattern, known))), left_out
+    surveyed = survey(params, read, known=known, whole=whole)
+    return read.replace(exclude_modules=(*read.exclude_modules, *map(literal_pattern, known))), surveyed
 
 
 def _reading(uses: Sequence[Use]) -> str | None:

@@ -1,4 +1,4 @@
-"""`LoRA` and `resolve_config`: what the configuration says of paths, axes, nn.jit and dropout."""
+"""`LoRA` and `resolve_config`: what the configuration says of paths, axes and dropout."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import AdapterError, LoraConfig, TargetError, init_lora, split_params
+from jlora import LoraConfig, TargetError, combine_params, init_lora, split_params
 from jlora.linen import LoRA, resolve_config
 from tests.linen.models import (
     CONFIG,
@@ -61,15 +61,24 @@ def test_only_targets_that_are_not_excluded_are_adapted(rng):
     ("changes", "error", "message"),
     [
         ({"target_modules": "encodr"}, TargetError, "target_modules: 'encodr' matches nothing; nearest paths: encoder"),
-        ({"target_modules": "**/bias"}, TargetError, r"'\*\*/bias' adapts nothing: what it matches is excluded, or is"),
+        (
+            {"target_modules": "**/bias"},
+            TargetError,
+            r"'\*\*/bias' adapts nothing: what it matches is excluded, narrower",
+        ),
         ({"exclude_modules": "nothing"}, TargetError, "exclude_modules: 'nothing' matches nothing; nearest paths: "),
         ({"exclude_modules": "**"}, TargetError, r"target_modules: '\*\*' adapts nothing"),
         ({"rank_pattern": {"nothing": 1}}, TargetError, "rank_pattern: 'nothing' matches nothing that is adapted"),
         ({"alpha_pattern": {"nothing": 1}}, TargetError, "alpha_pattern: 'nothing' matches nothing that is adapted"),
         (
-            {"rank": 4},
-            AdapterError,
-            r"encoder/layers_2/layers_0/.*rank 4 is larger than the smaller side 3 of \(5, 3\)",
+            {"rank": 6},
+            TargetError,
+            r"target_modules: '\*\*' adapts nothing: what it matches is excluded, narrower than",
+        ),
+        (
+            {"rank": 4, "target_modules": "encoder/layers_2/layers_0/kernel"},
+            TargetError,
+            r"layers_0/kernel' adapts nothing: what it matches is .*narrower than the rank",
         ),
     ],
 )
@@ -136,20 +145,13 @@ def test_dropout_differs_from_layer_to_layer_of_a_scan(rng, key):
     [
         {"target_modules": ("block_0", "block_*/up")},
         {"target_modules": ("**",), "exclude_modules": ("block_0",)},
-        {"rank_pattern": {"block_1": 1}},
-        {"alpha_pattern": {"block_1": 7}},
+        {"rank_pattern": {"block_1": 1, "**/up": 2}},
+        {"alpha_pattern": {"block_1": 7, "**/query": 5}},
     ],
     ids=str,
 )
-def test_blocks_that_nn_jit_compiles_once_have_to_be_treated_alike(change, rng):
+def test_blocks_that_nn_jit_compiles_once_may_be_treated_apart(change, rng):
     x, config = inputs(rng, TOKENS), LoraConfig(rank=2, target_modules=("block_*",)).replace(**change)
-    LoRA(Transformer(), config).init(KEY, x)
-    with pytest.raises(TargetError, match=r"block_1/.*: nn.jit compiled this module together with another"):
-        LoRA(Transformer(JitBlock), config).init(KEY, x)
-
-
-def test_blocks_that_nn_jit_compiles_once_may_differ_within(rng):
-    x, config = inputs(rng, TOKENS), CONFIG.replace(rank_pattern={"**/up": 1}, alpha_pattern={"**/query": 5})
     variables, plain = (draw(np.random.default_rng(3), LoRA(Transformer(*b), config), x) for b in ((JitBlock,), ()))
     assert shapes(variables) == shapes(plain)
     found, wanted = (LoRA(Transformer(*b), config).apply(plain, x) for b in ((JitBlock,), ()))
@@ -158,5 +160,17 @@ def test_blocks_that_nn_jit_compiles_once_may_differ_within(rng):
 
 def test_params_without_the_adapters_are_refused(rng):
     x, model = inputs(rng, TOKENS), Transformer()
-    with pytest.raises(TargetError, match=r"^embed/embedding: the params hold no adapter for it; put adapters in with"):
+    with pytest.raises(
+        TargetError, match=r"^block_0/.*/kernel: the params hold no adapter for it; put adapters in with"
+    ):
         LoRA(model, CONFIG).apply(model.init(KEY, x), x)
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+def test_params_without_one_of_the_adapters_are_refused(resolved, rng):
+    x, model = inputs(rng, TOKENS), Transformer()
+    config = resolve_config(model, CONFIG, x) if resolved else CONFIG
+    base, adapters = split_params(draw(rng, LoRA(model, config), x)["params"])
+    adapters["block_1"]["up"]["kernel"] = None
+    with pytest.raises(TargetError, match=r"^block_1/up/kernel: the params hold no adapter for it"):
+        LoRA(model, config).apply({"params": combine_params(base, adapters)}, x)

@@ -85,6 +85,22 @@ def test_methods_are_called_by_name_with_the_adapters(rng):
         lora.decode(x)
 
 
+def test_a_method_may_leave_adapters_aside(rng):
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.up, self.down = nnx.Linear(7, 5, rngs=rngs), nnx.Linear(5, 7, rngs=rngs)
+
+        def encode(self, x):
+            return self.up(x)
+
+        def __call__(self, x):
+            return self.down(self.up(x))
+
+    x, model = random_array(rng, VECTORS), Two(nnx.Rngs(0))
+    lora = adapt(rng, model, x)
+    assert_close(lora.encode(x), as64(lora.merge().encode(x)), factor=20)
+
+
 def test_state_is_written_back_as_the_model_does_it(rng):
     model, x = Noisy(nnx.Rngs(0)), random_array(rng, VECTORS)
     lora = adapt(rng, model, x)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jlora import ConfigError, DataError, LoraConfig, combine_params, split_params
+from jlora import ConfigError, CostModel, DataError, LoraConfig, combine_params, split_params
 from jlora.linen import LoRA
 from jlora.train import init_state, make_train_step
 from tests.reference import as64, assert_close, random_adapter, random_array, randomize
@@ -235,7 +235,8 @@ def programs(way, accumulate, patterns="**"):
     """The train step of a transformer as a jaxpr and as compiled HLO."""
     tokens = jnp.ones((5, 11, 13))
     model = Transformer()
-    lora = LoRA(model, LoraConfig(rank=RANK, target_modules=patterns))
+    never_merged = CostModel(merge_from=float("inf"))
+    lora = LoRA(model, LoraConfig(rank=RANK, target_modules=patterns), cost_model=never_merged)
     params = randomize(np.random.default_rng(0), jax.eval_shape(lora.init, jax.random.key(0), tokens)["params"])
     base, adapters = split_params(params)
     trained, frozen = (adapters, base) if way == "lora" else (base, None)

@@ -204,6 +204,14 @@ def test_other_entries_are_told_of_too(rng, entry):
         lora(lambda p, x: x @ p["a"], CONFIG)(params, adapters, x)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_function_that_is_a_part_may_leave_adapters_aside(rng, strict):
+    params, adapters, x = made(rng)
+    found = lora(lambda p, x: x @ p["a"], CONFIG, partial=True, strict=strict)(params, adapters, x)
+    whole = lora(lambda p, x: (x @ p["a"], x @ p["b"]), CONFIG, strict=strict)(params, adapters, x)
+    np.testing.assert_array_equal(found, whole[0])
+
+
 def test_many_paths_are_counted_and_cut(rng):
     params = {f"w{n:02}": random_array(rng, (5, 5)) for n in range(15)}
     adapters = init_lora(None, params, CONFIG)
