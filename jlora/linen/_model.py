@@ -252,7 +252,11 @@ def _parted(params: Any, config: LoraConfig) -> tuple[Any, dict[str, Any], Any]:
     """The base, the adapters of its targets by path, and the tree of the adapters that the model has of its own."""
     base, adapters = split_params(params)
     weights = leaves_by_path(base)
-    targeted = {path: at for path, at in _entries(adapters).items() if path in weights and is_targeted(config, path)}
+    targeted = {
+        path: entry
+        for path, entry in _entries(adapters).items()
+        if path in weights and ("A" not in entry or is_targeted(config, path))  # no target names a bias or a norm
+    }
     others = jax.tree_util.tree_map_with_path(
         lambda path, entry: None if path_string(path) in targeted else entry, adapters, is_leaf=is_update
     )
