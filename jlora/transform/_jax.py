@@ -49,6 +49,8 @@ def varying_axes(array: Any) -> tuple[str, ...]:
 def varied(array: Any, axes: Sequence[str]) -> Any:
     """The array, varying over these axes too; lax.pvary was renamed in JAX 0.8."""
     more = tuple(axis for axis in axes if axis not in varying_axes(array))
+    if not more:
+        return array
     cast: Any = getattr(lax, "pcast", None)
     pvary: Any = getattr(lax, "pvary", None)
     return cast(array, more, to="varying") if cast else pvary(array, more)

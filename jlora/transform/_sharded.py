@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.transform._jax import reshard as resharded
-from jlora.transform._jax import varied, varying_axes
+from jlora.transform._jax import varying_axes
 from jlora.transform._weight import Factor, Weight
 
 Factors = Sequence[Factor] | str
@@ -44,9 +44,7 @@ def all_gather(
 
     def gathered(factor: Factor) -> Factor:
         place = sorted({*factor.axes, all_gather_dimension}).index(all_gather_dimension)
-        array = lax.all_gather(
-            varied(factor.array, names), axis_name, axis=place, tiled=tiled, axis_index_groups=axis_index_groups
-        )
+        array = lax.all_gather(factor.array, axis_name, axis=place, tiled=tiled, axis_index_groups=axis_index_groups)
         return factor.changed(array, sorted({*factor.axes, all_gather_dimension}))
 
     factors: Sequence[Factor] = weight.factors
@@ -68,7 +66,7 @@ def ppermute(weight: Weight, *, axis_name: Any, perm: Any) -> Factors:
     names = _names(axis_name)
     moving = [factor for factor in weight.factors if _differs(factor, names)] or weight.factors
     return [
-        factor.changed(lax.ppermute(varied(factor.array, names), axis_name, perm)) if factor in moving else factor
+        factor.changed(lax.ppermute(factor.array, axis_name, perm)) if factor in moving else factor
         for factor in weight.factors
     ]
 
@@ -88,9 +86,7 @@ def all_to_all(
 
     def exchanged(factor: Factor) -> Factor:
         places = factor.axes.index(split_axis), factor.axes.index(concat_axis)
-        array = lax.all_to_all(
-            varied(factor.array, names), axis_name, *places, axis_index_groups=axis_index_groups, tiled=True
-        )
+        array = lax.all_to_all(factor.array, axis_name, *places, axis_index_groups=axis_index_groups, tiled=True)
         return factor.changed(array)
 
     return [exchanged(factor) if factor in moving else factor for factor in weight.factors]

@@ -3,6 +3,10 @@
 The update of a weight is the sum over r of the product of its factors. A factor has some of the weight's axes, then
 the rank: A has the batch and in axes, B the batch and out axes. What a program does to the axes of a weight it does
 to each factor that has them; a contraction of the weight is one of a factor first and of the other then.
+
+What is added to a weight, or joined with it, leaves the factors as they are. But only a sum with what follows from
+params alone is a weight; `Plain` marks such values. A sum with what depends on the arguments is an activation, as
+tokens plus positions are: the weight is merged there, as one that is only added.
 """
 
 import dataclasses
