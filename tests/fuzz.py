@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,14 +24,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
 from jlora import JloraError, LoraConfig
+from jlora.checkpoints import merge, unmerge
+from jlora.checkpoints._rewrite import RECORD
+from jlora.config import write_mapping
 from jlora.disk import Checkpoint, dump_json, file_written_whole, write_tensors
-from jlora.interop.peft import read_peft
+from jlora.interop.peft import read_peft, read_rows, write_peft
+from jlora.recipes import JobConfig
 from jlora.storage import load_adapters, save_adapters
+from jlora.train import MetricsLog
 
 Rng = np.random.Generator
 Files = dict[str, bytes]
@@ -52,18 +59,26 @@ def fuzz(
 ) -> Counter[str]:
     """How many damaged folders were loaded and how many refused; an AssertionError that names the first bad case."""
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, mock.patch("os.fsync", lambda handle: None):
         root = Path(name)
         originals = [root / "0", root / "1"]
         for number, folder in enumerate(originals):
             make_folder(folder, number)
-        wanted = [load(folder) for folder in originals]
+        wanted = [_loaded(load, folder, root / "case") for folder in originals]
         start = time.perf_counter()
         for case in range(cases):
             counts[_case(originals, wanted, root / "case", load, seal, (seed, case))] += 1
             if report is not None and (case + 1) % max(1, cases // 20) == 0:
                 report(f"{case + 1:,} of {cases:,} in {time.perf_counter() - start:.0f} s: {dict(counts)}")
     return counts
+
+
+def _loaded(load: Callable[[Path], Any], original: Path, folder: Path) -> Any:
+    shutil.copytree(original, folder)
+    try:
+        return load(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def _case(
@@ -368,10 +383,145 @@ def load_checkpoint(folder: Path) -> str:
     return "read"
 
 
+def make_mapping(folder: Path, number: int) -> None:
+    """A mapping as TOML and as JSON, and an adapter of PEFT's for it."""
+    rng = np.random.default_rng(number)
+    rows = [
+        {"name": "layers.{i}.up.weight", "path": "layers/{i}/up/kernel", "transpose": [1, 0]},
+        {"name": "layers.{i}.q.weight", "path": "layers/{i}/q", "reshape": [2, 2 + number, -1], "transpose": [2, 0, 1]},
+        {"name": "experts.{e}.down.weight", "path": "down", "stack": [["{e}", 3]]},
+        {"name": "others.{rest*}", "path": "others/{rest/}"},
+    ]
+    folder.mkdir(exist_ok=True)
+    write_mapping(folder / "rows.toml", {"row": rows})
+    write_mapping(folder / "rows.json", {"row": rows})
+    sides = {"layers.0.up": (5, 7), "layers.1.q": (4 + 2 * number, 7), "experts.1.down": (5, 3), "others.a.b": (5, 3)}
+    tensors = {}
+    for name, (out, ins) in sides.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((2, ins), np.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((out, 2), np.float32)
+    (folder / "adapter").mkdir(exist_ok=True)
+    with file_written_whole(folder / "adapter" / "adapter_model.safetensors") as file:
+        write_tensors(file, tensors, {"format": "pt"})
+    (folder / "adapter" / "adapter_config.json").write_bytes(dump_json({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+
+
+def load_mapping(folder: Path) -> str:
+    """That what the rows make of the adapter can be written back through them."""
+    for name in ("rows.toml", "rows.json"):
+        rows = read_rows(folder / name)
+        adapters, config = read_peft(folder / "adapter", rows)
+        write_peft(folder / "written", adapters, config, rows)
+        shutil.rmtree(folder / "written")
+    return "read"
+
+
+def make_config(folder: Path, number: int) -> None:
+    """Configurations of an adaptation and of a job, as TOML and as JSON."""
+    config = LoraConfig(
+        rank=2 + number,
+        target_modules=("**/query", "head/kernel"),
+        rank_pattern={"head": 3},
+        alpha_pattern={"**/query": 0.5},
+        factorizations={"head": "io"},
+        extras={"peft": "{}"},
+        dtype="bfloat16",
+    )
+    functions = {"model": {"function": "a:b", "width": 3}, "data": {"function": "c:d", "note": "e"}}
+    job = functions | {"lora": config.to_dict(), "train": {"steps": 3}, "optimizer": {"name": "adamw"}}
+    folder.mkdir(exist_ok=True)
+    for ending in ("toml", "json"):
+        config.write(folder / f"lora.{ending}")
+        write_mapping(folder / f"job.{ending}", job)
+
+
+def load_config(folder: Path) -> str:
+    """That the configurations could be read, and come back as they are when they are written."""
+    for ending in ("toml", "json"):
+        for name, kind in (("lora", LoraConfig), ("job", JobConfig)):
+            found = kind.read(folder / f"{name}.{ending}")
+            for again in ("toml", "json"):
+                if again == ending:  # TOML has dates, JSON null
+                    found.write(folder / f"again.{again}")
+                    assert kind.read(folder / f"again.{again}") == found
+                    (folder / f"again.{again}").unlink()
+    return "read"
+
+
+def make_metrics(folder: Path, number: int) -> None:
+    """The metrics of a run."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"step": step, "loss": number + 1 / step, "test_accuracy": 0.5} for step in range(1, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load_metrics(folder: Path) -> str:
+    """That a run could go on from there."""
+    log = MetricsLog(folder / "metrics.jsonl", 10)
+    log.write({"step": 11, "loss": 0.5})
+    assert all(math.isfinite(row["step"]) for row in MetricsLog.read_file(log.path))
+    return "read"
+
+
+def make_record(folder: Path, number: int) -> None:
+    """What a merge and an unmerge that were stopped have left, beside what they work on."""
+    rng = np.random.default_rng(number)
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    shards = ("model-1.safetensors", "model-2.safetensors")
+    for shard in shards:
+        with file_written_whole(folder / "base" / shard) as file:
+            write_tensors(file, {f"{shard[6]}.weight": rng.standard_normal((5, 3), np.float32)}, {"format": "pt"})
+    index = {"weight_map": {f"{shard[6]}.weight": shard for shard in shards}}
+    (folder / "base" / "model.safetensors.index.json").write_bytes(dump_json(index))
+    (folder / "base" / "config.json").write_bytes(dump_json({"tie_word_embeddings": True}))
+    entry = {"A": rng.standard_normal((3, 2), np.float32), "B": rng.standard_normal((2, 5), np.float32)}
+    config = LoraConfig(rank=2, factorizations={"**": "oi"})
+    save_adapters(folder / "adapter", {f"{n}/weight": entry for n in "12"}, config)
+    merge(folder / "base", folder / "adapter", folder / "merged", force=True)
+    for shard in shards:  # a journal that is damaged lies beside shards that are not
+        shutil.copyfile(folder / "merged" / shard, folder / shard)
+    (folder / "journal.json").write_bytes(dump_json(_journal(folder, shards)))
+    os.replace(folder / "merged" / RECORD, folder / RECORD)
+
+
+def _journal(folder: Path, shards: tuple[str, ...]) -> dict[str, Any]:
+    """The journal of an unmerge, all of whose shards are done."""
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise InterruptedError
+
+    with contextlib.suppress(JloraError):  # of the interrupt
+        unmerge(folder / "merged", folder / "adapter", folder / "out", on_progress=stop)
+    (place,) = folder.glob(".out.*.jlora")
+    journal = json.loads((place / "journal.json").read_bytes())
+    shutil.rmtree(place)
+    return journal | {"done": {shard: [0, 0.0] for shard in shards}}
+
+
+def load_record(folder: Path) -> str:
+    """That an unmerge could go on in a workplace with this journal, from a merge with this record."""
+    if os.path.lexists(folder / RECORD):
+        os.replace(folder / RECORD, folder / "merged" / RECORD)
+    place = folder / ".out.0123456789abcdef.jlora"
+    (place / "new").mkdir(parents=True, exist_ok=True)
+    (place / "jlora_workplace").write_text("out")
+    if os.path.lexists(folder / "journal.json"):
+        os.replace(folder / "journal.json", place / "journal.json")
+    for shard in folder.glob("*.safetensors"):
+        os.replace(shard, place / "new" / shard.name)
+    str(unmerge(folder / "merged", folder / "adapter", folder / "out"))
+    return "read"
+
+
 FORMATS: dict[str, Any] = {
     "own": (make_own, load_own, seal_own),
     "peft": (make_peft, load_peft, None),
     "checkpoint": (make_checkpoint, load_checkpoint, None),
+    "mapping": (make_mapping, load_mapping, None),
+    "config": (make_config, load_config, None),
+    "metrics": (make_metrics, load_metrics, None),
+    "record": (make_record, load_record, None),
 }
 
 

@@ -1,14 +1,14 @@
-"""Damaged folders of PEFT's and damaged checkpoints are read or refused; `python -m tests.fuzz` runs any number."""
+"""Damaged files of every kind that is read are read or refused; `python -m tests.fuzz` runs any number of them."""
 
 import pytest
 
 from tests.fuzz import FORMATS, fuzz
 
 
-@pytest.mark.parametrize("name", ["peft", "checkpoint"])
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"own"}))
 def test_damaged_folders(name):
     make, load, _ = FORMATS[name]
-    counts = fuzz(make, load, 500, 0)
-    assert counts.total() == 500
-    assert counts["refused"] > 150
-    assert counts["loaded"] > 10
+    counts = fuzz(make, load, 300, 0)
+    assert counts.total() == 300
+    assert counts["refused"] > 50
+    assert counts["loaded"] > 5
