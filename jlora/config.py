@@ -139,6 +139,15 @@ class LoraConfig:
         """The patterns of a field that match the leaf at `path`, or a module that holds it, with their values."""
         return self._indices[field].matches(path)
 
+    def check_work(self, paths: int) -> None:
+        """Raises a ConfigError where this many paths and the patterns with wildcards are too many to compare."""
+        count = sum(index.wildcards for index in self._indices.values())
+        if count > _MOST_WILDCARDS or count * paths > _MOST_COMPARED:
+            raise ConfigError(
+                f"{count:,} patterns with wildcards for {paths:,} paths: wanted {_MOST_WILDCARDS:,} at most, and "
+                f"{_MOST_COMPARED:,} comparisons; of paths without wildcards there may be any number"
+            )
+
     @functools.cached_property
     def _indices(self) -> dict[str, PatternIndex]:
         plain = ("target_modules", "exclude_modules")
@@ -186,6 +195,7 @@ class LoraConfig:
             raise ConfigError(f"{path}: {error}") from None
 
 
+_MOST_WILDCARDS, _MOST_COMPARED = 10_000, 5_000_000
 _PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "factorizations")
 _PAIR_FIELDS = (*_PATTERN_FIELDS, "extras")
 
@@ -222,7 +232,9 @@ def write_mapping(path: str | Path, data: Mapping[str, Any]) -> None:
     """Writes plain data as a `.toml` or `.json` file, whole or not at all."""
     file = Path(path)
     try:
-        text = tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2) + "\n"
+        text = (
+            tomli_w.dumps(data) if _suffix(file) == ".toml" else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        )
         contents = text.encode("utf-8")
     except (TypeError, UnicodeEncodeError) as error:
         raise ConfigError(f"{file}: cannot be written as {file.suffix[1:].upper()}: {error}") from None

@@ -121,6 +121,11 @@ class PatternIndex:
             else:
                 self._globs.append(position)
 
+    @property
+    def wildcards(self) -> int:
+        """How many of the patterns have wildcards; each is compared with every path."""
+        return len(self._globs)
+
     def matches(self, path: str) -> list[tuple[str, Any]]:
         """The patterns that match the leaf at `path` or a module that holds it, with their values, in their order."""
         ends = [index for index, letter in enumerate(path) if letter == "/"]

@@ -59,7 +59,7 @@ def fuzz(
 ) -> Counter[str]:
     """How many damaged folders were loaded and how many refused; an AssertionError that names the first bad case."""
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name, mock.patch("os.fsync", lambda handle: None):
+    with tempfile.TemporaryDirectory() as name, mock.patch("os.fsync", return_value=None):
         root = Path(name)
         originals = [root / "0", root / "1"]
         for number, folder in enumerate(originals):

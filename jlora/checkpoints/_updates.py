@@ -1,6 +1,7 @@
 """Adapters from a folder, and the tensors of a checkpoint that they change."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _MOST_SHOWN = 12
+_SAMPLE, _MOST_PREFIXES = 100, 1000
 
 
 def read_adapter(path: str | Path) -> tuple[Entries, LoraConfig]:
@@ -90,7 +92,14 @@ def _pieces(entries: Entries, shapes: Shapes, mapping: Mapping) -> dict[str, lis
     dotted = {path: path.replace("/", ".") for path in entries}
     best: dict[str, list[_Piece]] = {}
     fitting: list[str] = []
-    for strip, add in _prefixes(list(dotted.values()), names):
+    some = dict(list(dotted.items())[:: max(1, len(dotted) // _SAMPLE)])
+    for strip, add in itertools.islice(_prefixes(list(dotted.values()), names), _MOST_PREFIXES):
+        if len(dotted) > _SAMPLE and not any(
+            name.startswith(strip)
+            and _renamed_pieces(path, add + name.removeprefix(strip), entries[path], names, mapping)
+            for path, name in some.items()
+        ):
+            continue  # of tens of thousands of names, under a prefix that fits none of some hundred
         tried = {
             path: _renamed_pieces(path, add + name.removeprefix(strip), entries[path], names, mapping)
             for path, name in dotted.items()

@@ -23,8 +23,13 @@ _MOST_PARTS, _MOST_WORD = 20, 1000  # of a dotted key; the time to read one grow
 
 _OPENING, _CLOSING = b"[{", b"]}"
 _UNMARKED = bytes(code for code in range(256) if code not in b'[]{}"')
+# Nothing is tried twice, and every opening quote opens something, be it without an end.
 _TOML_TEXT = re.compile(
-    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)' r"|'''.*?(?:'''|\Z)" r'|"(?:[^"\\\n]|\\.)*"?' r"|'[^'\n]*'?|#[^\n]*", re.S
+    r'"""(?:[^"\\]++|\\.|"(?!""))*+(?:""")?'
+    r"|'''(?:[^']++|'(?!''))*+(?:''')?"
+    r'|"(?:[^"\\\n]++|\\.)*+"?'
+    r"|'[^'\n]*+'?|#[^\n]*+",
+    re.S,
 )
 _TOML_WORD, _TOML_END = re.compile(rf"[0-9A-Za-z_\-]{{{_MOST_WORD},}}"), re.compile(r"[=,\n\[\]{}]")
 
@@ -88,7 +93,7 @@ def parse_json_value(text: bytes, *, constants: bool = False, levels: int = MOST
 def parse_toml(text: bytes) -> dict[str, Any]:
     """The table of a TOML text in UTF-8; a ValueError where it is none."""
     plain = text.decode("utf-8")
-    unquoted = _TOML_TEXT.sub("_", plain)
+    unquoted = _TOML_TEXT.sub('"', plain)
     _check_nesting(unquoted.encode().translate(None, _UNMARKED).replace(b'"', b""), MOST_LEVELS)
     if word := _TOML_WORD.search(unquoted):
         raise ValueError(f"a word or a number of more than {_MOST_WORD:,} characters: {shortened(word[0], 20)}")

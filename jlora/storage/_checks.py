@@ -23,7 +23,7 @@ def check_fit(entries: Entries, config: LoraConfig) -> None:
     Raises:
       AdapterError: the ranks of entries.
       TargetError: patterns that match no entry.
-      ConfigError: patterns of more than 1,000 characters.
+      ConfigError: patterns of more than 1,000 characters, or too many with wildcards.
     """
     pairs = (*config.rank_pattern, *config.alpha_pattern, *config.factorizations)
     patterns = (*config.target_modules, *config.exclude_modules, *(pattern for pattern, _ in pairs))
@@ -31,6 +31,7 @@ def check_fit(entries: Entries, config: LoraConfig) -> None:
         raise ConfigError(
             f"{longest[0][:40]!r}...: a pattern of {len(longest[0]):,} characters, wanted {MOST_CHARACTERS:,} at most"
         )
+    config.check_work(len(entries))
     problems = [
         f"{path or 'the root'}: {problem}"
         for path, update in entries.values()

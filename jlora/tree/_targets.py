@@ -84,6 +84,7 @@ def survey(
     """
     check_config(config)
     leaves = leaves_by_path(params)
+    config.check_work(len(leaves))
     shapes = shapes_by_path(params)
     targets: dict[str, Target] = {}
     left_out: dict[str, LeftOut] = {}
@@ -130,6 +131,7 @@ def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str,
     """
     check_config(config)
     shapes = shapes_by_path(params)
+    config.check_work(len(shapes))
     problems: list[str] = []
     targets: dict[str, Target] = {}
     updates = leaves_by_path(adapters, is_leaf=is_update)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora
-from jlora.interop.peft import FLAT, NESTED, Row, read_peft, read_peft_arrays, write_peft
+from jlora.interop.peft import FLAT, NESTED, Row, _mapping, read_peft, read_peft_arrays, write_peft
 from jlora.paths import leaves_by_path
 from tests.interop.files import delta, embedding_pair, experts_pair, pair, write_folder
 from tests.reference import assert_close
@@ -423,3 +423,9 @@ def test_experts_are_transposed_where_the_model_says_so(tmp_path: Path, rng: Rng
         wanted = delta(tensors, "m.e", "experts_t" if roles == "bio" else "experts")
         assert_close(merged_with_zeros(folder, {"m.e.w": shape}, FLAT)["m.e.w"], wanted)
         round_trip(folder, FLAT)
+
+
+def test_many_names_that_no_row_maps_are_told_soon(tmp_path: Path) -> None:
+    names = {f"x.{i}.weight": i for i in range(20_000)}
+    with pytest.raises(jlora.DataError, match=r"20000 problems:\n(.*\n){12}  and 19988 more$"):
+        _mapping.places_of_names((Row("l.{i}.weight", "l/{i}"),), names)

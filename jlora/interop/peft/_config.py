@@ -8,7 +8,7 @@ from typing import Any
 from jlora.config import LoraConfig
 from jlora.disk import parse_json
 from jlora.errors import ConfigError, DataError, shortened
-from jlora.interop.peft._patterns import compiled
+from jlora.interop.peft._patterns import Patterns, budget_of_patterns
 
 EXTRA = "peft"
 """The name under which a configuration keeps what PEFT's file said."""
@@ -96,15 +96,16 @@ class Scales:
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.rank, self.alpha = data.get("r", 8), data.get("lora_alpha", 8)
-        self._ranks, self._alphas = (compiled(data.get(key)) for key in ("rank_pattern", "alpha_pattern"))
+        budget = budget_of_patterns()
+        self._ranks, self._alphas = (Patterns(data.get(key), budget) for key in ("rank_pattern", "alpha_pattern"))
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's A and B."""
-        return next((value for pattern, value in self._ranks if pattern.matches(module)), self.rank)
+        return self._ranks.value_of(module, self.rank)
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module."""
-        return next((value for pattern, value in self._alphas if pattern.matches(module)), self.alpha)
+        return self._alphas.value_of(module, self.alpha)
 
 
 def extras_of(config: LoraConfig) -> dict[str, Any]:

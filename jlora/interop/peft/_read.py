@@ -207,7 +207,8 @@ class _Reader:
     def _check(self, adapters: MappingType[str, Arrays], shapes: MappingType[str, tuple[int, ...]]) -> None:
         for path, update in adapters.items():
             if path not in shapes:
-                self.problems.append(f"{path}: params has no leaf there; {format_nearest(path, shapes)}")
+                near = format_nearest(path, shapes) if len(self.problems) < _MOST_SHOWN else "near ones are not sought"
+                self.problems.append(f"{path}: params has no leaf there; {near}")
                 continue
             try:
                 check_update(shapes[path], update, Factorization(self.roles[path]) if "A" in update else None)
