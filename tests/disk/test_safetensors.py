@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,15 @@ def test_a_file_is_closed_once(tmp_path):
         file.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file.fileno())
+
+
+def test_a_header_larger_than_any_reader_takes_is_not_read(tmp_path):
+    path = tmp_path / "file.safetensors"
+    for length in (100_000_001, 150_000_000):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}")
+        os.truncate(path, 200_000_000)  # a hole, which takes no place
+        tracemalloc.start()
+        with pytest.raises(DataError, match=f"a header of {length:,} bytes in a file of 200,000,000"):
+            TensorFile(path)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()

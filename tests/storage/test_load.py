@@ -214,3 +214,15 @@ def test_arrays_that_are_read_when_asked_for(tmp_path):
     entries, config = load_arrays(tmp_path)
     assert (list(entries), config.rank) == (["a/0"], 2)
     assert np.asarray(entries["a/0"]["A"]).dtype == np.float64  # which load_adapters would not narrow
+
+
+def test_one_adapter_too_many_is_an_error_where_all_others_fit(tmp_path):
+    entry = {"A": np.ones((5, 2), np.float32), "B": np.ones((2, 7), np.float32)}
+    save_adapters(tmp_path, {"up": entry, "more": entry}, LoraConfig(rank=2))
+    params = {"up": np.zeros((5, 7), np.float32)}
+    with pytest.raises(DataError, match="1 of 2 adapters fit the params\n  unexpected: more"):
+        load_adapters(tmp_path, params=params)
+    loaded, _, report = load_adapters(tmp_path, params=params, strict=False)
+    assert report.unexpected == ("more",)
+    assert not report.fits
+    assert loaded.keys() == {"up"}
