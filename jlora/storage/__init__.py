@@ -2,6 +2,7 @@
 
 from jlora.storage._folder import folder_to_write, is_adapters_folder
 from jlora.storage._load import load_adapters, load_arrays, read_metadata
+from jlora.storage._processes import unreachable, write_once
 from jlora.storage._report import LoadReport, Misfit
 from jlora.storage._save import save_adapters
 
@@ -14,4 +15,6 @@ __all__ = [
     "load_arrays",
     "read_metadata",
     "save_adapters",
+    "unreachable",
+    "write_once",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from jlora.config import LoraConfig
 from jlora.disk import can_store
 from jlora.errors import AdapterError, ConfigError
+from jlora.storage._processes import unreachable
 from jlora.storage._structure import Entries, listed
 from jlora.tree import check_patterns
 
@@ -78,8 +79,8 @@ def _array_problem(part: Any) -> str | None:
         return f"found {type(part).__name__}, wanted an array"
     if isinstance(part, jax.Array) and part.is_deleted():
         return "found an array that was deleted, perhaps by donation to a jitted function; save what that returned"
-    if isinstance(part, jax.Array) and not part.is_fully_addressable:
-        return "found an array spread over several processes; gather it first, and save from one of them"
+    if problem := unreachable(part):
+        return problem
     if not can_store(part.dtype):
         return f"dtype {part.dtype} has no place in a safetensors file"
     return None

@@ -9,6 +9,7 @@ from jlora.disk import CONFIG, dump_json, parse_json
 from jlora.errors import AdapterError, DataError
 from jlora.storage._checks import check_arrays, check_fit, not_finite
 from jlora.storage._folder import FORMAT, write_folder
+from jlora.storage._processes import write_once
 from jlora.storage._structure import listed, take_apart
 from jlora.tree import check_config
 
@@ -19,6 +20,8 @@ def save_adapters(
     """Writes `adapter_config.json` and `adapter_model.safetensors` into a folder, both or neither.
 
     A crash, a kill or a full disk leaves the adapters that were there before, or the new ones; readers never see a mix.
+    In a program of several processes, adapters with arrays of all of them, each with all the numbers, are saved by a
+    call in every process: the first one writes, the others wait, and all see an error.
 
     Args:
       path: the folder; made where there is none, with those above it.
@@ -55,7 +58,8 @@ def save_adapters(
         for name, (_, update) in entries.items()
         for part, array in update.items()
     }
-    write_folder(Path(path), _config_text(config, metadata), tensors, structure)
+    text = _config_text(config, metadata)
+    write_once(tensors.values(), lambda: write_folder(Path(path), text, tensors, structure))
 
 
 def _config_text(config: LoraConfig, metadata: Mapping[str, Any] | None) -> bytes:

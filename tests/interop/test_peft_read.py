@@ -159,10 +159,3 @@ def test_a_model_of_another_seed_is_another_base() -> None:
     """The references above are of random weights, not of what a model begins with."""
     one, other = base_of(CASES["llama"]), base_of(CASES["llama"], 1)
     assert not np.array_equal(one.lm_head.weight.detach(), other.lm_head.weight.detach())
-
-
-def test_what_a_configuration_leaves_out_is_as_in_peft(tmp_path: Path, rng: Rng) -> None:
-    folder = write_folder(tmp_path, pair(rng, "up", 7, 5, rank=8))
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    _, config = read_peft(folder)
-    assert (config.rank, config.alpha, config.dropout, config.scaling) == (8, 8.0, 0.0, "standard")

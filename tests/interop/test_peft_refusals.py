@@ -371,3 +371,10 @@ def test_what_was_there_is_replaced(tmp_path: Path, rng: Rng) -> None:
     assert set(read_peft(tmp_path / "a")[0]) == {"k.weight"}
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG, TENSORS]
     assert json.loads((tmp_path / "a" / CONFIG).read_text())["target_modules"] == ["k"]
+
+
+def test_what_a_configuration_leaves_out_is_as_in_peft(tmp_path: Path, rng: Rng) -> None:
+    folder = write_folder(tmp_path, pair(rng, "up", 7, 5, rank=8))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    _, config = read_peft(folder)
+    assert (config.rank, config.alpha, config.dropout, config.scaling) == (8, 8.0, 0.0, "standard")

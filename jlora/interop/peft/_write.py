@@ -16,7 +16,7 @@ from jlora.interop.peft._keys import key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.paths import leaves_by_path
-from jlora.storage import folder_to_write
+from jlora.storage import folder_to_write, unreachable, write_once
 from jlora.tree import check_config
 
 _EMBEDDINGS = ("wte", "wpe", "shared")
@@ -27,7 +27,8 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
 
     Args:
       path: the folder; made where it is not there, its adapter replaced where it is: a kill, a full disk or an
-        interrupt leaves the old one or the new one. What else lies there stays as it is.
+        interrupt leaves the old one or the new one. What else lies there stays as it is. Of several processes the
+        first one writes, as for `save_adapters`.
       adapters: a pytree of adapters at the paths of their weights.
       config: the configuration that they were made with. One that came from `read_peft` brings PEFT's own keys back.
       mapping: as for `read_peft`.
@@ -62,8 +63,12 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         raise DataError("\n  ".join([f"{path}: {len(problems)} problems:", *problems[:12]]))
     tensors, data = writer.tensors(), writer.config()
     folder, text = Path(path), dump_json(data).rstrip(b"\n")
-    with folder_to_write(folder):
-        Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
+
+    def write() -> None:
+        with folder_to_write(folder):
+            Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
+
+    write_once(jax.tree.leaves(adapters), write)
 
 
 class _Writer:
@@ -180,6 +185,9 @@ def _entries(adapters: Any) -> dict[str, Arrays]:
         raise DataError("adapters: there is none to write")
     if wrong := [path for path, entry in found.items() if not is_update(entry)]:
         raise DataError(f"{wrong[0] or 'adapters'}: found no adapter {{'A', 'B'}} nor None")
+    for path, entry in found.items():
+        if problem := next((p for part in entry.values() if (p := unreachable(part))), None):
+            raise DataError(f"{path}: {problem}")
     return {
         path: {name: np.asarray(jax.device_get(part)) for name, part in entry.items()} for path, entry in found.items()
     }
