@@ -2,7 +2,16 @@
 
 from typing import Any
 
-__all__ = ["AdapterError", "ConfigError", "DataError", "JloraError", "JloraWarning", "TargetError", "shortened"]
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "JloraError",
+    "JloraWarning",
+    "TargetError",
+    "printable",
+    "shortened",
+]
 
 _MOST_LINES, _MOST_CHARACTERS, _LAST = 60, 1000, 300
 
@@ -15,7 +24,7 @@ class JloraError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         lines = str(message).split("\n")
-        shown = [_printable(line) for line in lines[:_MOST_LINES]]
+        shown = [printable(line) for line in lines[:_MOST_LINES]]
         more = [f"and {len(lines) - _MOST_LINES:,} more lines"] if len(lines) > _MOST_LINES else []
         super().__init__("\n".join([*shown, *more]))
 
@@ -51,7 +60,8 @@ def shortened(value: Any, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
+    """A line of bounded length, in which what a terminal would obey is escaped."""
     if len(line) > _MOST_CHARACTERS:
         line = f"{line[: _MOST_CHARACTERS - _LAST]}...{line[-_LAST:]}"
     if line.isprintable():

@@ -83,6 +83,8 @@ class Unpacker:
         parts = []
         try:
             while size:
+                if self._inflate.eof:
+                    raise DataError("the residual is cut short")
                 more = self._inflate.unconsumed_tail or self._read(1 << 20)
                 part = self._inflate.decompress(more, size)
                 if not part and not more:

@@ -3,6 +3,8 @@
 import html
 from collections.abc import Sequence
 
+from jlora.errors import printable
+
 Row = Sequence[str]
 
 __all__ = ["html_table", "text_table"]
@@ -19,6 +21,7 @@ def text_table(header: Row, rows: Sequence[Row], footer: Row | None = None, *, l
     ─────────  ──
     2 weights  20
     """
+    rows = [tuple(map(printable, row)) for row in rows]  # with names out of files
     body = [header, *rows, *([] if footer is None else [footer])]
     widths = [max(len(row[column]) for row in body) for column in range(len(header))]
 

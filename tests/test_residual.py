@@ -178,3 +178,18 @@ def test_the_size_of_what_merging_bfloat16_loses(rng, std):
     residual = pack(base, guess)
     assert_same_bits(unpack(residual, guess), base)
     assert 0.05 <= len(residual.packed) / base.size <= 0.6, len(residual.packed) / base.size
+
+
+def test_what_stands_behind_the_end_is_not_read(rng):
+    base = rng.standard_normal(1000).astype(np.float32)
+    residual = pack(base, base)
+    calls = []
+
+    def read(count):
+        calls.append(count)
+        return residual.packed if len(calls) == 1 else b"\0" * count
+
+    unpacker = Unpacker(read, residual.digest)
+    with pytest.raises(DataError, match="cut short"):
+        unpacker.restore(np.zeros(10**6, np.float32))
+    assert len(calls) < 5

@@ -11,7 +11,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from jlora.checkpoints._arithmetic import Array
-from jlora.disk import reason
+from jlora.disk import open_to_read, reason
 from jlora.errors import DataError
 from jlora.residual import Packer, Unpacker
 
@@ -56,7 +56,7 @@ class ResidualReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._named():
-            self._file = path.open("rb")
+            self._file = os.fdopen(open_to_read(path), "rb")
             self._left = max(0, os.fstat(self._file.fileno()).st_size - _DIGEST)
             digest = os.pread(self._file.fileno(), _DIGEST, self._left)
         self._unpacker = Unpacker(self._read, digest.decode("ascii", "replace"))

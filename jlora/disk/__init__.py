@@ -3,7 +3,7 @@
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._lazy import LazyArray
-from jlora.disk._open import read_bytes, reason
+from jlora.disk._open import open_to_read, read_bytes, reason
 from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
 from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
 from jlora.disk._small import (
@@ -31,6 +31,7 @@ __all__ = [
     "dump_json",
     "file_written_whole",
     "locked_folder",
+    "open_to_read",
     "parse_json",
     "parse_json_value",
     "parse_toml",

@@ -1,5 +1,6 @@
 """Adapters taken out of checkpoints: to the bit with a residual, within what the report says without."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,13 @@ def test_what_is_not_finite_stays(tmp_path, rng):
     found = read(tmp_path / "back")["w"]
     np.testing.assert_array_equal(np.isnan(found), np.isnan(weight))
     assert report.uncertain >= 3
+
+
+def test_a_residual_that_is_a_pipe_is_not_waited_for(tmp_path, rng):
+    _, base, adapter = write_llama(tmp_path, rng, layers=1)
+    merge(base, adapter, tmp_path / "merged", keep_residual=True)
+    file = next(path for path in (tmp_path / "merged" / "jlora_residual").rglob("*") if path.is_file())
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="cannot be read: no regular file"):
+        unmerge(tmp_path / "merged", adapter, tmp_path / "back")
