@@ -146,13 +146,13 @@ def test_combine_puts_made_adapters_under_lora(rng, make):
 @pytest.mark.parametrize(
     ("weights", "places"),
     [
-        (["kernel"], {"lora"}),
-        (["w"], {"lora/w"}),
-        (["w", "v"], {"lora/w", "lora/v"}),
-        (["kernel", "w"], {"lora/kernel", "lora/w"}),
-        (["embedding", "kernel"], {"lora/embedding", "lora/kernel"}),
-        (["embedding"], {"lora/embedding"}),
-        (["A", "B"], {"lora/A", "lora/B"}),
+        (["kernel"], ["lora"]),
+        (["w"], ["lora/w"]),
+        (["w", "v"], ["lora/w", "lora/v"]),
+        (["kernel", "w"], ["lora/kernel", "lora/w"]),
+        (["embedding", "kernel"], ["lora/embedding", "lora/kernel"]),
+        (["embedding"], ["lora/embedding"]),
+        (["A", "B"], ["lora/A", "lora/B"]),
     ],
     ids=str,
 )
