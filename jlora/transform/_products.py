@@ -276,7 +276,12 @@ class Cost:
     merged: float
 
 
-def cost(weight: Weight, roles: str, outputs: int) -> Cost:
+def known(size: Any) -> float:
+    """A number of elements; not a number where an axis is symbolic, so that what depends on it is never chosen."""
+    return size if isinstance(size, int) else math.nan
+
+
+def cost(weight: Weight, roles: str, outputs: float) -> Cost:
     """The cost of a product with `outputs` numbers; merging alone is `merged`."""
     batch, ins, outs = (weight.size([axis for axis, found in enumerate(roles) if found == role]) for role in "bio")
     every = outputs / outs

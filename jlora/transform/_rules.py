@@ -17,7 +17,7 @@ from jlora.transform import _products as products
 from jlora.transform import _sharded as sharded
 from jlora.transform import _structure as structure
 from jlora.transform._jax import bind
-from jlora.transform._products import Product, Update, cost
+from jlora.transform._products import Product, Update, cost, known
 from jlora.transform._run import Registry, Rule, Run, lookup_roles
 from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
 
@@ -99,7 +99,7 @@ def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     if weight.probe or indices.ndim == 1 or set(indexed) <= set(weight.shared):
         return [rows]
     roles = "".join("i" if axis in indexed else "o" for axis in range(len(weight.shape)))
-    flops = 2.0 * rows.rank * rows.value.size
+    flops = 2.0 * rows.rank * known(rows.value.size)
     run.record(eqn, weight, roles=roles, factored=True, why="rows of A, times B", adapter_flops=flops)
     return [rows.merged()]
 
@@ -128,7 +128,7 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
         if weight.looked_up and any(roles[axis] != "b" for f in weight.factors if f.looked_up for axis in f.axes):
             roles = lookup_roles(weight)
         y: Any = eqn.outvars[0].aval
-        size, choice = cost(weight, product.roles, y.size), run.settings.cost
+        size, choice = cost(weight, product.roles, known(y.size)), run.settings.cost
         merge = product.mergeable and run.key is None and choice.merges(size.rows, size.ins, weight.value.dtype)
         run.record(
             eqn,
@@ -175,16 +175,18 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
     So is that by x, unless the merged weight is kept for it. No gradient of the dense weight is formed, unless the base
     itself is differentiated.
     """
+    arrays, tree = jax.tree.flatten(weight)
+    treedef: Any = tree  # JAX keeps the functions below: they hold no array of the trace
 
     @jax.custom_jvp
-    def product(x: jax.Array, value: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return base(x, weight.with_arrays(value, arrays).merged())
+    def product(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return base(x, treedef.unflatten(arrays).merged())
 
     @functools.partial(product.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
         x, value, a, b = primals
         dx, dvalue, da, db = tangents
-        own = weight.with_arrays(value, [a, b])
+        own = treedef.unflatten([value, a, b])
         merged = own.merged()
         terms = [
             (dx, lambda dx: base(dx, merged if keep else value)),
@@ -201,7 +203,7 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
                 dy = dy + term(tangent).astype(y.dtype)
         return y, dy
 
-    return product(x, weight.value, *(factor.array for factor in weight.factors))
+    return product(x, *arrays)
 
 
 RULES = Registry(

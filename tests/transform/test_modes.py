@@ -1,0 +1,181 @@
+"""The modes of JAX, each with a program for every rule: what runs without adapters runs with them."""
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jlora
+from jlora.transform._rules import RULES
+from tests.transform.test_places import MOVED, PLACES, Recording, installed
+from tests.transform.test_primitives import (
+    FACTORED,
+    MERGED,
+    PROGRAMS,
+    Program,
+    arguments,
+    assert_trees_close,
+    compiled,
+    config_of,
+    of_params,
+    reference,
+    x64,
+)
+
+FORMS = {"factored": FACTORED, "merged": MERGED}
+FEW = ["matmul", "w times a scale of out axes", "take", "w ** 2", "@nested jit", "@scan", "@cond", "@checkpoint"]
+every_form = pytest.mark.parametrize("form", FORMS)
+Mode = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@functools.cache
+def programs() -> dict[str, tuple[Program, str]]:
+    """As few programs as meet every rule, and the derivatives that each has."""
+    tried = {name: (program, "grad jvp") for name, program in PROGRAMS.items()}
+    tried |= {f"@{name}": (place.program(PROGRAMS["matmul"]), place.modes) for name, place in PLACES.items()}
+    tried |= {name: (dataclasses.replace(PROGRAMS["matmul"], fn=fn), "grad jvp") for name, fn in MOVED.items()}
+    chosen, met = {}, set()
+    for name, (program, modes) in tried.items():
+        recording = Recording(RULES)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jlora.transform._lora.RULES", recording)
+            jax.eval_shape(adapted(program, "factored"), *shapes(program))
+        if name in FEW or recording.met & set(RULES) - met:
+            met |= recording.met
+            chosen[name] = program, modes
+    assert set(RULES) & installed() <= met
+    return chosen
+
+
+def adapted(program: Program, form: str, **options: Any) -> Callable[..., Any]:
+    return jlora.lora(of_params(program.fn), config_of(program, **options), cost_model=FORMS[form])
+
+
+def shapes(program: Program) -> Any:
+    arrays = arguments(program, np.random.default_rng(0), np.float32)
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
+
+
+def differentiated(fn: Callable[..., Any], modes: str) -> Callable[..., Any]:
+    """The value, and a derivative along or by every argument."""
+
+    def total(*primals: Any) -> Any:
+        value = fn(*primals)
+        return sum(jnp.sum(y) for y in jax.tree.leaves(value) if jnp.issubdtype(y.dtype, jnp.floating)), value
+
+    def run(*primals: Any) -> Any:
+        if "grad" not in modes:
+            return jax.jvp(fn, primals, primals)
+        (_, value), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*primals)
+        return value, gradients
+
+    return run
+
+
+def runs(fn: Callable[..., Any], *args: Any) -> bool:
+    try:
+        fn(*args)
+    except Exception:
+        return False
+    return True
+
+
+TRACING: dict[str, Mode] = {
+    "checking_leaks": jax.checking_leaks,
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "no promotion of ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "x64": x64,
+    "enable_checks": lambda: jax.enable_checks(True),
+}
+
+
+@every_form
+@pytest.mark.parametrize("mode", TRACING)
+def test_what_is_traced(mode, form):
+    for name, (program, modes) in programs().items():
+        args = shapes(program)
+        base = functools.partial(jax.eval_shape, differentiated(reference(program.fn, program.roles), modes))
+        with TRACING[mode]():
+            if not runs(base, *args):
+                continue
+            try:
+                found = jax.eval_shape(differentiated(adapted(program, form), modes), *args)
+            except Exception as error:
+                raise AssertionError(f"{mode}: {name}") from error
+            assert types(found) == types(base(*args)), name
+
+
+def types(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+RUNNING: dict[str, tuple[Mode, Callable[..., Any]]] = {
+    "disable_jit": (jax.disable_jit, lambda fn: fn),
+    "debug_nans": (lambda: jax.debug_nans(True), compiled),
+    "debug_infs": (lambda: jax.debug_infs(True), compiled),
+}
+
+
+@every_form
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("mode", RUNNING)
+def test_what_is_run(rng, mode, form, name):
+    program, modes = programs()[name]
+    around, prepared = RUNNING[mode]
+    args = arguments(program, rng, np.float32)
+    wanted = compiled(differentiated(reference(program.fn, program.roles), modes))(*args)
+    with around():
+        found = prepared(differentiated(adapted(program, form), modes))(*args)
+    assert_trees_close(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in FEW if name != "w ** 2"])
+def test_no_key_of_dropout_is_used_twice(rng, name):
+    program, _ = programs()[name]
+    fn = adapted(program, "factored", dropout=0.5)
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+        compiled(lambda key, *args: fn(*args, dropout_key=key))(jax.random.key(0), *arguments(program, rng, np.float32))
+
+
+def test_programs_with_a_symbolic_batch_are_exported(rng):
+    (batch,) = export.symbolic_shape("batch")
+    exported = []
+    for name, (program, _) in programs().items():
+        params, adapters, x = arguments(program, rng, np.float32)
+        symbolic = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+        if not runs(export.export(jax.jit(of_params(program.fn))), params, symbolic):
+            continue
+        program_of_batch = export.export(compiled(adapted(program, "merged")))(params, adapters, symbolic)
+        if name in FEW:
+            found = program_of_batch.call(params, adapters, x)
+            assert_trees_close(found, reference(program.fn, program.roles)(params, adapters, x), 1e-4)
+        uses = jlora.explain(of_params(program.fn), config_of(program), params, symbolic, cost_model=MERGED)
+        assert re.search("w .*(factored|merged)", str(uses)), name
+        exported.append(name)
+    assert len(exported) > 15
+
+
+def test_a_product_of_unknown_size_is_factored(rng):
+    program = PROGRAMS["matmul"]
+    params, _, x = shapes(program)
+    (batch,) = export.symbolic_shape("batch")
+    symbolic = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    (use,) = jlora.explain(of_params(program.fn), config_of(program), params, symbolic, cost_model=MERGED).uses
+    assert use.factored
+    assert np.isnan(use.base_flops)
+
+
+@every_form
+def test_compiled_ahead_of_time(rng, form):
+    program = PROGRAMS["matmul"]
+    args = arguments(program, rng, np.float32)
+    ahead = jax.jit(differentiated(adapted(program, form), "grad")).lower(*shapes(program)).compile()
+    assert_trees_close(ahead(*args), differentiated(reference(program.fn, program.roles), "grad")(*args), 1e-4)
