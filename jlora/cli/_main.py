@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from jlora.cli._files import add_file_commands
+from jlora.cli._signals import exit_code, say, stopped_by_signals
 from jlora.errors import ConfigError, JloraError
-
-_INTERRUPTED = 130
 
 _TRAIN = """\
 Adapts a model with LoRA, as a TOML or JSON file says, and compares with the frozen base, and where the file asks for it
@@ -49,7 +48,9 @@ optimizer.schedule or optimizer.warmup_steps are others. A schedule is a functio
 step at hand the rate is the one that the new values give there, so that a cosine that had come to its end begins higher
 again. Everything else has to stay as it was.
 
-Ctrl-C saves after the step at hand. Exit codes: 0 done, 2 something in the call or its files is wrong, 130 interrupted.
+Ctrl-C, SIGTERM and SIGHUP save after the step at hand, and say how to go on; a second one stops at once. Those that are
+ignored, as under nohup, stay so. Exit codes: 0 done, 2 something in the call or its files is wrong, 130 interrupted by
+Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
 """
 
 
@@ -64,18 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest  # argparse leaves those that stand behind an option
     try:
-        return arguments.run(arguments)
+        with stopped_by_signals():
+            return arguments.run(arguments)
     except JloraError as error:
-        print(f"jlora: {error}", file=sys.stderr)
+        say(f"jlora: {error}")
     except OSError as error:
-        print(f"jlora: {error}", file=sys.stderr)
+        say(f"jlora: {error}")
     except ModuleNotFoundError as error:
         if error.name not in ("orbax", "sklearn", "matplotlib"):
             raise
-        print(f"jlora: {error.name} is not installed: pip install 'jlora[train]'", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\njlora: interrupted; the same command goes on where it can, or starts anew", file=sys.stderr)
-        return _INTERRUPTED
+        say(f"jlora: {error.name} is not installed: pip install 'jlora[train]'")
+    except KeyboardInterrupt as error:
+        say("\njlora: interrupted; the same command goes on where it can, or starts anew")
+        return exit_code(error)
     return 2
 
 
@@ -121,9 +123,9 @@ def _train(arguments: argparse.Namespace) -> int:
         run_job(job, resume=arguments.resume, extend=arguments.extend, force=arguments.force)
     except Interrupted as error:
         again = shlex.join(["jlora", "train", arguments.config, *arguments.overrides, "--resume"])
-        print(f"\njlora: {error}; go on with: {again}", file=sys.stderr)
-        return _INTERRUPTED
-    except KeyboardInterrupt:
-        print("\njlora: interrupted before the run began; give the same command again", file=sys.stderr)
-        return _INTERRUPTED
+        say(f"\njlora: {error}; go on with: {again}")
+        return exit_code(error)
+    except KeyboardInterrupt as error:
+        say("\njlora: interrupted before the run began; give the same command again")
+        return exit_code(error)
     return 0

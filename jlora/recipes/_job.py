@@ -76,28 +76,30 @@ def run_job(
     changed = check_folder(folder, job, resume or extend, extend, force)
     try:
         task = _load(job, console)
-    except Interrupted:  # training of its own, of which the folder of this run knows nothing
-        raise KeyboardInterrupt from None
-    model = task.model
-    adapters = init_lora(None, model.params, task.config)
+    except Interrupted as error:  # training of its own, of which the folder of this run knows nothing
+        raise KeyboardInterrupt(error.signal) from None
+    adapters = init_lora(None, task.model.params, task.config)
     prepare_folder(folder, job, resume or extend, changed)
     for line in changed:
         console.out(f"extended: {line}", highlight=False)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        try:
+            return _run(task, adapters, folder, checkpoints, console)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as error:  # between the steps, or a second signal
+            raise Interrupted(checkpoints.latest_step or 0, *error.args[:1]) from None
+
+
+def _run(task: _Task, adapters: Any, folder: Path, checkpoints: Checkpoints, console: Console) -> list[Result]:
+    job, model = task.job, task.model
     console.out(str(summary(model.params, adapters, task.config)), highlight=False)
 
     results = [Result("frozen base", _evaluator(task, _base(task), model.params)(None, model.state), 0, 0, 0.0)]
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state, result = _train(
-            task,
-            "LoRA",
-            _adapted(task),
-            adapters,
-            model.params,
-            job.optimizer,
-            console,
-            checkpoints,
-            folder / "metrics.jsonl",
-        )
+    log_file = folder / "metrics.jsonl"
+    state, result = _train(
+        task, "LoRA", _adapted(task), adapters, model.params, job.optimizer, console, checkpoints, log_file
+    )
     results.append(result)
     changed_state = write_trained(folder, job, task.config, state, model.state, result)
     if job.full.enabled:

@@ -1,5 +1,7 @@
 """The progress bar of a run."""
 
+import contextlib
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -18,9 +20,15 @@ class _MetricsColumn(ProgressColumn):
         return Text("  ".join(f"{name} {shown[name]:.3f}" for name in ("loss", "accuracy") if name in shown))
 
 
+class _Bar(Progress):
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):  # a terminal that was closed, which is no reason to lose the state
+            super().stop()
+
+
 def progress_bar(console: Console | None) -> Progress:
     """Steps, the loss and accuracy, the speed; nothing on a quiet console."""
-    return Progress(
+    return _Bar(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),

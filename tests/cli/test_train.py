@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import jlora
 from jlora.cli import main
 from jlora.recipes import JobConfig, digits
+from jlora.storage import read_metadata
 from jlora.train import Batches
 
 MINE = """
@@ -51,14 +53,16 @@ checkpoint_every = 4
 [full]
 enabled = false
 """
-# `jlora` that sends itself a signal at a step: after a row of metrics, in the middle of one, or while it saves.
+# `jlora` that sends itself a signal: after a row of metrics, in the middle of one, while it saves, after the last step,
+# before the first, or twice.
 SIGNALLED = """
-import os, sys
+import os, signal, sys, time
 from jlora.cli import main
+from jlora.recipes import _job
 from jlora.train import Checkpoints, MetricsLog
 
 moment, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-write, save = MetricsLog.write, Checkpoints.save
+write, save, write_trained, load = MetricsLog.write, Checkpoints.save, _job.write_trained, _job._load
 
 def strike():
     os.kill(os.getpid(), number)
@@ -69,18 +73,50 @@ def write_and_strike(log, row):
             file.write('{"step": ')
         strike()
     write(log, row)
-    if moment == "a row" and row["step"] == at:
+    if moment in ("a row", "twice") and row["step"] == at:
         strike()
+        if moment == "twice":
+            strike()
+    if moment == "a wait" and row["step"] == at:
+        before = signal.getsignal(signal.SIGHUP)
+        (log.path.parent / "waits").touch()
+        while signal.getsignal(signal.SIGHUP) is before:
+            time.sleep(0.01)
 
 def save_and_strike(checkpoints, step, state):
     if moment == "saving" and step == at:
         os.rename = lambda *_: strike()
     save(checkpoints, step, state)
 
+def write_trained_and_strike(*arguments):
+    if moment == "after the last step":
+        strike()
+    return write_trained(*arguments)
+
+def load_and_strike(*arguments):
+    task = load(*arguments)
+    if moment == "before the run":
+        strike()
+    return task
+
 MetricsLog.write, Checkpoints.save = write_and_strike, save_and_strike
+_job.write_trained, _job._load = write_trained_and_strike, load_and_strike
 raise SystemExit(main(sys.argv[4:]))
 """
-SIGINT, SIGKILL = 2, 9
+# A command in a terminal of its own, which is closed as soon as a file is there: the kernel sends SIGHUP, and what is
+# written from then on fails.
+CLOSED = """
+import os, pty, sys
+waits, *command = sys.argv[1:]
+process, terminal = pty.fork()
+if process == 0:
+    os.execv(command[0], command)
+while not os.path.exists(waits):
+    os.read(terminal, 1 << 16)  # what is not read would block it
+os.close(terminal)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+SIGHUP, SIGINT, SIGKILL, SIGTERM = 1, 2, 9, 15
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,11 +149,16 @@ def call(*arguments):
         return exit.code
 
 
-def signalled(moment, at, number, *arguments):
+def environment():
+    return {**os.environ, "PYTHONPATH": str(Path(jlora.__file__).parents[1])}
+
+
+def signalled(moment, at, number, *arguments, ignored=()):
     """The command in a process of its own, that gets a signal."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(jlora.__file__).parents[1])}
     words = [sys.executable, "-c", SIGNALLED, moment, str(at), str(number), *arguments]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    if ignored:
+        words = ["sh", "-c", f"trap '' {' '.join(map(str, ignored))}; exec \"$@\"", "sh", *words]
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def assert_bitwise(run, whole):
@@ -138,15 +179,67 @@ def test_a_run_prints_its_tables_and_returns_zero(whole, capsys):
     assert err == ""
 
 
-def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_bitwise_the_same(whole, folder):
-    arguments = ("train", "job.toml", "output.folder=a run")
-    stopped = signalled("a row", 6, SIGINT, *arguments)
-    assert stopped.returncode == 130
-    message = "jlora: interrupted after step 6; go on with: jlora train job.toml 'output.folder=a run' --resume"
-    assert stopped.stderr.strip() == message
-    assert (folder / "a run" / "checkpoints" / "6").is_dir()
+@pytest.mark.parametrize(
+    ("number", "code", "by"), [(SIGINT, 130, ""), (SIGTERM, 143, " by SIGTERM"), (SIGHUP, 129, " by SIGHUP")]
+)
+def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_bitwise_the_same(whole, folder, number, code, by):
+    out = f"a run {number}"
+    arguments = ("train", "job.toml", f"output.folder={out}")
+    stopped = signalled("a row", 6, number, *arguments)
+    assert stopped.returncode == code
+    again = f"jlora train job.toml 'output.folder={out}' --resume"
+    assert stopped.stderr.strip() == f"jlora: interrupted{by} after step 6; go on with: {again}"
+    assert (folder / out / "checkpoints" / "6").is_dir()
     assert call(*way_out(stopped.stderr)) == 0
-    assert_bitwise(folder / "a run", whole)
+    assert_bitwise(folder / out, whole)
+
+
+def test_an_interrupt_after_the_last_step_or_a_second_one_goes_on_as_well(whole, folder):
+    arguments = ("train", "job.toml", "output.folder=late")
+    twice = signalled("twice", 6, SIGTERM, *arguments)
+    assert twice.returncode == 143
+    assert "interrupted by SIGTERM after step 4; go on with" in twice.stderr  # what is saved: it stopped at once
+    late = signalled("after the last step", 0, SIGTERM, *arguments, "--resume")
+    assert late.returncode == 143
+    assert "interrupted by SIGTERM after step 12; go on with" in late.stderr
+    assert call(*way_out(late.stderr)) == 0
+    assert_bitwise(folder / "late", whole)
+
+
+def test_an_extended_run_that_is_interrupted_goes_on(whole, folder, capsys):
+    shutil.copytree(whole, folder / "extended")
+    arguments = ("train", "job.toml", "output.folder=extended", "train.steps=16")
+    stopped = signalled("a row", 14, SIGTERM, *arguments, "--extend")
+    assert stopped.returncode == 143
+    assert "extended: train.steps was 12, is 16" in stopped.stdout
+    assert way_out(stopped.stderr) == [*arguments, "--resume"]
+    assert call(*way_out(stopped.stderr)) == 0
+    assert read_metadata(folder / "extended" / "adapters")["steps"] == 16
+
+
+def test_an_interrupt_before_the_run_leaves_nothing(folder):
+    stopped = signalled("before the run", 0, SIGTERM, "train", "job.toml", "output.folder=early")
+    assert stopped.returncode == 143
+    assert stopped.stderr.strip() == "jlora: interrupted before the run began; give the same command again"
+    assert not (folder / "early").exists()
+
+
+@pytest.mark.parametrize("number", [SIGINT, SIGHUP])
+def test_what_is_ignored_stays_ignored(whole, folder, number):
+    out = f"ignored {number}"
+    ended = signalled("a row", 6, number, "train", "job.toml", f"output.folder={out}", ignored=(number,))
+    assert ended.returncode == 0, ended.stderr
+    assert_bitwise(folder / out, whole)
+
+
+def test_a_terminal_that_is_closed_loses_nothing(whole, folder):
+    arguments = ("train", "job.toml", "output.folder=closed")
+    command = [sys.executable, "-c", SIGNALLED, "a wait", "6", "0", *arguments]
+    words = [sys.executable, "-c", CLOSED, str(folder / "closed" / "waits"), *command]
+    assert subprocess.run(words, env=environment(), timeout=120).returncode == 129
+    assert (folder / "closed" / "checkpoints" / "6").is_dir()
+    assert call(*arguments, "--resume") == 0
+    assert_bitwise(folder / "closed", whole)
 
 
 def test_a_run_killed_again_and_again_ends_bitwise_the_same(whole, folder):
@@ -198,7 +291,19 @@ def test_help_names_the_commands(capsys):
 def test_help_of_train_names_every_section_key_option_and_exit_code(capsys):
     assert call("train", "--help") == 0
     out, _ = capsys.readouterr()
-    words = ["CONFIG", "SECTION.KEY=VALUE", "--resume", "--force", "0 done", "2 ", "130 interrupted", "module:function"]
+    words = [
+        "CONFIG",
+        "SECTION.KEY=VALUE",
+        "--resume",
+        "--force",
+        "0 done",
+        "2 ",
+        "130 interrupted",
+        "143",
+        "129",
+        "module:function",
+        "--extend",
+    ]
     job = JobConfig.from_dict({name: {"function": "m:f"} for name in ("model", "data")})
     for field in dataclasses.fields(job):
         section = getattr(job, field.name)
@@ -220,8 +325,11 @@ def test_version(capsys):
         ("train", "the following arguments are required: CONFIG\n"),
         ("train job.toml --reusme", "unrecognized arguments: --reusme"),
         ("train job.toml --resume --force", "--force: not allowed with argument --resume"),
+        ("train job.toml --extend --force", "--extend goes on with the run that --force replaces: give one of them"),
+        ("train job.toml output.folder=whole train.steps=20 --resume", "changed: train.steps; --extend goes on with"),
+        ("train job.toml output.folder=whole train.steps=9 --extend", "wanted 12 or more, to extend the run of 12"),
         ("train none.toml", "jlora: none.toml: cannot be read: No such file or directory"),
-        ("train folder.toml", "jlora: folder.toml: cannot be read: Is a directory"),
+        ("train folder.toml", "jlora: folder.toml: cannot be read: "),
         ("train mine_of_test_train.py", "wanted a file that ends in .toml or .json"),
         ("train broken.toml", "jlora: broken.toml: not valid TOML: "),
         ("train broken.json", "jlora: broken.json: not valid JSON: "),

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -90,9 +91,9 @@ def plan(folder="unused", **sections):
     return {name: {**plain.get(name, {}), **sections.get(name, {})} for name in plain}
 
 
-def run(folder, console=None, resume=False, force=False, **sections):
+def run(folder, console=None, resume=False, extend=False, force=False, **sections):
     job = JobConfig.from_dict(plan(folder, **sections))
-    return job, run_job(job, resume=resume, force=force, console=console or Console(quiet=True))
+    return job, run_job(job, resume=resume, extend=extend, force=force, console=console or Console(quiet=True))
 
 
 @dataclasses.dataclass
@@ -256,6 +257,30 @@ class TestFolder:
             ("none", {"resume": True}, DataError, "nothing to resume: it holds no run"),
             ("strange", {"resume": True}, DataError, "nothing to resume: it holds no run"),
             ("file", {"resume": True}, DataError, "nothing to resume: it holds no run"),
+            ("none", {"extend": True}, DataError, "nothing to resume: it holds no run"),
+            (
+                "run",
+                {"resume": True, "train": {"steps": 9}, "optimizer": {"learning_rate": 0.2}},
+                ConfigError,
+                "changed: optimizer.learning_rate, train.steps; --extend goes on with them changed",
+            ),
+            (
+                "run",
+                {
+                    "extend": True,
+                    "train": {"steps": 9, "batch_size": 4},
+                    "optimizer": {"name": "sgd", "weight_decay": 0},
+                },
+                ConfigError,
+                "--extend changes train.steps, optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps "
+                "alone; changed: optimizer.name, optimizer.weight_decay, train.batch_size",
+            ),
+            (
+                "run",
+                {"extend": True, "train": {"steps": 7}},
+                ConfigError,
+                "train.steps = 7: wanted 8 or more, to extend the run of 8",
+            ),
             (
                 "run",
                 {"resume": True, "lora": {"rank": 1}, "train": {"seed": 5}, "model": {"seed": 3}},
@@ -307,6 +332,72 @@ class TestFolder:
         with pytest.raises(error, match=re.escape(message)):
             run(tmp_path / "out", **sections)
         assert list(tmp_path.iterdir()) == []
+
+
+CONSTANT = {"schedule": "constant", "warmup_steps": 2}  # the same rates whatever the number of steps
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of eight steps."""
+    run(folder := tmp_path_factory.mktemp("finished") / "run")
+    return folder
+
+
+class TestExtend:
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_a_finished_run_of_a_constant_rate_goes_on_to_what_a_longer_one_gives(self, tmp_path, resume):
+        run(tmp_path / "long", optimizer=CONSTANT, train={"steps": 12})
+        run(tmp_path / "extended", optimizer=CONSTANT)
+        text = io.StringIO()
+        job, results = run(
+            tmp_path / "extended",
+            Console(file=text, width=120),
+            resume=resume,
+            extend=True,
+            optimizer=CONSTANT,
+            train={"steps": 12},
+        )
+        adapters = [(tmp_path / name / "adapters/adapter_model.safetensors") for name in ("long", "extended")]
+        assert load_adapters(adapters[0].parent)[1] == load_adapters(adapters[1].parent)[1]
+        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+        assert "extended: train.steps was 8, is 12\n" in text.getvalue()
+        assert JobConfig.read(tmp_path / "extended" / "config.toml") == job
+        assert read_metadata(tmp_path / "extended" / "adapters")["steps"] == 12
+        assert [row["step"] for row in MetricsLog.read_file(tmp_path / "extended/metrics.jsonl")] == [
+            2,
+            4,
+            6,
+            8,
+            10,
+            12,
+        ]
+        assert run(tmp_path / "extended", resume=True, optimizer=CONSTANT, train={"steps": 12})[1][1].metrics == (
+            results[1].metrics
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "rate"),
+        [
+            ({"schedule": "constant"}, 0.1),
+            ({"schedule": "constant", "learning_rate": 0.3}, 0.3),
+            ({"schedule": "linear"}, 0.1 / 9),
+            ({}, 0.1 * (1 + np.cos(np.pi * 8 / 9)) / 2),
+        ],
+    )
+    def test_the_rate_is_what_the_new_values_give_at_the_step(self, finished, tmp_path, options, rate):
+        """One step of AdamW, whose move is in proportion to the rate, behind the eighth."""
+
+        def moved(name, **options):
+            folder = shutil.copytree(finished, tmp_path / name)
+            before, _ = load_adapters(folder / "adapters")
+            run(folder, extend=True, optimizer=options, train={"steps": 9})
+            after, _ = load_adapters(folder / "adapters")
+            return jax.tree.map(lambda old, new: np.asarray(new, np.float64) - old, before, after)
+
+        unit = moved("unit", schedule="constant", learning_rate=1.0)
+        found = moved("found", **options)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, rate * b, rtol=1e-3, atol=1e-6), found, unit)
 
 
 def test_cross_entropy_is_that_of_float64(rng):

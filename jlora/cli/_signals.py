@@ -1,0 +1,45 @@
+"""What a command does when it is asked to stop: by Ctrl-C, or as a machine or a terminal is taken away."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does: a KeyboardInterrupt of the signal, unless they are ignored."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    changed = []
+    if threading.current_thread() is threading.main_thread():
+        changed = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    for one in changed:
+        signal.signal(one, interrupt)
+    try:
+        yield
+    finally:
+        for one in changed:
+            signal.signal(one, signal.SIG_DFL)
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """128 and the number of the signal, as shells count."""
+    by = getattr(error, "signal", error.args[0] if error.args else None)
+    return 128 + (by if isinstance(by, signal.Signals) else signal.SIGINT)
+
+
+def say(message: str) -> None:
+    """Prints a message to stderr, where anybody still listens."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:  # the terminal is gone: what is left in the buffers must not fail again as Python ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(nowhere, stream.fileno())
