@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
 from jlora.recipes._folder import Result, check_folder, prepare_folder, report, write_trained
@@ -31,8 +30,8 @@ from jlora.train import (
     init_state,
     make_train_step,
 )
-from jlora.transform import lora, resolve_config
-from jlora.tree import count_params, init_lora, summary
+from jlora.transform import Adapted, adapt
+from jlora.tree import count_params
 
 Forward = Callable[..., tuple[Any, Any]]  # forward(trained, frozen, inputs, state, key) -> (outputs, state)
 _CHUNK = 1024
@@ -44,7 +43,7 @@ class _Task:
 
     job: JobConfig
     model: Model
-    config: LoraConfig
+    adapted: Adapted
     train: Examples
     test: Examples
     loss: Callable[[Any, Examples], tuple[jax.Array, Metrics]]
@@ -78,30 +77,29 @@ def run_job(
         task = _load(job, console)
     except Interrupted as error:  # training of its own, of which the folder of this run knows nothing
         raise KeyboardInterrupt(error.signal) from None
-    adapters = init_lora(None, task.model.params, task.config)
     prepare_folder(folder, job, resume or extend, changed)
     for line in changed:
         console.out(f"extended: {line}", highlight=False)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         try:
-            return _run(task, adapters, folder, checkpoints, console)
+            return _run(task, folder, checkpoints, console)
         except Interrupted:
             raise
         except KeyboardInterrupt as error:  # between the steps, or a second signal
             raise Interrupted(checkpoints.latest_step or 0, *error.args[:1]) from None
 
 
-def _run(task: _Task, adapters: Any, folder: Path, checkpoints: Checkpoints, console: Console) -> list[Result]:
-    job, model = task.job, task.model
-    console.out(str(summary(model.params, adapters, task.config)), highlight=False)
+def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console) -> list[Result]:
+    job, model, adapted = task.job, task.model, task.adapted
+    console.out(str(adapted.report), highlight=False)
 
     results = [Result("frozen base", _evaluator(task, _base(task), model.params)(None, model.state), 0, 0, 0.0)]
     log_file = folder / "metrics.jsonl"
     state, result = _train(
-        task, "LoRA", _adapted(task), adapters, model.params, job.optimizer, console, checkpoints, log_file
+        task, "LoRA", _adapted(task), adapted.adapters, model.params, job.optimizer, console, checkpoints, log_file
     )
     results.append(result)
-    changed_state = write_trained(folder, job, task.config, state, model.state, result)
+    changed_state = write_trained(folder, job, adapted.config, state, model.state, result)
     if job.full.enabled:
         optimizer = dataclasses.replace(job.optimizer, learning_rate=job.full.learning_rate)
         results.append(_train(task, "full fine-tuning", _base(task), model.params, None, optimizer, console)[1])
@@ -127,8 +125,8 @@ def _load(job: JobConfig, console: Console) -> _Task:
     Batches(train, job.train.batch_size, job.train.seed)
     model = call_model(job, console)
     first = jax.ShapeDtypeStruct(train["inputs"][:1].shape, train["inputs"].dtype)
-    config = resolve_config(model.fn, job.lora, model.params, first, model.state, None)
-    task = _Task(job, model, config, train, test, loss)
+    adapted = adapt(model.fn, job.lora, model.params, first, model.state, None)
+    task = _Task(job, model, adapted, train, test, loss)
     try:
         jax.eval_shape(lambda batch: loss(model.fn(model.params, batch["inputs"], model.state, None)[0], batch), test)
     except KeyError as error:
@@ -144,11 +142,9 @@ def _base(task: _Task) -> Forward:
 
 
 def _adapted(task: _Task) -> Forward:
-    model = lora(task.model.fn, task.config)
-
     def forward(adapters: Any, params: Any, inputs: Any, state: Any, key: Any) -> tuple[Any, Any]:
         own, dropout = (None, None) if key is None else jax.random.split(key)
-        return model(params, adapters, inputs, state, own, dropout_key=dropout)
+        return task.adapted.model(params, adapters, inputs, state, own, dropout_key=dropout)
 
     return forward
 

@@ -325,7 +325,11 @@ class TestFolder:
             ({"data": {"trian": 3}}, ConfigError, "unknown key 'trian' (did you mean 'train'?)"),
             ({"train": {"loss": "nowhere:loss"}}, ConfigError, "train.loss = 'nowhere:loss'"),
             ({"lora": {"target_modules": ["boddy"]}}, TargetError, "'boddy' matches nothing; nearest paths: body"),
-            ({"lora": {"rank": 4}}, TargetError, "rank 4 is larger than the smaller side 3"),
+            (
+                {"lora": {"rank": 4, "target_modules": ["head"]}},
+                TargetError,
+                "rank 4 is larger than the smaller side 3",
+            ),
         ],
     )
     def test_what_cannot_run_is_refused_before_anything_is_written(self, tmp_path, sections, error, message):
