@@ -106,7 +106,10 @@ def _targets(
     }
     weights = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     try:
-        return find_targets(weights, config.replace(factorizations=known | dict(config.factorizations))), ""
+        # Ranks are asked of the entries themselves: one that was concatenated may be larger than a side of its weight.
+        ranks = dict.fromkeys(known, 1) | {p: rank for p, rank in dict(config.rank_pattern).items() if p not in known}
+        full = config.replace(factorizations=known | dict(config.factorizations), rank_pattern=ranks)
+        return find_targets(weights, full), ""
     except JloraError as error:
         return {}, str(error)
 
