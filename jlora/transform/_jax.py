@@ -56,7 +56,8 @@ def varied(array: Any, axes: Sequence[str]) -> Any:
     return cast(array, more, to="varying") if cast else pvary(array, more)
 
 
-def reshard(array: Any, sharding: Any) -> Any:
-    """The array in another sharding of an explicit mesh; public as jax.reshard since JAX 0.8."""
-    found: Any = getattr(jax, "reshard", None) or jax.sharding.reshard
-    return found(array, sharding)
+def spec_of(array: Any) -> tuple[Any, ...]:
+    """For each axis of an array those of an explicit mesh that it is split over; None in other meshes."""
+    sharding: Any = getattr(jax.typeof(array), "sharding", None)
+    spec = tuple(getattr(sharding, "spec", ()))
+    return (*spec, *[None] * (array.ndim - len(spec)))

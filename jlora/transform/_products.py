@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.contraction import factored_product
+from jlora.transform._jax import spec_of
 from jlora.transform._weight import Factor, Weight
 
 Update = Callable[[jax.Array, Weight], jax.Array]
@@ -100,7 +102,8 @@ def dot_general(
 ) -> Product | str:
     """Any batch, contracting and free axes, the weight on either side."""
     whole = _letters(weight, x, dimension_numbers, weight_first)
-    flatten = flatten and out_sharding is None and len(whole.rest) > 1 and whole.rest in whole.x
+    explicit = out_sharding is not None or any(spec_of(x)) or any(spec_of(weight.value))
+    flatten = flatten and not explicit and len(whole.rest) > 1 and whole.rest in whole.x
     dot = whole.joined() if flatten else whole
     order = _matching(weight, dot.roles)
     if order is None and not _narrows(weight, dot.roles):
@@ -123,7 +126,9 @@ def dot_general(
         return y.reshape(y_shape)
 
     def update(x: jax.Array, weight: Weight) -> jax.Array:
-        form = _in_turn if order is None else functools.partial(_in_order, order=order)
+        form = functools.partial(_in_order, order=order or (0, 1))
+        if order is None or explicit:
+            form = functools.partial(_in_turn, out_sharding=out_sharding)
         return form(x.reshape(x_shape), weight, dot, precision=precision).reshape(y_shape)
 
     return Product(dot.roles, update, base)
@@ -162,8 +167,11 @@ def _narrows(weight: Weight, roles: str) -> bool:
     return weight.probe or any(roles[axis] == "i" for factor in weight.factors for axis in weight.own(factor))
 
 
-def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any) -> jax.Array:
-    """The product with the factor that has more of what is contracted, then with the other one."""
+def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any, out_sharding: Any = None) -> jax.Array:
+    """The product with the factor that has more of what is contracted, then with the other one.
+
+    In an explicit mesh no axes are joined, and what has the sharding of the output has it in between too.
+    """
 
     def contracted(factor: Factor) -> int:
         return weight.size([axis for axis in weight.own(factor) if dot.roles[axis] == "i"])
@@ -172,8 +180,14 @@ def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any) -> jax.
     r = string.ascii_letters[-1]
     one, two = ("".join(dot.weight[axis] for axis in factor.axes) + r for factor in (first, second))
     kept = "".join(dict.fromkeys(c for c in dot.x + one if c in dot.y + two))
-    hidden = jnp.einsum(f"{dot.x},{one}->{kept}", x, first.array, precision=precision)
-    return jnp.einsum(f"{kept},{two}->{dot.y}", hidden, second.array, precision=precision)
+    inner: dict[str, Any] = {}
+    outer: dict[str, Any] = {}
+    if out_sharding is not None:
+        split = dict(zip(dot.x, spec_of(x), strict=True)) | dict(zip(dot.y, out_sharding.spec, strict=False))
+        outer["out_sharding"] = out_sharding
+        inner["out_sharding"] = NamedSharding(out_sharding.mesh, PartitionSpec(*map(split.get, kept)))
+    hidden = jnp.einsum(f"{dot.x},{one}->{kept}", x, first.array, precision=precision, **inner)
+    return jnp.einsum(f"{kept},{two}->{dot.y}", hidden, second.array, precision=precision, **outer)
 
 
 def ragged_dot_general(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.contraction import common_dtype
 from jlora.transform import _combine as combine
@@ -53,6 +54,20 @@ def each(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     (weight,) = inputs
     (value,) = bind(eqn, [weight.value])
     return [weight.with_arrays(value, [bind(eqn, [factor.array])[0] for factor in weight.factors])]
+
+
+def places(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The primitive places the weight on a mesh: every factor as the axes of the weight that it has."""
+    (weight,) = inputs
+    (value,) = bind(eqn, [weight.value])
+    sharding = eqn.params["dst_sharding"]
+    spec = [*sharding.spec, *[None] * (len(weight.shape) - len(sharding.spec))]
+    arrays = []
+    for factor in weight.factors:
+        of_axes = PartitionSpec(*(spec[axis] for axis in factor.axes), None)
+        params = eqn.params | {"dst_sharding": NamedSharding(sharding.mesh, of_axes)}
+        arrays.append(eqn.primitive.bind(factor.array, **params))
+    return [weight.with_arrays(value, arrays)]
 
 
 def joins(rule: Callable[..., Any], *, besides: tuple[int, ...] = ()) -> Rule:
@@ -226,7 +241,8 @@ RULES = Registry(
         "pvary": moves(structure.same),
         "reduce_precision": each,
         "reshape": moves(structure.reshape),
-        "reshard": moves(sharded.reshard),
+        "mesh_cast": places,  # of auto_axes, before JAX 0.8
+        "reshard": places,
         "rev": moves(structure.rev),
         "scatter-add": joins(combine.scatter_add, besides=(1,)),
         "scatter-sub": joins(combine.scatter_add, besides=(1,)),

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.transform._jax import reshard as resharded
 from jlora.transform._jax import varying_axes
 from jlora.transform._weight import Factor, Weight
 
@@ -14,17 +12,6 @@ Factors = Sequence[Factor] | str
 
 DIFFERS = "A or B may differ between the devices that it is gathered from; shard_map with check_vma=True tells"
 EXCHANGED = "the devices exchange an axis of A for one of B"
-
-
-def reshard(weight: Weight, *, dst_sharding: NamedSharding, **_: Any) -> Factors:
-    """Every factor is placed as the axes of the weight that it has."""
-    spec = [*dst_sharding.spec, *[None] * (len(weight.shape) - len(dst_sharding.spec))]
-
-    def placed(factor: Factor) -> Factor:
-        of_axes = PartitionSpec(*(spec[axis] for axis in factor.axes), None)
-        return factor.changed(resharded(factor.array, NamedSharding(dst_sharding.mesh, of_axes)))
-
-    return [placed(factor) for factor in weight.factors]
 
 
 def all_gather(

@@ -22,7 +22,7 @@ _SUMS = "cumsum reduce reduce_sum reduce_window reduce_window_max reduce_window_
 _WRITES = "dynamic_update_slice scatter scatter-max scatter-min scatter-mul"
 _COMPLEX = "complex conj fft imag real"
 _DEVICES = """
-all_gather_invariant all_gather_reduced mesh_cast pbroadcast pbroadcast_dynamic pgather pmax pmin precv preduced psend
+all_gather_invariant all_gather_reduced pbroadcast pbroadcast_dynamic pgather pmax pmin precv preduced psend
 psum psum_invariant ragged_all_to_all reduce_scatter reduced_vary_cast reduced_vary_cast_p relayout unreduced_pmax
 unreduced_pmin unreduced_psum unreduced_reduce_scatter vary_unreduced_cast vary_unreduced_cast_p xla_pmap
 """

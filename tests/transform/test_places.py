@@ -323,6 +323,9 @@ def test_a_weight_that_is_moved_on_a_mesh_of_one_device(rng, name):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
+ELSEWHERE = {"mesh_cast"}  # auto_axes before JAX 0.8, in test_explicit.py
+
+
 def test_every_rule_meets_a_weight(rng, monkeypatch):
     recording = Recording(RULES)
     monkeypatch.setattr("jlora.transform._lora.RULES", recording)
@@ -331,4 +334,4 @@ def test_every_rule_meets_a_weight(rng, monkeypatch):
     for program in [*PROGRAMS.values(), *placed, *moved]:
         fn = jlora.lora(of_params(program.fn), config_of(program), cost_model=FACTORED)
         jax.eval_shape(fn, *arguments(program, rng, np.float32))
-    assert set(RULES) & installed() - recording.met == set()
+    assert set(RULES) & installed() - recording.met - ELSEWHERE == set()
