@@ -258,6 +258,15 @@ def test_a_run_that_crashed_goes_on_with_the_state_bitwise(runs, tmp_path, monke
         assert (tmp_path / "run" / name).read_bytes() == (runs(form)[0] / name).read_bytes()
 
 
+def test_a_weight_that_is_too_narrow_is_left_out_told_of_and_no_hindrance(tmp_path, capsys):
+    job = job_of("function", tmp_path / "run").to_dict()
+    run_job(JobConfig.from_dict({**job, "lora": {"rank": 4}}))
+    assert re.search("head +3x7 +rank 4 is larger than the smaller side 3", capsys.readouterr().out)
+    trained = load_run(tmp_path / "run")
+    assert trained.adapters["head"] is None
+    assert trained.adapters["body"]["A"].shape == (5, 4)
+
+
 def test_full_fine_tuning_has_a_state_of_its_own(runs, tmp_path):
     job = job_of("linen_with_state", tmp_path / "run")
     full = JobConfig.from_dict({**job.to_dict(), "full": {"enabled": True, "learning_rate": 0.05}})
