@@ -66,13 +66,14 @@ class LoadReport:
 
 def compare(entries: Entries, config: LoraConfig, params: Any) -> LoadReport:
     """The report on the entries of a file and a params tree of arrays or shapes."""
-    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_by_path(params).items()}
+    leaves = leaves_by_path(params)
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
     updates = dict(entries.values())
     roles: dict[str, str | None] = {}
     for path in (path for path in updates if path in shapes):
         with contextlib.suppress(JloraError):
             roles[path] = _roles(path, shapes[path], updates[path], config)
-    targets, unfit = _targets(shapes, config, roles)
+    targets, unfit = _targets(leaves, config, roles)
     return LoadReport(
         matched=tuple(roles),
         missing=tuple(path for path in targets if path not in updates),
@@ -96,15 +97,18 @@ def _roles(path: str, shape: Shape, update: Mapping[str, Any], config: LoraConfi
 
 
 def _targets(
-    shapes: Mapping[str, Shape], config: LoraConfig, roles: Mapping[str, str | None]
+    weights: Mapping[str, Any], config: LoraConfig, roles: Mapping[str, str | None]
 ) -> tuple[dict[str, Target], str]:
-    """What the configuration adapts, with the factorizations that the entries show, and why it does not fit."""
+    """What the configuration adapts, with the factorizations that the entries show, and why it does not fit.
+
+    A weight of any dtype has a place for its entry.
+    """
     known = {
         literal_pattern(path): letters
         for path, letters in roles.items()
         if letters is not None and all(path.split("/")) and is_targeted(config, path)
     }
-    weights = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    weights = {path: _floating(leaf) if path in roles else leaf for path, leaf in weights.items()}
     try:
         # Ranks are asked of the entries themselves: one that was concatenated may be larger than a side of its weight.
         ranks = dict.fromkeys(known, 1) | {p: rank for p, rank in dict(config.rank_pattern).items() if p not in known}
@@ -112,6 +116,10 @@ def _targets(
         return find_targets(weights, full), ""
     except JloraError as error:
         return {}, str(error)
+
+
+def _floating(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
 
 
 def _found(update: Mapping[str, Any]) -> str:

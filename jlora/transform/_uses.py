@@ -16,7 +16,7 @@ from jlora.transform._program import Program
 from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings, Use
 from jlora.transform._weight import probe
-from jlora.tree import LeftOut, Survey, check_config, is_floating, is_targeted, survey
+from jlora.tree import Known, LeftOut, Survey, check_config, is_floating, is_targeted, survey
 
 _ADDED = ("add", "sub", "add_any")
 _UNUSED = "the function never uses it"
@@ -70,21 +70,31 @@ def survey_uses(
 ) -> tuple[LoraConfig, Survey]:
     """What `resolve_config` returns, and what it makes of the weights; problems stand in the survey, none is raised."""
     check_config(config)
+    known = _known(config, _probed(fn, config, params, args, kwargs))
+    found = survey(params, config, known)
     given = dict(config.factorizations)
-    found: dict[str, str] = {}
-    known: dict[str, str] = {}
+    new = {literal_pattern(path): roles for path, roles in known.roles.items() if path in found.targets}
+    resolved = config.replace(factorizations=given | {path: new[path] for path in new if path not in given})
+    alone = survey(params, resolved).targets
+    exclude = [*known.left_out, *(one.path for one in found.left_out if one.path in alone)]
+    patterns = dict.fromkeys([*config.exclude_modules, *map(literal_pattern, exclude)])
+    return resolved.replace(exclude_modules=tuple(patterns)), found
+
+
+def _known(config: LoraConfig, uses_by_path: Mapping[str, Sequence[Use]]) -> Known:
+    """What the uses of the weights say of them; what the configuration says of a very leaf goes first."""
+    roles: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     whole: dict[str, str] = {}
-    for path, uses in _probed(fn, config, params, args, kwargs).items():
-        roles, why = _reading(uses), _why_left_out(uses)
-        if roles is None and why and not _names(config, path):
-            known[path] = why
-        elif roles is not None:
-            found[literal_pattern(path)] = roles
-        elif uses:
-            whole[path] = f"{uses[0].primitive} at {uses[0].place}" if uses[0].place else uses[0].primitive
-    read = config.replace(factorizations=given | {p: r for p, r in found.items() if p not in given})
-    surveyed = survey(params, read, known=known, whole=whole)
-    return read.replace(exclude_modules=(*read.exclude_modules, *map(literal_pattern, known))), surveyed
+    for path, uses in uses_by_path.items():
+        reading, why = _reading(uses), _why_left_out(uses)
+        if reading is not None:
+            roles[path] = reading
+        elif why is None:
+            whole[path] = f"{uses[0].primitive} at {uses[0].place}" if uses[0].place else "the output"
+        elif not _names(config, path):
+            left_out[path] = why
+    return Known(roles, left_out, whole)
 
 
 def _reading(uses: Sequence[Use]) -> str | None:

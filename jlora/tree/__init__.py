@@ -3,6 +3,7 @@
 from jlora.tree._params import in_structure, init_lora, merge_params, settle_params, unmerge_params
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
+    Known,
     LeftOut,
     Survey,
     Target,
@@ -18,6 +19,7 @@ from jlora.tree._targets import (
 from jlora.tree._views import combine_params, count_params, lora_labels, lora_mask, split_params
 
 __all__ = [
+    "Known",
     "LeftOut",
     "Summary",
     "Survey",

@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,9 +18,6 @@ _MOST_PROBLEMS = 12
 _MOST_PATHS = 3
 _PAIRS = ("rank_pattern", "alpha_pattern", "factorizations")
 _UNADAPTED = "excluded, or is a bias, a scale or a vector, or added with broadcasting as a first axis of size 1 says"
-_FUNCTION = "the function that uses it (jlora.adapt, or init_lora with fn= and args=), or "
-_LETTERS = "one letter per axis, b (batch), i (in) or o (out), as factorizations={{{path!r}: 'i...o'}}"
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +64,22 @@ class Survey:
         return self
 
 
-def survey(
-    params: Any, config: LoraConfig, *, known: Mapping[str, str] = _NOTHING, whole: Mapping[str, str] = _NOTHING
-) -> Survey:
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the use of the weights of a tree says of them, by path.
+
+    Attributes:
+      roles: how the axes split, where the configuration does not say.
+      left_out: why a weight is not adapted.
+      whole: where a weight is used as a whole, which does not say how its axes split.
+    """
+
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def survey(params: Any, config: LoraConfig, known: Known | None = None) -> Survey:
     """The weights of `params` that `config` adapts, those that it leaves out, and every problem.
 
     A pattern that ends at a module, or in a last `*` or `**`, spans the weights inside it: what cannot be adapted is
@@ -79,9 +88,9 @@ def survey(
     Args:
       params: arrays or shapes.
       config: what is adapted and how.
-      known: path -> why a weight is left out, by what else is known of it.
-      whole: path -> where a function uses a weight as a whole, which does not say how its axes split.
+      known: what is known of the weights beside their names and shapes.
     """
+    known = known or Known()
     check_config(config)
     leaves = leaves_by_path(params)
     config.check_work(len(leaves))
@@ -94,7 +103,7 @@ def survey(
             continue
         named = _naming_pattern(config, path)
         try:
-            found = _read(path, leaf, shapes, config, known, whole)
+            found = _read(path, leaf, shapes, config, known)
         except TargetError as error:
             failed[path] = str(error)
             continue
@@ -105,7 +114,7 @@ def survey(
         elif found is not None:
             left_out[path] = found
     without = tuple(left_out.values())
-    unused = _unused_patterns(config, list(shapes), [*targets, *failed], left_out=without, known=known)
+    unused = _unused_patterns(config, list(shapes), [*targets, *failed], left_out=without)
     return Survey(targets, without, (*failed.values(), *unused))
 
 
@@ -200,35 +209,38 @@ def _naming_pattern(config: LoraConfig, path: str) -> str | None:
 
 
 def _read(
-    path: str,
-    leaf: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    config: LoraConfig,
-    known: Mapping[str, str],
-    whole: Mapping[str, str],
+    path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, known: Known
 ) -> Target | LeftOut | None:
     """The leaf as a target, or why it cannot be one; None for what is no weight."""
     shape = shapes[path]
     factorization = _given_factorization(path, shapes, config)
+    if factorization is None and path in known.roles:
+        factorization = Factorization(known.roles[path])
     if factorization is None and not _is_weight(path, shapes):
         return None
-    if path in known:
-        return LeftOut(path, shape, known[path])
+    if path in known.left_out:
+        return LeftOut(path, shape, known.left_out[path])
     if not is_floating(leaf):
         return LeftOut(path, shape, f"dtype {leaf.dtype} is not floating, nothing can be added to it")
     if factorization is None:
         try:
             factorization = flax_factorization(path, shapes)
         except TargetError as error:
-            letters = _LETTERS.format(path=path)
-            given = f", and is used as a whole in {whole[path]}: give " if path in whole else f": give {_FUNCTION}"
-            return LeftOut(path, shape, f"{error}{given}{letters}")
+            return LeftOut(path, shape, f"{error}{_way_out(path, known.whole.get(path))}")
     assert factorization is not None
     rank, most = config.rank_of(path), factorization.max_rank(shape)
     if rank > most:
         why = f"rank {rank} is larger than the smaller side {most}; lower it, or give rank_pattern={{{path!r}: {most}}}"
         return LeftOut(path, shape, why)
     return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
+
+
+def _way_out(path: str, whole: str | None) -> str:
+    """How to say how the axes of a weight split; the function that uses it does not where it uses it as a whole."""
+    letters = f"one letter per axis, b (batch), i (in) or o (out), as factorizations={{{path!r}: 'i...o'}}"
+    if whole is not None:
+        return f", and is used as a whole in {whole}: give {letters}"
+    return f": give the function that uses it (jlora.adapt, or init_lora with fn= and args=), or {letters}"
 
 
 def _refusal(path: str, shape: tuple[int, ...], named: str, found: LeftOut | None) -> str:
@@ -279,12 +291,12 @@ def adapted_target(
 
 def _unused_at_hand(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:
     """A problem for every pattern without effect on the adapters at hand."""
-    unadapted = "without an adapter at hand"
-    problems = list(_unused_patterns(config, list(shapes_by_path(params)), adapted, unadapted))
-    if not problems:
-        return problems
-    left_out = survey(params, config).left_out
-    return list(_unused_patterns(config, list(shapes_by_path(params)), adapted, unadapted, left_out=left_out))
+
+    def found(left_out: Sequence[LeftOut]) -> list[str]:
+        paths, unadapted = list(shapes_by_path(params)), "without an adapter at hand"
+        return list(_unused_patterns(config, paths, adapted, unadapted, left_out=left_out))
+
+    return found(survey(params, config).left_out) if found(()) else []
 
 
 def _unused_patterns(
@@ -294,13 +306,8 @@ def _unused_patterns(
     unadapted: str = _UNADAPTED,
     *,
     left_out: Sequence[LeftOut] = (),
-    known: Container[str] = (),
 ) -> Iterator[str]:
-    """A problem for every pattern of the configuration that has no effect.
-
-    What a factorization says of a weight that is left out for another reason than how the function uses it may stand:
-    `resolve_config` wrote it.
-    """
+    """A problem for every pattern of the configuration that has no effect, with the reasons of what is left out."""
 
     def without(field: str, among: list[str]) -> list[str]:
         used = {pattern for path in among for pattern, _ in config.matches(field, path)}
@@ -326,9 +333,8 @@ def _unused_patterns(
             yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({', '.join(found)})"
     for pattern in without("exclude_modules", paths):
         yield f"exclude_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
-    read = [one.path for one in left_out if one.path not in known]
     for field in _PAIRS:
-        for pattern in without(field, [*targets, *read] if field == "factorizations" else targets):
+        for pattern in without(field, targets):
             what = f"{field}: {pattern!r} matches nothing that is adapted"
             yield f"{what}:{why}" if (why := reasons(pattern)) else f"{what}; {hint(pattern, targets or paths)}"
 

@@ -108,7 +108,34 @@ def test_every_way_of_calling_leaves_out_the_same():
         assert paths == set(READ)
     assert resolve_config(model, config, SHAPES, x) == config
     table = jlora.summary(SHAPES, init_lora(None, SHAPES, config), config)
-    assert {one.path for one in table.left_out} == {"order", "mixed", "value"}
+    assert {one.path for one in table.left_out} == {"order", "mixed"}
+
+
+def test_a_narrow_weight_stays_out_where_its_name_says_something_else(tmp_path):
+    """By their names these experts are heads of another size, which are wide enough."""
+
+    def fn(p, x):
+        return jnp.einsum("etd,edf->etf", x, p["out"]["kernel"])[..., 0] @ p["up"]
+
+    params = {"out": {"kernel": tensor(3, 5, 1), "bias": tensor(5, 1)}, "up": tensor(11, 7)}
+    assert jlora.tree.find_targets(params, CONFIG)["out/kernel"].factorization.roles == "ioo"
+    args = (tensor(3, 11, 5),)
+    found = adapt(fn, CONFIG, params, *args)
+    assert [(one.path, one.why.split(";")[0]) for one in found.report.left_out] == [
+        ("out/kernel", "rank 2 is larger than the smaller side 1")
+    ]
+    assert found.config == CONFIG.replace(exclude_modules=("out/bias", "out/kernel"), factorizations={"up": "io"})
+    jlora.save_adapters(tmp_path / "adapters", found.adapters, found.config)
+    assert init_lora(None, params, found.config)["out"] == {"kernel": None, "bias": None}
+
+
+def test_what_one_call_made_is_saved_and_loaded(rng, params, tmp_path):
+    found = adapt(model, CONFIG, params, random_array(rng, X))
+    jlora.save_adapters(tmp_path / "adapters", found.adapters, found.config)
+    adapters, config = jlora.load_adapters(tmp_path / "adapters", params=params)
+    assert config == found.config
+    for one, other in zip(jax.tree.leaves(adapters), jax.tree.leaves(found.adapters), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_explain_prints_the_reasons():

@@ -132,16 +132,16 @@ def test_a_tree_full_of_odd_leaves_is_adapted_merged_and_run(rng):
     assert {one.path for one in table.left_out} == {"mask", "order", "phase", "value/kernel", "experts"}
 
 
-def test_a_pattern_for_what_is_left_out_says_why():
-    """A rank and an alpha are wishes; a factorization is a fact, and may stand."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        with pytest.raises(TargetError) as caught:
-            find_targets(tree_of(shape(7, 1)), CONFIG.replace(**{field: {"odd": 2}}))
-        wanted = f"{field}: 'odd' matches nothing that is adapted:\n    odd/kernel (7, 1): {TOO_NARROW}"
-        assert str(caught.value) == wanted
-    config = CONFIG.replace(factorizations={"odd": "io"})
-    adapters = init_lora(None, tree_of(shape(7, 1)), config)
-    assert [t.path for t in summary(tree_of(shape(7, 1)), adapters, config).targets] == ["up/kernel"]
+@pytest.mark.parametrize(("field", "value"), [("rank_pattern", 2), ("alpha_pattern", 2), ("factorizations", "io")])
+def test_a_pattern_for_what_is_left_out_says_why(field, value):
+    config = CONFIG.replace(**{field: {"odd": value}})
+    wanted = f"{field}: 'odd' matches nothing that is adapted:\n    odd/kernel (7, 1): {TOO_NARROW}"
+    with pytest.raises(TargetError) as caught:
+        find_targets(tree_of(shape(7, 1)), config)
+    assert str(caught.value) == wanted
+    with pytest.raises(TargetError) as caught:
+        summary(tree_of(shape(7, 1)), init_lora(None, tree_of(shape(7, 1)), CONFIG), config)
+    assert str(caught.value) == wanted
 
 
 def test_reasons_are_counted_and_cut():
