@@ -11,8 +11,10 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import Phase, assume, example, given, settings
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora import CostModel, LoraConfig, lora
 from tests.reference import as64, random_adapter, random_array, reference_delta
@@ -121,6 +123,24 @@ def looked_up(weight: Any, x: Any, ids: Any) -> Any:
     return fit(x, (2,)).sum() * weight[jnp.asarray(ids) % weight.shape[0]]
 
 
+def twofold(weight: Any, axis: int, join: Callable[..., Any]) -> Any:
+    """The weight joined with another form of itself."""
+    return join([weight, 0.5 * jnp.flip(weight)], axis)
+
+
+def channels(weight: Any, axis: int) -> Any:
+    scale = jnp.cos(jnp.arange(weight.shape[axis], dtype=weight.dtype))
+    return weight * jnp.expand_dims(scale, [other for other in range(weight.ndim) if other != axis])
+
+
+def shifted(weight: Any) -> Any:
+    return jnp.sin(jnp.arange(weight.size, dtype=weight.dtype)).reshape(weight.shape) - weight
+
+
+def chosen(weight: Any) -> Any:
+    return lax.select_n(jnp.int32(1), weight, 2 + weight, jnp.ones_like(weight))
+
+
 @st.composite
 def moves(draw: Any, shape: tuple[int, ...]) -> Any:
     """A move of a weight of this shape."""
@@ -143,6 +163,17 @@ def moves(draw: Any, shape: tuple[int, ...]) -> Any:
         functools.partial(jnp.take, indices=np.array([index, 0, index]), axis=axis),
         functools.partial(jnp.broadcast_to, shape=(2, *shape)),
         functools.partial(jnp.repeat, repeats=2, axis=axis),
+        functools.partial(jnp.tile, reps=[2 if other == axis else 1 for other in range(ndim)]),
+        functools.partial(jnp.roll, shift=1, axis=axis),
+        functools.partial(jnp.pad, pad_width=[(int(other == axis), 0) for other in range(ndim)]),
+        functools.partial(jnp.add, 0.3),
+        functools.partial(twofold, axis=axis, join=jnp.concatenate),
+        functools.partial(twofold, axis=axis, join=jnp.stack),
+        functools.partial(twofold, axis=axis, join=lambda parts, _: parts[0] + parts[1]),
+        functools.partial(channels, axis=axis),
+        functools.partial(checkpoint_name, name="weight"),
+        shifted,
+        chosen,
         jnp.sin,
     ]
     if ndim > 1:
@@ -262,6 +293,7 @@ def one_step(*wrappers: str, move: Any = jnp.transpose) -> Any:
     return {"u": ((5, 3), "oi")}, Program(((Use("u", (move,), "nothing", apply), wrappers),))
 
 
+@pytest.mark.filterwarnings("ignore:the adapters of .* reach nothing")
 @settings(max_examples=60, phases=[Phase.explicit, Phase.generate])
 @example(one_step("custom_vjp", move=functools.partial(jnp.multiply, jnp.float32(0.7))), 12.0, 1)
 @example(one_step("while", "vmap"), 12.0, 1)
