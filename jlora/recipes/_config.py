@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import optax
 
 from jlora.config import LoraConfig, field_names, read_mapping, write_mapping
+from jlora.disk import parse_toml
 from jlora.errors import ConfigError
 from jlora.fields import check_keys, choice, number, refusal, whole
 
@@ -143,6 +143,8 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str) or not self.folder:
             raise refusal("output.folder", self.folder, "the path of a folder")
+        if not self.folder.isprintable():  # bytes of a path that are no UTF-8 too, which config.toml could not hold
+            raise refusal("output.folder", self.folder, "a path in printable characters")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +243,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not (equals and section and dot and name):
         raise ConfigError(f"override {override!r}: wanted section.key=value, such as lora.rank=4")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}".encode())["value"]
+    except ValueError:
         value = text
     table = data.setdefault(section, {})
     if not isinstance(table, dict):

@@ -460,6 +460,21 @@ class TestJobConfig:
         assert found[section][key] == value
         assert found["lora"]["rank"] == (3 if override == "lora.rank=3" else 7)
 
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("lora.rank=" + "[" * 5000, "rank = '[[["),
+            ("lora.rank=" + "9" * 5000, "rank = '999"),
+            ("output.folder=\udcff", "output.folder = '\\udcff': wanted a path in printable characters"),
+        ],
+        ids=["deep", "long", "bytes"],
+    )
+    def test_an_override_that_no_file_could_hold_is_refused(self, tmp_path, override, message):
+        JobConfig.from_dict(plan()).write(tmp_path / "job.toml")
+        with pytest.raises(ConfigError, match=re.escape(message)) as error:
+            JobConfig.read(tmp_path / "job.toml", [override])
+        assert len(str(error.value)) < 1000
+
     @pytest.mark.parametrize("override", ["rank=3", "lora.rank", "lora.=3", ".rank=3", "=3", ""])
     def test_an_override_of_another_form_is_refused(self, tmp_path, override):
         JobConfig.from_dict(plan()).write(tmp_path / "job.toml")
