@@ -1,5 +1,6 @@
 """Settings of every test: the CPU, programs compiled once in a run, and property tests that are the same each time."""
 
+import gc
 import os
 import tempfile
 
@@ -12,6 +13,7 @@ import pytest
 
 hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("jlora")
+gc.set_threshold(100_000, 50)  # the programs that JAX keeps are many objects to look through again and again
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -61,7 +61,9 @@ def peak(*call: object) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("keep", [(), ("keep",)], ids=["no residual", "residual"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param((), id="no residual"), pytest.param(("keep",), id="residual", marks=pytest.mark.slow)]
+)
 def test_the_peak_is_the_same_for_ten_times_the_size(tmp_path, rng, keep):
     peaks = {}
     for count in (4, 40):
@@ -80,7 +82,7 @@ def test_the_peak_is_the_same_for_ten_times_the_size(tmp_path, rng, keep):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("form", ["peft", "own"])
+@pytest.mark.parametrize("form", ["peft", pytest.param("own", marks=pytest.mark.slow)])
 def test_the_peak_does_not_grow_with_the_adapters(tmp_path, rng, form):
     peaks = []
     for count in (6, 24):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from rich.console import Console
 
 import jlora
@@ -77,10 +78,11 @@ def trained(folder: Path, steps: int) -> Any:
         )
 
 
-def test_killed_at_every_call(tmp_path):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_calls(tmp_path, every):
     folder = tmp_path / "killed" / "checkpoints"
     trained(folder, 2)
-    like, reached, call = start()[0], 2, 0
+    like, reached, call = start()[0], 2, 1 - every
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with subprocess.Popen(
         [sys.executable, "-c", CHILDREN],
@@ -94,7 +96,7 @@ def test_killed_at_every_call(tmp_path):
         assert children.stdout is not None
         status = signal.SIGKILL.value
         while status == signal.SIGKILL:
-            call += 1
+            call += every
             children.stdin.write(f"{folder} {reached + 1} {call}\n")
             children.stdin.flush()
             status = int(children.stdout.readline())
