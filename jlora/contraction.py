@@ -252,7 +252,8 @@ def _as_it_stands(matrix: jax.Array) -> jax.Array:
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         return matrix
     precision = jnp.finfo(matrix.dtype)
-    return lax.reduce_precision(matrix, precision.nexp, precision.nmant)
+    whole = lax.optimization_barrier(matrix)  # XLA of JAX 0.7 folds the two steps of a turned constant wrongly
+    return lax.reduce_precision(whole, precision.nexp, precision.nmant)
 
 
 def _last_with(x: jax.Array, matrices: jax.Array, axis: int, precision: lax.PrecisionLike) -> jax.Array:

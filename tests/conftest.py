@@ -11,6 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+# Half of the time of the tests was XLA's compiling, and programs that run a few times need not be fast.
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if (0, 8) <= jax.__version_info__ < (0, 11):  # JAX 0.12 does not know the second
+    os.environ.setdefault("XLA_FLAGS", FAST)
+
 hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("jlora")
 gc.set_threshold(100_000, 50)  # the programs that JAX keeps are many objects to look through again and again
