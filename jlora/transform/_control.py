@@ -29,7 +29,8 @@ def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         program, undropped = _compiled(params["jaxpr"], params["name"], run.settings, source)
         outputs = program(key, inputs)
         if key is not None:
-            run.undropped.update((value.path, None) for value in inputs if is_weight(value) and value.path in undropped)
+            given = [path for value in inputs if is_weight(value) for path in value.paths]
+            run.undropped.update((path, None) for path in given if path in undropped)
     else:
         outputs = run.inner(eqn, key).evaluate(params["jaxpr"], inputs)
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]

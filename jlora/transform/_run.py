@@ -151,7 +151,7 @@ class Run:
             )
         if self.key is not None and not weight.probe:
             why += "; no dropout"
-            self.undropped[weight.path] = None
+            self.undropped.update(dict.fromkeys(weight.paths))
         whole = "o" * len(weight.shape) if weight.probe else ""
         roles = lookup_roles(weight) if weight.looked_up else whole
         flops = 2.0 * weight.rank * weight.value.size

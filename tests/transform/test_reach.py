@@ -257,6 +257,26 @@ def test_a_weight_that_is_merged_has_no_dropout_and_that_is_said(rng, name):
         lora(MERGING[name], CONFIG)(params, adapters, x, dropout_key=jax.random.key(0))
 
 
+SUMS = {
+    "plain": lambda p, x: x @ jnp.sin(p["a"] + p["b"]),
+    "in a jit": lambda p, x: jax.jit(lambda a, b, x: x @ jnp.sin(a + b))(p["a"], p["b"], x),
+    "into a jit": lambda p, x: jax.jit(lambda w, x: x @ jnp.sin(w))(p["a"] + p["b"], x),
+    "stacked": lambda p, x: (x @ jnp.sin(jnp.stack([p["a"], p["b"]]))).sum(0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_every_weight_of_what_is_merged_as_one_is_named(rng, name):
+    params, adapters, x = made(rng)
+    model = lora(SUMS[name], DROPPING)
+    for _ in range(2):  # the second time over what jit has compiled
+        with pytest.warns(
+            JloraWarning, match=r"^no dropout for the adapters of a, b: the weights are merged"
+        ) as caught:
+            model(params, adapters, x, dropout_key=jax.random.key(0))
+        assert len(caught) == 1
+
+
 def test_a_weight_with_a_magnitude_has_no_dropout_and_that_is_said(rng):
     params, adapters, x = made(rng)
     adapters["b"] |= {"magnitude": random_array(rng, (5,))}
