@@ -150,7 +150,7 @@ def _pick(rng: Rng, options: list[Any]) -> Any:
 
 
 def _replace_by_other(path: Path, other: Path, rng: Rng) -> None:
-    sources = sorted(other.iterdir())
+    sources = sorted(source for source in other.iterdir() if source.is_file())
     same = [source for source in sources if source.name == path.name]
     shutil.copyfile(_pick(rng, same or sources), path)
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig, checkpoints, cli
+from jlora.adapter import is_update
 from jlora.cli._progress import progress_line
 from jlora.disk import Checkpoint, file_written_whole, write_tensors
 from jlora.interop.peft import FLAT, is_peft_folder, write_peft
+from jlora.paths import leaves_by_path, path_number
 from jlora.storage import is_adapters_folder, load_adapters, save_adapters
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -54,6 +56,15 @@ def run(capsys, *arguments):
 def tensors(path):
     checkpoint = Checkpoint(path)
     return {name: checkpoint.read(name) for name in checkpoint.entries}
+
+
+def flat_entries(path):
+    """The entries of a folder of adapters as NumPy arrays, by the names of the weights."""
+    adapters = leaves_by_path(checkpoints.read_adapters(path)[0], is_leaf=is_update)
+    return {
+        path.replace("/", "."): {part: np.asarray(array) for part, array in entry.items()}
+        for path, entry in adapters.items()
+    }
 
 
 def delta(adapters, name, alpha=6.0):
@@ -125,6 +136,56 @@ def test_resize_combine_convert(folder, capsys):
     code, out, _ = run(capsys, "diff", "adapter", "own")
     assert code == 0
     assert "2 identical" in out
+
+
+def test_extract_leaves_out_what_is_excluded(folder, capsys):
+    for options, wanted in ((["--exclude", "**/down_proj"], {UP}), (["--exclude", "**/up_proj", "--force"], {DOWN})):
+        assert run(capsys, "extract", "base", "tuned", "--rank", 3, "--out", "found", *options)[0] == 0
+        assert flat_entries("found").keys() == wanted
+    code, _, err = run(
+        capsys, "extract", "base", "tuned", "--out", "x", "--exclude", "**/up_proj", "--exclude", "**/down_proj"
+    )
+    assert code == 2
+    assert "adapts nothing: what it matches is excluded" in err
+
+
+def test_combine_prunes_at_random_by_its_seed(folder, capsys):
+    parts = [flat_entries(name) for name in ("adapter", "other")]
+    found = []
+    for seed, options in ((0, []), (7, ["--seed", 7])):
+        options = ["--method", "dare_linear", "--density", 0.5, "--format", "own", *options]
+        assert run(capsys, "combine", "adapter", "other", "--out", f"seed {seed}", *options)[0] == 0
+        combined = flat_entries(f"seed {seed}")
+        for name in (UP, DOWN):
+            streams = [np.random.default_rng([seed, path_number(name.replace(".", "/")), part]) for part in (0, 1)]
+            for side in "AB":
+                wanted = 0
+                for part, stream in zip(parts, streams, strict=True):
+                    array = part[name][side].astype(np.float64)
+                    wanted = wanted + np.sqrt(2) * np.where(stream.random(array.shape) < 0.5, array / 0.5, 0)
+                np.testing.assert_allclose(combined[name][side], wanted, rtol=1e-5, atol=1e-6)
+        found.append(combined[UP]["A"])
+    assert not np.array_equal(*found)
+
+
+def test_combine_elects_the_sign_that_is_asked_for(folder, capsys):
+    third = {UP: pair(np.random.default_rng(3)), DOWN: pair(np.random.default_rng(4))}
+    write_peft("third", third, CONFIG)
+    names = ("adapter", "other", "third")
+    parts, deltas = [flat_entries(name) for name in names], {}
+    for sign in ("total", "frequency"):
+        options = ["--method", "ties", "--density", 1, "--format", "own"]
+        options += ["--majority-sign", sign] if sign != "total" else []
+        assert run(capsys, "combine", *names, "--out", sign, *options)[0] == 0
+        found = flat_entries(sign)
+        for side in "AB":
+            arrays = np.stack([part[UP][side].astype(np.float64) for part in parts])
+            votes = arrays.sum(0) if sign == "total" else np.sign(arrays).sum(0)
+            agreed = np.sign(arrays) == np.where(votes >= 0, 1, -1)
+            wanted = np.sqrt(2) * (arrays * agreed).sum(0) / agreed.sum(0)
+            np.testing.assert_allclose(found[UP][side], wanted, rtol=1e-5, atol=1e-6)
+        deltas[sign] = found[UP]["A"]
+    assert not np.array_equal(deltas["total"], deltas["frequency"])
 
 
 def test_a_mapping_from_a_file(folder, capsys):
@@ -244,6 +305,19 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(folder, rng):
     assert not Path("merged").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert Checkpoint("merged").entries.keys() == arrays.keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("ignored", [True, False])
+def test_what_a_script_ignores_does_not_end_a_command(folder, number, ignored):
+    strike = f"os.kill(os.getpid(), {int(number)}) or rename(*arguments)"
+    program = "import os, sys; from jlora.cli import main; rename = os.rename;"
+    program += f"os.rename = os.replace = lambda *arguments: {strike}; sys.exit(main())"
+    words = [sys.executable, "-c", program, "merge", "base", "adapter", "--out", "merged"]
+    script = f"trap '' {int(number)}; exec \"$@\"" if ignored else 'exec "$@"'
+    done = subprocess.run(["sh", "-c", script, "sh", *words], capture_output=True, text=True)
+    assert done.returncode == (0 if ignored else 128 + number), done.stderr
+    assert Path("merged").exists() == ignored
 
 
 def test_the_progress_line(monkeypatch):

@@ -74,6 +74,44 @@ def test_one_of_each_kind_and_a_bias(rng):
     assert_close(lora(model, CONFIG)(params, adapters, x), as64(wanted), factor=4)
 
 
+def merged64(name: str, weight: Any, entry: Any) -> np.ndarray:
+    """A weight with its entry applied, in float64, as the formulas have it; alpha / rank is 1.5."""
+    if entry is None:
+        return as64(weight)
+    parts = {part: as64(array) for part, array in entry.items()}
+    total = parts.get("value", as64(weight)) + 1.5 * parts.get("offset", 0)
+    if "A" in parts:
+        equation = {"io": "ir,ro->io", "ioo": "ir,rhd->ihd", "oi": "ir,ro->oi"}[ROLES[name]]
+        total = total + 1.5 * np.einsum(equation, parts["A"], parts["B"])
+    if "magnitude" in parts:
+        axis = ROLES[name].index("i")
+        norm = np.sqrt(np.sum(total**2, axis, keepdims=True))
+        total = np.expand_dims(parts["magnitude"], axis) * total / norm
+    return total
+
+
+def model64(p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    hidden = np.tanh(x @ p["up"] + p["bias"])
+    heads = np.einsum("ni,ihd->nhd", hidden, p["query"])
+    return heads.sum((1, 2))[:, None] * (hidden @ p["down"].T)
+
+
+PLAIN, DORA = ("A",), ("A", "magnitude")
+MIXED = [{"up": PLAIN, "query": DORA}, {"up": DORA, "down": PLAIN}, {"up": PLAIN, "query": ("offset",), "down": PLAIN}]
+MIXED += [{"up": PLAIN, "query": ("value",)}, {"up": ("A", "offset"), "query": DORA, "down": PLAIN}]
+
+
+@pytest.mark.parametrize("kinds", MIXED, ids=lambda kinds: "-".join("+".join(parts) for parts in kinds.values()))
+def test_plain_entries_beside_others_in_one_tree(rng, kinds):
+    params, adapters = case(rng, **kinds)
+    config, x = patterns(adapters), random_array(rng, (13, 5))
+    merged = {name: merged64(name, params[name], adapters[name]) for name in params}
+    found = merge_params(params, adapters, config)
+    for name, wanted in merged.items():
+        assert_close(found[name], wanted)
+    assert_close(lora(model, config)(params, adapters, x), model64(merged, as64(x)), factor=4)
+
+
 def reference_loss(adapters: Any, params: Any, x: Any, norms: Any) -> Any:
     """The loss with each weight written out; the norms are constants."""
     merged = dict(params)
