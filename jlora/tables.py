@@ -38,7 +38,7 @@ def html_table(header: Row, rows: Sequence[Row], footer: Row | None = None) -> s
     """The same as an HTML table, every cell escaped."""
 
     def line(row: Row, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{html.escape(printable(cell))}</{tag}>" for cell in row) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows)
     foot = "" if footer is None else f"<tfoot>{line(footer, 'th')}</tfoot>"

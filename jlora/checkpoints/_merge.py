@@ -20,7 +20,7 @@ from jlora.checkpoints._rewrite import (
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._updates import changes_of, read_adapter
 from jlora.disk import Checkpoint, Pair, TensorFile, read_json
-from jlora.errors import DataError, shortened
+from jlora.errors import DataError, listed, printable, shortened
 from jlora.fields import number
 from jlora.interop.peft import Mapping
 
@@ -279,7 +279,7 @@ def _check_same(folder: Path, record: dict[str, Any]) -> None:
             names = shortened(merged.get("names")).strip("[]").replace("'", "")
             raise DataError(
                 f"{folder}: merged were the adapters {names} with the weights {shortened(merged.get('weights'))}; "
-                f"given are {', '.join(record['names'])} with {record['weights']}"
+                f"given are {listed(record['names'])} with {record['weights']}"
             )
 
 
@@ -293,5 +293,6 @@ def _warnings(source: Checkpoint, changes: dict[str, Any]) -> list[str]:
         return []
     embeddings = [name for name in changes if any(part in name for part in ("embed_tokens", "wte", "word_embeddings"))]
     if tied and embeddings and not any("lm_head" in name for name in source.entries):
-        return [f"{embeddings[0]} is the output head too (tie_word_embeddings): the adapter acts on both now"]
+        first = printable(embeddings[0])
+        return [f"{first} is the output head too (tie_word_embeddings): the adapter acts on both now"]
     return []

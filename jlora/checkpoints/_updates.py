@@ -13,7 +13,7 @@ from jlora.checkpoints._arithmetic import Change
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
-from jlora.errors import DataError, TargetError
+from jlora.errors import DataError, TargetError, listed, together
 from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft_arrays
 from jlora.interop.transformers import RENAMED
 from jlora.paths import nearest
@@ -113,7 +113,7 @@ def _pieces(entries: Entries, shapes: Shapes, mapping: Mapping) -> dict[str, lis
                 return found
     if len(fitting) > 1:
         raise DataError(
-            f"the adapters fit several parts of the checkpoint: {next(iter(entries))} is {' or '.join(fitting)}"
+            f"the adapters fit several parts of the checkpoint: {next(iter(entries))} may be any of {listed(fitting)}"
         )
     return best
 
@@ -193,8 +193,4 @@ def _unfit(piece: _Piece, checkpoint: Checkpoint) -> Iterable[str]:
 
 def _raise_all(problems: list[str]) -> None:
     if problems:
-        shown = problems[:_MOST_SHOWN]
-        more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise DataError(
-            "\n  ".join([f"the adapters do not fit the checkpoint: {len(problems)} problems:", *shown, *more])
-        )
+        raise DataError(together(problems, "the adapters do not fit the checkpoint"))

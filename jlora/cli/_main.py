@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jlora.cli._files import add_file_commands
 from jlora.cli._signals import exit_code, say, stopped_by_signals
-from jlora.errors import ConfigError, JloraError
+from jlora.errors import ConfigError, JloraError, plain
 
 _TRAIN = """\
 Adapts a model with LoRA, as a TOML or JSON file says, and compares with the frozen base, and where the file asks for it
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JloraError as error:
         say(f"jlora: {error}")
     except OSError as error:
-        say(f"jlora: {error}")
+        say(f"jlora: {plain(str(error))}")
     except ModuleNotFoundError as error:
         if error.name not in ("orbax", "sklearn", "matplotlib"):
             raise

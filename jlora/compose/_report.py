@@ -4,10 +4,10 @@ import dataclasses
 import html
 import math
 
+from jlora.errors import listed
 from jlora.tables import html_table, text_table
 
 _COLUMNS = ("path", "shape", "rank", "energy", "error left")
-_MOST_PATHS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Extraction:
         """A line on what changed and is not adapted; empty where all that changed is."""
         if not self.left_out:
             return ""
-        shown = [*self.left_out[:_MOST_PATHS], *(["..."] if len(self.left_out) > _MOST_PATHS else [])]
-        return f"{len(self.left_out)} changed, but not adapted, and so not in the adapters: {', '.join(shown)}"
+        shown = listed(self.left_out)
+        return f"{len(self.left_out)} changed, but not adapted, and so not in the adapters: {shown}"
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a last row for the whole."""

@@ -22,7 +22,7 @@ from jlora.diagnostics._factors import (
     singular_values,
     triangle,
 )
-from jlora.errors import AdapterError
+from jlora.errors import AdapterError, shortened
 from jlora.tables import html_table, text_table
 from jlora.tree import check_config
 
@@ -30,6 +30,8 @@ _COLUMNS = ("path", "status", "rank", "alpha", "|left|", "|right|", "|difference
 STATUSES = ("identical", "changed", "only left", "only right")
 
 Pair = tuple[Any, LoraConfig]
+
+_MOST = 200  # characters of a field's value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,10 @@ class Difference:
 
     def _lines(self) -> list[str]:
         counts = ", ".join(f"{n:,} {status}" for status, n in self.counts().items() if n)
-        fields = [f"config.{name}: {left!r} in the left, {right!r} in the right" for name, left, right in self.config]
+        fields = [
+            f"config.{name}: {shortened(left, _MOST)} in the left, {shortened(right, _MOST)} in the right"
+            for name, left, right in self.config
+        ]
         return [*([counts] if counts else []), *fields]
 
     def __str__(self) -> str:

@@ -9,13 +9,12 @@ import numpy as np
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.contraction import split_batch_axes
-from jlora.errors import AdapterError, TargetError
+from jlora.errors import AdapterError, TargetError, listed
 from jlora.paths import leaves_by_path, matched_depths
 
 Arrays = Mapping[str, Any]
 Factors = tuple[np.ndarray, np.ndarray]
 
-MOST_PATHS = 8
 _BLOCK = 1 << 20
 _ROWS = 256
 
@@ -148,12 +147,6 @@ def is_same(left: Any, right: Any) -> bool:
     """Whether two arrays have one dtype, one shape and the same bytes."""
     x, y = np.asarray(left), np.asarray(right)
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-
-
-def listed(names: Sequence[str], most: int = MOST_PATHS) -> str:
-    """`a, b, c and 4 more`."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name or "the root" for name in names[:most]) + more
 
 
 def short(number: float | None) -> str:

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jlora.diagnostics._factors import count, listed, short
+from jlora.diagnostics._factors import count, short
+from jlora.errors import listed, printable
 
 _UNEVEN = 100
 
@@ -14,11 +15,11 @@ Entries = Sequence[Any]
 def warnings_of(entries: Entries) -> Iterator[str]:
     """The warnings on `InspectedEntry` rows, the gravest first."""
     for check in _CHECKS:
-        yield from check(entries)
+        yield from map(printable, check(entries))
 
 
 def _paths(entries: Entries) -> str:
-    return listed([entry.path for entry in entries])
+    return listed(entry.path or "the root" for entry in entries)
 
 
 def _empty(entries: Entries) -> Iterator[str]:
@@ -103,7 +104,7 @@ def _dtypes(entries: Entries) -> Iterator[str]:
         groups = sorted(by_dtype.items(), key=lambda item: -len(item[1]))
         yield "different dtypes: " + "; ".join(
             f"{dtype} in {count(len(found), 'entry', 'entries')}"
-            + (f" ({listed([e.path for e in found], 3)})" if i else "")
+            + (f" ({listed((e.path or 'the root' for e in found), 3)})" if i else "")
             for i, (dtype, found) in enumerate(groups)
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 from jlora.disk._open import reason
 from jlora.disk._safetensors import TensorEntry, TensorFile
 from jlora.disk._small import read_json
-from jlora.errors import DataError, shortened
+from jlora.errors import DataError, listed, shortened
 
 INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".safetensors")
@@ -95,8 +95,9 @@ def _indexed(folder: Path) -> tuple[list[str], dict[str, Any]]:
     if outside := [name for name in names if not name or "\0" in name or Path(name).name != name]:
         raise DataError(f"{folder / INDEX}: {shortened(outside[0])} is no file name of this folder")
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
-        shown = ", ".join(map(shortened, missing[:3]))
-        raise DataError(f"{folder}: {len(missing)} files of the index are missing: {shown}")
+        raise DataError(
+            f"{folder}: {len(missing)} files of the index are missing: {listed(map(shortened, missing), 3)}"
+        )
     return names, index
 
 

@@ -19,13 +19,12 @@ from flax.core import meta
 
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.errors import DataError
+from jlora.errors import DataError, listed, together
 from jlora.interop._readings import preferred, readings_of
 from jlora.paths import format_nearest, literal_pattern, matched_depths
 
 __all__ = ["from_gemma", "from_qwix", "nest"]
 
-_MOST_SHOWN = 12
 _MOST_AXES = 8
 _WRAPPER = re.compile(r"_LoRAEinsum_(.+)")
 _NOT_WEIGHTS = ("bias", "scale")
@@ -187,7 +186,7 @@ def _pairs(
                 f"{_path(pair['a'])}: no weight beside it; pass the params of the base and of LoRA in one tree"
             )
         elif len(found) > 1:
-            problems.append(f"{_path(pair['a'])}: several weights beside it: {', '.join(map(_path, found))}")
+            problems.append(f"{_path(pair['a'])}: several weights beside it: {listed(map(_path, found))}")
         elif not _is_array(leaves[found[0]]):
             kind = type(leaves[found[0]]).__name__
             problems.append(f"{_path(found[0])}: found {kind}, wanted an array; dequantize the weight first")
@@ -232,8 +231,7 @@ def _converted(
     if not problems and not adapters:
         problems.append(f"no params of {library} LoRA among {len(leaves)} leaves")
     if problems:
-        more = [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
-        raise DataError("\n  ".join([f"{library}: {len(problems)} problems:", *problems[:_MOST_SHOWN], *more]))
+        raise DataError(together(problems, library))
     lora = {keys for each in found for keys in (each.a, each.b)}
     base = {keys: leaf for keys, leaf in leaves.items() if keys not in lora}
     return _nested(base), _nested({keys: adapters.get(keys) for keys in base}), _config(ranks, alphas, roles)
@@ -247,7 +245,7 @@ def _alpha(alpha: Any, path: str, rank: int, problems: list[str]) -> float:
     for pattern, value in alpha.items():
         if matched_depths(pattern, path):
             return value
-    problems.append(f"{path}: no pattern of alpha matches it ({', '.join(alpha)})")
+    problems.append(f"{path}: no pattern of alpha matches it ({listed(alpha)})")
     return 0.0
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
-from jlora.errors import ConfigError, DataError
+from jlora.errors import ConfigError, DataError, listed
 from jlora.paths import leaves_by_path
 from jlora.recipes._config import JobConfig
 from jlora.recipes._model import call_model
@@ -167,12 +167,12 @@ def report(folder: Path, results: list[Result], changed_state: list[str], consol
         for result in results
     ]
     console.out(text_table(header, table), highlight=False)
-    console.out(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
+    console.out(f"written to {folder}: {listed(sorted(path.name for path in folder.iterdir()), 20)}", highlight=False)
     if changed_state:
-        shown = ", ".join(changed_state[:3]) + ", ..." * (len(changed_state) > 3)
         console.out(
-            f"the model changed {len(changed_state)} arrays of its own, {shown}: they are in {folder / 'model_state'}, "
-            "and without them the adapters do not give these results; jlora.recipes.load_run reads both",
+            f"the model changed {len(changed_state)} arrays of its own, {listed(changed_state, 3)}: they are in "
+            f"{folder / 'model_state'}, and without them the adapters do not give these results; "
+            "jlora.recipes.load_run reads both",
             highlight=False,
         )
 
@@ -190,9 +190,9 @@ def _check_changes(folder: Path, changed: dict[str, tuple[Any, Any]], extend: bo
     refused = [key for key in changed if key not in EXTENDED]
     if changed and not extend:
         way_out = "" if refused else "; --extend goes on with them changed"
-        raise ConfigError(f"{folder}: to resume, give the same configuration; changed: {', '.join(changed)}{way_out}")
+        raise ConfigError(f"{folder}: to resume, give the same configuration; changed: {listed(changed)}{way_out}")
     if refused:
-        raise ConfigError(f"{folder}: --extend changes {', '.join(EXTENDED)} alone; changed: {', '.join(refused)}")
+        raise ConfigError(f"{folder}: --extend changes {', '.join(EXTENDED)} alone; changed: {listed(refused)}")
     before, after = changed.get("train.steps", (0, 0))
     if after < before:
         raise ConfigError(f"{folder}: train.steps = {after}: wanted {before} or more, to extend the run of {before}")

@@ -8,9 +8,9 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.disk import can_store
-from jlora.errors import AdapterError, ConfigError
+from jlora.errors import AdapterError, ConfigError, together
 from jlora.storage._processes import unreachable
-from jlora.storage._structure import Entries, listed
+from jlora.storage._structure import Entries
 from jlora.tree import check_patterns
 
 MOST_CHARACTERS = 1000  # of a pattern; the time to translate one grows with the square
@@ -39,7 +39,7 @@ def check_fit(entries: Entries, config: LoraConfig) -> None:
         for problem in _misfits(path, update, config)
     ]
     if problems:
-        raise AdapterError(listed(problems))
+        raise AdapterError(together(problems))
     paths = [path for path, _ in entries.values()]
     check_patterns(config.replace(exclude_modules=()), paths, paths)
 
@@ -48,7 +48,7 @@ def check_arrays(entries: Entries) -> None:
     """Raises an AdapterError with every part of an entry that is no array at hand which a file can hold."""
     problems = [f"{place}: {problem}" for place, part in _parts(entries) if (problem := _array_problem(part))]
     if problems:
-        raise AdapterError(listed(problems))
+        raise AdapterError(together(problems))
 
 
 def not_finite(entries: Entries) -> list[str]:

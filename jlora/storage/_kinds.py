@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
+from jlora.errors import listed
 from jlora.paths import nearest
 
 PEFT = "this is a PEFT adapter: read it with jlora.interop.peft.read_peft"
@@ -27,7 +28,7 @@ def what_it_is(folder: Path) -> str:
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "this is a checkpoint of a model, not a folder of adapters"
     if inside := [path.name for path in _listed(folder) if os.path.isfile(path / TENSORS)]:
-        return f"holds no adapters itself, but {', '.join(inside[:3])} in it does"
+        return f"holds no adapters itself, but {listed(inside, 3)} in it does"
     return f"holds no adapters: wanted {CONFIG} and {TENSORS}, as save_adapters writes them"
 
 

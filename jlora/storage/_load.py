@@ -10,11 +10,11 @@ import jax
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, TENSORS, TensorFile, parse_json_value
-from jlora.errors import DataError, JloraError, shortened
+from jlora.errors import DataError, JloraError, listed, shortened, together
 from jlora.storage._checks import check_fit, not_finite
 from jlora.storage._folder import check_seal, opened_folder
 from jlora.storage._report import LoadReport, compare
-from jlora.storage._structure import MOST_LEVELS, Entries, is_name_of, listed, put_together
+from jlora.storage._structure import MOST_LEVELS, Entries, is_name_of, put_together
 from jlora.tree import in_structure
 
 
@@ -127,7 +127,7 @@ def _read(folder: Path, *, lazy: bool = False) -> _Stored:
     except JloraError as error:
         raise DataError(f"{folder / TENSORS}: {error}") from None
     if places := not_finite(entries):
-        raise DataError(f"{folder}: {listed([f'{place}: holds a NaN or an infinity' for place in places])}")
+        raise DataError(f"{folder}: {together([f'{place}: holds a NaN or an infinity' for place in places])}")
     return _Stored(adapters, entries, config)
 
 
@@ -162,7 +162,7 @@ def _entries(structure: Any, arrays: Mapping[str, Any]) -> tuple[Any, Entries]:
             raise DataError(f"its structure has the name {shortened(name)} at {shortened(path)}")
         update = updates.pop(f"{name}/" if name else "", {})
         if not is_update(update):
-            found = ", ".join(map(shortened, sorted(update))) or "nothing, or twice the same"
+            found = listed(map(shortened, sorted(update))) or "nothing, or twice the same"
             raise DataError(f"{shortened(name)}: wanted A and B, or other parts of an adapter, found {found}")
         entries[name] = path, update
         return update
@@ -170,7 +170,7 @@ def _entries(structure: Any, arrays: Mapping[str, Any]) -> tuple[Any, Entries]:
     adapters = put_together(structure, entry)
     if updates:
         left = sorted(prefix + part for prefix, update in updates.items() for part in update)
-        raise DataError(f"tensors that are not in its structure: {listed([shortened(name) for name in left])}")
+        raise DataError(f"tensors that are not in its structure: {listed(map(shortened, left))}")
     if not entries:
         raise DataError("holds no adapters")
     return adapters, entries

@@ -6,11 +6,11 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, dump_json, parse_json
-from jlora.errors import AdapterError, DataError
+from jlora.errors import AdapterError, DataError, together
 from jlora.storage._checks import check_arrays, check_fit, not_finite
 from jlora.storage._folder import FORMAT, write_folder
 from jlora.storage._processes import write_once
-from jlora.storage._structure import listed, take_apart
+from jlora.storage._structure import take_apart
 from jlora.tree import check_config
 
 
@@ -52,7 +52,7 @@ def save_adapters(
     check_arrays(entries)
     check_fit(entries, config)
     if places := not_finite(entries):
-        raise AdapterError(listed([f"{place}: holds a NaN or an infinity" for place in places]))
+        raise AdapterError(together([f"{place}: holds a NaN or an infinity" for place in places]))
     tensors = {
         f"{name}/{part}" if name else part: array
         for name, (_, update) in entries.items()

@@ -9,7 +9,7 @@
 The name of an entry is its path; where two have the same path, the later ones get a number behind it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from jlora.adapter import is_update
 from jlora.boxes import unboxed
-from jlora.errors import AdapterError, DataError, shortened
+from jlora.errors import AdapterError, DataError, shortened, together
 from jlora.paths import path_string
 
 Keys = tuple[Any, ...]
@@ -57,7 +57,7 @@ def take_apart(adapters: Any) -> tuple[Any, Entries]:
     if not entries and not problems:
         problems.append("adapters: found none, wanted an adapter {'A', 'B'} at one path at least")
     if problems:
-        raise AdapterError(listed(problems))
+        raise AdapterError(together(problems))
     return structure, entries
 
 
@@ -94,14 +94,6 @@ def _unknown(keys: Keys) -> DataError:
 def is_name_of(name: str, path: str) -> bool:
     """Whether `name` is what `take_apart` can call the entry at `path`."""
     return name == path or (name.startswith(f"{path}~") and name[len(path) + 1 :].isdecimal())
-
-
-def listed(problems: Sequence[str], most: int = 12) -> str:
-    """One message for all problems, one to a line."""
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "\n  ".join([f"{len(problems)} problems:", *problems[:most], *more])
 
 
 def _children(node: Any) -> list[tuple[Any, Any, Any]] | None:

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jlora.disk import read_json, reason
-from jlora.errors import DataError, shortened
+from jlora.errors import DataError, listed, shortened
 from jlora.train._arrays import array_types, read_arrays, read_old_arrays, write_arrays
 from jlora.train._manifest import MANIFEST, read_manifest, write_manifest
 
@@ -58,7 +58,7 @@ class Checkpoints:
                 return step
         if steps:
             raise DataError(
-                f"{self.folder}: none of the checkpoints, of steps {', '.join(map(str, steps))}, is as it was written; "
+                f"{self.folder}: none of the checkpoints, of steps {listed(steps)}, is as it was written; "
                 "delete them to begin anew"
             )
         return None

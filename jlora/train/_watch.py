@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.errors import JloraError
+from jlora.errors import JloraError, listed
 from jlora.paths import leaves_by_path
 from jlora.train._step import Metrics
 
@@ -62,9 +62,7 @@ class Watch:
         finite = jax.device_get(_finite(trained))
         bad = [path for path, good in leaves_by_path(finite).items() if not good]
         if bad:
-            raise DivergedError(
-                step, f"{', '.join(bad[:3])} is no longer finite, in {len(bad)} of {len(finite)} arrays"
-            )
+            raise DivergedError(step, f"{listed(bad, 3)} is no longer finite, in {len(bad)} of {len(finite)} arrays")
 
 
 @jax.jit

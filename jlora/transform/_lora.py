@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
-from jlora.errors import AdapterError, ConfigError, JloraWarning
+from jlora.errors import AdapterError, ConfigError, JloraWarning, listed
 from jlora.paths import leaves_by_path
 from jlora.transform._keywords import check_keywords, name_of
 from jlora.transform._program import Program
@@ -17,8 +17,6 @@ from jlora.transform._rules import RULES
 from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Weight, adapted
 from jlora.tree import adapted_targets, check_config, check_floating, settle_params
-
-_MOST_PATHS = 12
 
 
 def lora(
@@ -130,8 +128,8 @@ def tell_of_unread(name: str, program: Program, entries: Iterable[str], strict: 
     if not paths:
         return
     text = (
-        f"the adapters of {_some(paths)} reach nothing: what {name} returns does not depend on these params. Does it "
-        "use weights of its own instead, as a bound model or a closure does (lambda params, x: x @ weight)? Or does "
+        f"the adapters of {listed(paths)} reach nothing: what {name} returns does not depend on these params. Does "
+        "it use weights of its own instead, as a bound model or a closure does (lambda params, x: x @ weight)? Or does "
         "this call not use them, as one of another mode does not use a head? Then leave them out with exclude_modules"
     )
     if strict:
@@ -142,10 +140,5 @@ def tell_of_unread(name: str, program: Program, entries: Iterable[str], strict: 
 def _tell_of_undropped(paths: Sequence[str]) -> None:
     """Warns of weights that are merged although there is a dropout key."""
     if paths:
-        text = f"no dropout for the adapters of {_some(paths)}: the weights are merged, and jlora.explain says where"
+        text = f"no dropout for the adapters of {listed(paths)}: the weights are merged, and jlora.explain says where"
         warnings.warn(text, JloraWarning, stacklevel=3)
-
-
-def _some(paths: Sequence[str]) -> str:
-    more = len(paths) - _MOST_PATHS
-    return ", ".join([*paths[:_MOST_PATHS], *([f"and {more} more"] if more > 0 else [])])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora.adapter import check_update, is_update
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes
-from jlora.errors import AdapterError, ConfigError, JloraError, TargetError
+from jlora.errors import AdapterError, ConfigError, JloraError, TargetError, listed, together
 from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
 from jlora.tree._flax_rules import flax_factorization
 
@@ -321,7 +321,8 @@ def _unused_patterns(
 
     def reasons(pattern: str) -> str:
         found = [one for one in left_out if matched_depths(pattern, one.path)]
-        return "".join(f"\n    {line}" for line in _shortened(list(map(str, found)), _MOST_PATHS))
+        more = [f"and {len(found) - _MOST_PATHS:,} more"] if len(found) > _MOST_PATHS else []
+        return "".join(f"\n    {line}" for line in [*map(str, found[:_MOST_PATHS]), *more])
 
     for pattern in without("target_modules", targets):
         found = [path for path in paths if matched_depths(pattern, path)][:_MOST_PATHS]
@@ -330,7 +331,7 @@ def _unused_patterns(
         elif why := reasons(pattern):
             yield f"target_modules: {pattern!r} adapts nothing:{why}"
         else:
-            yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({', '.join(found)})"
+            yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({listed(found)})"
     for pattern in without("exclude_modules", paths):
         yield f"exclude_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
     for field in _PAIRS:
@@ -339,15 +340,8 @@ def _unused_patterns(
             yield f"{what}:{why}" if (why := reasons(pattern)) else f"{what}; {hint(pattern, targets or paths)}"
 
 
-def _shortened(lines: list[str], most: int = _MOST_PROBLEMS) -> list[str]:
-    """The first lines, and how many more there are."""
-    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
-
-
 def raise_all(found: Iterable[str]) -> None:
     """Raises one TargetError for all problems, if there are any."""
     problems = list(found)
-    if not problems:
-        return
-    counted = [f"{len(problems)} problems:"] if len(problems) > 1 else []
-    raise TargetError("\n  ".join([*counted, *_shortened(problems)]))
+    if problems:
+        raise TargetError(together(problems, most=_MOST_PROBLEMS))

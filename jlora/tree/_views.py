@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.adapter import is_adapter, is_update
-from jlora.errors import JloraWarning, TargetError
+from jlora.errors import JloraWarning, TargetError, listed
 from jlora.paths import leaves_by_path, path_string
 
 _WEIGHTS = ("kernel", "embedding")
@@ -61,7 +61,7 @@ def _mark(tree: Any, base: Any, adapter: Any, other: Any) -> Any:
     entries, doubtful = _find_entries(tree, base)
     if doubtful:
         warnings.warn(
-            f"A and B of {', '.join(doubtful)} are frozen as weights of the base; if they are an adapter, give its "
+            f"A and B of {listed(doubtful)} are frozen as weights of the base; if they are an adapter, give its "
             "module a name with 'lora' in it, or pass base=, the params without adapters, which decides, and is silent",
             JloraWarning,
             stacklevel=3,

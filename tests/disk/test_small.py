@@ -125,12 +125,7 @@ def test_the_nearest_of_very_many_names():
     assert nearest("model.layers.77.q_prog.weight", known, 1) == ["model.layers.77.q_proj.weight"]
 
 
-def test_messages_are_of_bounded_length_and_print():
-    assert str(DataError("a\x1b[31mb\u202ec\td\ud800")) == r"a\x1b[31mb\u202ec\td\ud800"
-    long = str(DataError("x" * 10_000 + "the way out"))
-    assert len(long) < 1100
-    assert long.endswith("the way out")
-    assert len(str(DataError("x\n" * 1000)).split("\n")) == 61
+def test_a_message_quotes_a_long_value_in_short():
     value = "y" * 2_000_000
     with pytest.raises(ConfigError) as caught:
         LoraConfig(scaling=value, alpha=3)

@@ -427,5 +427,5 @@ def test_experts_are_transposed_where_the_model_says_so(tmp_path: Path, rng: Rng
 
 def test_many_names_that_no_row_maps_are_told_soon(tmp_path: Path) -> None:
     names = {f"x.{i}.weight": i for i in range(20_000)}
-    with pytest.raises(jlora.DataError, match=r"20000 problems:\n(.*\n){12}  and 19988 more$"):
+    with pytest.raises(jlora.DataError, match=r"20,000 problems:\n(.*\n){12}  and 19,988 more$"):
         _mapping.places_of_names((Row("l.{i}.weight", "l/{i}"),), names)

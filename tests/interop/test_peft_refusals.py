@@ -111,21 +111,19 @@ def test_a_magnitude_alone(tmp_path: Path) -> None:
 )
 def test_tensors_that_are_not_known(key: str, tmp_path: Path, rng: Rng) -> None:
     tensors = pair(rng, "q", 3, 5) | {key: np.ones((2, 5), "float32")}
-    refused(
-        write_folder(tmp_path / "a", tensors), rf"1 tensors that are no part of a LoRA.*:\n  {re.escape(PREFIX + key)}"
-    )
+    refused(write_folder(tmp_path / "a", tensors), rf"tensors that are no part of a LoRA.*: {re.escape(PREFIX + key)}")
 
 
 def test_tensors_without_the_prefix(tmp_path: Path, rng: Rng) -> None:
     folder = write_folder(tmp_path / "a", pair(rng, "q", 3, 5))
     with (folder / TENSORS).open("wb") as file:
         write_tensors(file, pair(rng, "q", 3, 5) | {PREFIX: np.ones(3)})
-    refused(folder, "3 tensors that are no part of a LoRA that jlora knows")
+    refused(folder, "tensors that are no part of a LoRA that jlora knows: 3 problems")
 
 
 def test_many_are_counted(tmp_path: Path) -> None:
     tensors = {f"q{number}.lora_x": np.ones(1) for number in range(20)}
-    refused(write_folder(tmp_path / "a", tensors), r"20 tensors(.|\n)*and 12 more")
+    refused(write_folder(tmp_path / "a", tensors), r": 20 problems:(.|\n)*and 8 more$")
 
 
 def test_two_tensors_in_one_place(tmp_path: Path, rng: Rng) -> None:
@@ -180,7 +178,7 @@ def test_experts_that_do_not_fit(tmp_path: Path, rng: Rng) -> None:
     refused(write_folder(tmp_path / "a", tensors, target_parameters=["e.w"]), r"m.e.w: .*wanted \(experts \* 2, in\)")
     refused(write_folder(tmp_path / "b", tensors, target_parameters=["e.w", "e.v"]), "comes first is not known")
     both = ["e.gate_up_proj", "e.down_proj"]
-    refused(write_folder(tmp_path / "c", tensors, target_parameters=both), "2 tensors that are no part")
+    refused(write_folder(tmp_path / "c", tensors, target_parameters=both), "tensors that are no part of .*: 2 problems")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from jlora.errors import DataError
+from jlora.errors import DataError, listed, together
 
 PREFIX = "base_model.model."
 _BASE = "base_layer."
@@ -82,8 +82,7 @@ def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[En
         if ("A" in entry.parts) != ("B" in entry.parts) or ("magnitude" in entry.parts and "A" not in entry.parts)
     ]
     if problems:
-        shown = [*problems[:8], *([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])]
-        raise DataError("\n  ".join([f"{len(problems)} tensors that are no part of a LoRA that jlora knows:", *shown]))
+        raise DataError(together(problems, "tensors that are no part of a LoRA that jlora knows"))
     return list(entries.values())
 
 
@@ -119,7 +118,7 @@ def parameters_of(module: str, target_parameters: Sequence[str]) -> list[str]:
         if parent and (module == parent or module.endswith(f".{parent}")):
             found.append(name)
     if len(found) > 1 and (unknown := [name for name in found if name not in _REGISTERED]):
-        raise DataError(f"{module}: which of the parameters {', '.join(found)} comes first is not known ({unknown[0]})")
+        raise DataError(f"{module}: which of the parameters {listed(found)} comes first is not known ({unknown[0]})")
     return sorted(found, key=lambda name: _REGISTERED.index(name) if len(found) > 1 else 0)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import read_mapping
-from jlora.errors import DataError, shortened
+from jlora.errors import DataError, listed, shortened, together
 from jlora.paths import nearest
 
 _MOST_SHOWN = 12
@@ -178,7 +178,7 @@ def places_of_paths(mapping: Mapping, paths: Iterable[str]) -> dict[str, list[Pl
     """
     found = {path: [place for row in mapping for place in _by_path(row, path)] for path in paths}
     problems = [
-        f"{path}: {len(places)} rows map it to the place {list(index)}: {', '.join(sorted(p.row.name for p in places))}"
+        f"{path}: {len(places)} rows map it to the place {list(index)}: {listed(sorted(p.row.name for p in places))}"
         for path, all_places in found.items()
         for index, places in _grouped(all_places)
         if len(places) > 1
@@ -252,7 +252,7 @@ def _differing_stacks(found: dict[str, list[Place]]) -> list[str]:
     for path, places in found.items():
         counts = {place.row.name: tuple(count for _, count in place.row.stack) for place in places}
         if len(set(counts.values())) > 1:
-            shown = ", ".join(f"{name} {list(sizes)}" for name, sizes in counts.items())
+            shown = listed(f"{name} {list(sizes)}" for name, sizes in counts.items())
             problems.append(f"{path}: rows map it as stacks of other sizes: {shown}")
     return problems
 
@@ -265,11 +265,10 @@ def _unclear(found: dict[str, list[Place]], what: str, rows: list[str]) -> list[
             near = ", ".join(nearest(key, rows)) if len(problems) < _MOST_SHOWN else "not sought"
             problems.append(f"{key}: no row of the mapping has this {what}; nearest rows: {near}")
         elif len(places) > 1:
-            problems.append(f"{key}: {len(places)} rows map it: {', '.join(place.row.name for place in places)}")
+            problems.append(f"{key}: {len(places)} rows map it: {listed(place.row.name for place in places)}")
     return problems
 
 
 def _raise_all(problems: list[str]) -> None:
     if problems:
-        more = [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
-        raise DataError("\n  ".join([f"mapping: {len(problems)} problems:", *problems[:_MOST_SHOWN], *more]))
+        raise DataError(together(problems, "mapping"))

@@ -14,7 +14,7 @@ from jlora.adapter import check_update
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
-from jlora.errors import ConfigError, DataError, JloraError, TargetError
+from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, together
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._keys import Entry, entries_of
 from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
@@ -188,7 +188,7 @@ class _Reader:
             (self.scales.rank_of(m), self.scales.alpha_of(m)) for m in (p.name.rpartition(".")[0] for p, _ in pieces)
         }
         if len(layouts) > 1 or len(scales) > 1:
-            names = ", ".join(place.name for place, _ in pieces[:3])
+            names = listed(place.name for place, _ in pieces)
             self.problems.append(f"{path}: {names} differ in rank, alpha, shape or dtype; one array cannot hold them")
             return first
         if missing := math.prod(counts) - len(pieces):
@@ -239,9 +239,7 @@ class _Reader:
 
     def _raise_all(self) -> None:
         if self.problems:
-            shown = self.problems[:_MOST_SHOWN]
-            more = [f"and {len(self.problems) - len(shown)} more"] if len(self.problems) > len(shown) else []
-            raise DataError("\n  ".join([f"{self.folder}: {len(self.problems)} problems:", *shown, *more]))
+            raise DataError(together(self.problems, str(self.folder)))
 
 
 def _check_numbers(folder: Path, arrays: MappingType[str, Arrays]) -> None:
@@ -255,7 +253,7 @@ def _check_numbers(folder: Path, arrays: MappingType[str, Arrays]) -> None:
             elif part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise DataError(f"{folder}: {part} of {name} has the dtype {array.dtype}: wanted a floating one")
     if wrong:
-        raise DataError(f"{folder}: {len(wrong)} tensors hold numbers that are not finite: {', '.join(wrong[:5])}")
+        raise DataError(f"{folder}: {len(wrong)} tensors hold numbers that are not finite: {listed(wrong)}")
 
 
 def _on_device(folder: str | Path, path: str, array: np.ndarray[Any, Any]) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
-from jlora.errors import DataError, JloraError
+from jlora.errors import DataError, JloraError, together
 from jlora.interop.peft._config import extras_of, peft_config
 from jlora.interop.peft._keys import key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, to_model, to_peft
@@ -60,7 +60,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         except JloraError as error:
             problems.append(f"{place.path}: {error}")
     if problems:
-        raise DataError("\n  ".join([f"{path}: {len(problems)} problems:", *problems[:12]]))
+        raise DataError(together(problems, str(path)))
     tensors, data = writer.tensors(), writer.config()
     folder, text = Path(path), dump_json(data).rstrip(b"\n")
 
