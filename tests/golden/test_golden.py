@@ -1,0 +1,78 @@
+"""What each release wrote is read as it was meant: adapters, residuals of merges, journals of stopped ones."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jlora
+from jlora import LoraConfig, checkpoints, load_adapters
+from jlora.adapter import is_update
+from jlora.disk import Checkpoint
+from jlora.paths import leaves_by_path
+from jlora.storage import read_metadata
+from tests.golden import ADAPTERS, BASE, EXPECTED, MERGED, TO_MERGE
+
+HERE = Path(__file__).parent
+VERSIONS = sorted(path.parent.name for path in HERE.glob(f"*/{EXPECTED}"))
+
+pytestmark = pytest.mark.parametrize("version", VERSIONS)
+
+
+def expected(version):
+    return json.loads((HERE / version / EXPECTED).read_text(encoding="utf-8"))
+
+
+def assert_holds(array, wanted):
+    assert (array.dtype.name, list(array.shape)) == (wanted["dtype"], wanted["shape"])
+    assert np.asarray(array).astype(float).ravel().tolist() == wanted["values"]
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_adapters(version):
+    adapters, config = load_adapters(HERE / version / ADAPTERS)
+    wanted = expected(version)
+    entries = leaves_by_path(adapters, is_leaf=is_update)
+    assert entries.keys() == wanted["entries"].keys()
+    for path, parts in wanted["entries"].items():
+        assert entries[path].keys() == parts.keys()
+        for name, part in parts.items():
+            assert_holds(entries[path][name], part)
+    assert config == LoraConfig.from_dict(wanted["config"])
+    assert json.loads(json.dumps(config.to_dict())).items() >= wanted["config"].items()
+    assert read_metadata(HERE / version / ADAPTERS) == wanted["metadata"]
+
+
+def test_the_structure_of_adapters(version):
+    adapters, _ = load_adapters(HERE / version / ADAPTERS)
+    assert type(adapters["layers"]) is list
+    assert type(adapters["experts"]) is tuple
+    assert adapters["experts"][1] is None
+    assert adapters["layers"][0]["bias"] is None
+    assert len(jax.tree.leaves(adapters)) == sum(map(len, expected(version)["entries"].values()))
+
+
+def test_a_merge_is_taken_back_to_the_bit(version, tmp_path):
+    folder = HERE / version
+    merged = Checkpoint(folder / MERGED)
+    for name, wanted in expected(version)["merged"].items():
+        assert_holds(merged.read(name), wanted)
+    done = checkpoints.unmerge(folder / MERGED, folder / TO_MERGE, tmp_path / "back")
+    assert done.exact
+    assert shards(tmp_path / "back") == shards(folder / BASE)
+
+
+def test_a_merge_today_has_the_same_bits(version, tmp_path):
+    folder = HERE / version
+    checkpoints.merge(folder / BASE, folder / TO_MERGE, tmp_path / "merged")
+    assert shards(tmp_path / "merged") == shards(folder / MERGED)
+
+
+def test_this_version_has_its_files(version):
+    assert jlora.__version__ in VERSIONS
+    assert sum(path.stat().st_size for path in (HERE / version).rglob("*") if path.is_file()) < 50_000
