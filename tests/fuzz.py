@@ -336,19 +336,19 @@ def make_peft(folder: Path, number: int) -> None:
     shapes = {
         "up.lora_A.weight": (2, 7),
         "up.lora_B.weight": (5, 2),
-        "up.lora_magnitude_vector": (5,),
-        "up.lora_B.bias": (5,),
         "wide.down.lora_A.weight": (3, 5),
         "wide.down.lora_B.weight": (7, 3),
-        "embed.lora_embedding_A": (2, 11),
-        "embed.lora_embedding_B": (5, 2),
         "experts.lora_A.weight": (6, 5),
         "experts.lora_B.weight": (7, 6),
         "head.weight": (3, 5),
     }
+    shapes |= {"up.lora_magnitude_vector": (5,), "wide.down.lora_magnitude_vector": (7,)} if number == 0 else {}
+    embed = {"lora_embedding_A": (2, 11), "lora_embedding_B": (5, 2), "lora_magnitude_vector": (5,)}
+    shapes |= {f"embed.{name}": shape for name, shape in embed.items()} if number == 0 else {"up.lora_B.bias": (5,)}
     tensors = {f"base_model.model.{name}": rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3 + number, "rank_pattern": {"down": 3}, "use_rslora": True}
     config |= {"target_parameters": ["experts.gate_up_proj"], "target_modules": ["up", "down", "embed"]}
+    config |= {"use_dora": number == 0, "lora_bias": number != 0}
     folder.mkdir(exist_ok=True)
     with file_written_whole(folder / "adapter_model.safetensors") as file:
         write_tensors(file, tensors, {"format": "pt"})

@@ -1,5 +1,6 @@
 """Adapters taken out of checkpoints: to the bit with a residual, within what the report says without."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -149,8 +150,9 @@ def test_the_report_of_other_dtypes(tmp_path, rng, dtype):
 def test_other_adapters_or_weights_are_refused(tmp_path, rng, keep_residual):
     tensors, base, adapter = write_llama(tmp_path, rng)
     other = write_peft(tmp_path / "other", peft_parts(rng, tensors, "_proj"))
-    alpha = write_peft(tmp_path / "alpha", {}, lora_alpha=7)
-    shutil.copy(adapter / "adapter_model.safetensors", alpha)
+    alpha = shutil.copytree(adapter, tmp_path / "alpha")
+    data = json.loads((alpha / "adapter_config.json").read_text()) | {"lora_alpha": 7}
+    (alpha / "adapter_config.json").write_text(json.dumps(data))
     merge(base, adapter, tmp_path / "merged", weights=[0.5], keep_residual=keep_residual)
     message = r"merged were the adapters adapter with the weights \[0\.5\]; given are {} with \[{}\]"
     for folders, weight, name in ((other, 0.5, "other"), (alpha, 0.5, "alpha"), (adapter, 1.0, "adapter")):

@@ -16,7 +16,10 @@ PREFIX = "base_model.model."
 def write_folder(folder: Path, tensors: dict[str, Any], **config: Any) -> Path:
     """A folder as PEFT writes one; `tensors` without PEFT's prefix."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, **config}
+    data = {"peft_type": "LORA", "r": 2, "lora_alpha": 5}
+    data |= {"use_dora": True} if any("magnitude" in name for name in tensors) else {}
+    data |= {"lora_bias": True} if any("lora_B.bias" in name for name in tensors) else {}
+    data |= config
     (folder / "adapter_config.json").write_text(json.dumps(data, indent=2, sort_keys=True))
     with (folder / "adapter_model.safetensors").open("wb") as file:
         write_tensors(file, {PREFIX + key: value for key, value in tensors.items()}, {"format": "pt"})

@@ -166,10 +166,9 @@ def test_names_and_patterns_that_are_too_long(tmp_path: Path, rng: Rng) -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
-def test_what_jlora_does_not_ask_is_not_matched(key: str, tmp_path: Path, rng: Rng) -> None:
-    """Which modules are adapted is read off the tensors."""
-    folder = write_folder(tmp_path / "a", pair(rng, "a" * 60, 3, 5), **{key: "(a|a)*b"})
+@pytest.mark.parametrize(("key", "pattern"), [("target_modules", "(a|a)*"), ("exclude_modules", "(a|a)*b")])
+def test_slow_patterns_of_modules_are_matched_soon(key: str, pattern: str, tmp_path: Path, rng: Rng) -> None:
+    folder = write_folder(tmp_path / "a", pair(rng, "a" * 60, 3, 5), **{key: pattern})
     assert set(read_peft(folder)[0]) == {"a" * 60 + ".weight"}
 
 

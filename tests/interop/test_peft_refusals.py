@@ -243,7 +243,8 @@ def read_or_refused(folder: Path) -> str:
 def test_damaged_files_are_read_or_refused(tmp_path: Path, rng: Rng) -> None:
     tensors = pair(rng, "m.q", 3, 5) | pair(rng, "c", 7, (3, 2), 3) | {"n.weight": np.ones(3, "float32")}
     tensors |= embedding_pair(rng, "emb", 7, 5) | experts_pair(rng, "m.e", 3, 7, 5)
-    tensors |= {"m.q.lora_magnitude_vector": np.ones(3, "float32")}
+    sizes = {"m.q": (3,), "c": (1, 7, 1), "emb": (5,)}
+    tensors |= {f"{name}.lora_magnitude_vector": np.ones(size, "float32") for name, size in sizes.items()}
     fields = {"rank_pattern": {"c": 3}, "alpha_pattern": {r".*\.q": 1.5}, "target_parameters": ["e.w"]}
     first = write_folder(tmp_path / "first", tensors, **fields, init_lora_weights=True, use_rslora=True)
     other = write_folder(tmp_path / "other", pair(rng, "x", 3, 5))
@@ -258,7 +259,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, rng: Rng) -> None:
         except Exception as error:
             raise AssertionError(f"case {case}, {done}: {type(error).__name__}: {error}") from error
         shutil.rmtree(tmp_path / "case")
-    assert min(counts.values()) > 10
+    assert min(counts.values()) > 5
 
 
 def test_missing_files(tmp_path: Path, rng: Rng) -> None:

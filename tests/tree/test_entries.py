@@ -94,10 +94,10 @@ def test_a_linen_tree_carries_every_kind_of_entry(rng, make):
 
 
 def of_peft(rng: np.random.Generator, folder: Any) -> Any:
-    """DoRA, an embedding, the bias of a B and a whole module, as PEFT writes them, and a base that they fit."""
+    """DoRA, an embedding, and a whole module, as PEFT writes them, and a base that they fit."""
     tensors = pair(rng, "m.up", 7, 5) | pair(rng, "m.down", 3, 7) | embedding_pair(rng, "m.embed", 13, 5)
-    tensors["m.up.lora_magnitude_vector"] = rng.uniform(0.5, 2, 7).astype("float32")
-    tensors["m.down.lora_B.bias"] = rng.standard_normal(3).astype("float32")
+    for name, size in (("up", 7), ("down", 3), ("embed", 5)):
+        tensors[f"m.{name}.lora_magnitude_vector"] = rng.uniform(0.5, 2, size).astype("float32")
     tensors["m.norm.weight"] = rng.standard_normal(7).astype("float32")
     params = {
         "embed": {"weight": random_array(rng, (13, 5))},
@@ -105,8 +105,7 @@ def of_peft(rng: np.random.Generator, folder: Any) -> Any:
         "norm": {"weight": random_array(rng, (7,))},
         "down": {"weight": random_array(rng, (3, 7)), "bias": random_array(rng, (3,))},
     }
-    fields = {"target_modules": ["up", "down", "embed"], "modules_to_save": ["norm"], "use_dora": True}
-    write_folder(folder, tensors, lora_bias=True, **fields)
+    write_folder(folder, tensors, target_modules=["up", "down", "embed"], modules_to_save=["norm"])
     adapters, config = read_peft(folder, NESTED, params={"m": params})
     return {"m": params}, adapters, config
 
@@ -138,7 +137,7 @@ def moved(before: Any, after: Any) -> set[str]:
 
 def test_what_peft_trained_goes_on_training(rng, tmp_path):
     params, adapters, config = of_peft(rng, tmp_path / "a")
-    assert {path.rpartition("/")[2] for path in leaves(adapters)} == {"A", "B", "magnitude", "offset", "value"}
+    assert {path.rpartition("/")[2] for path in leaves(adapters)} == {"A", "B", "magnitude", "value"}
     tokens, call = jnp.arange(8), jlora.lora(torch_model, config)
     after = trained(adapters, lora_labels(adapters), lambda adapters: call(params, adapters, tokens).var())
     assert moved(adapters, after) == set(leaves(adapters))

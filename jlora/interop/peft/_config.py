@@ -9,6 +9,7 @@ from jlora.config import LoraConfig
 from jlora.disk import parse_json
 from jlora.errors import ConfigError, DataError, shortened
 from jlora.interop.peft._patterns import Patterns, budget_of_patterns
+from jlora.interop.peft._targeted import Targeted
 
 EXTRA = "peft"
 """The name under which a configuration keeps what PEFT's file said."""
@@ -69,7 +70,7 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
     if not _is_rank(data.get("r", 8)):
         raise DataError(f"r = {shortened(data['r'])}: wanted a whole number of at least 1")
     for key, is_allowed in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
-        pattern = data.get(key) or {}
+        pattern = data.get(key, {})
         if not isinstance(pattern, Mapping) or not all(map(is_allowed, pattern.values())):
             raise DataError(f"{key} = {shortened(pattern)}: wanted a mapping from patterns to numbers")
     targets = data.get("target_parameters") or []
@@ -165,17 +166,25 @@ def peft_config(
         }
     if kept is None or config.dropout != (data.get("lora_dropout") or 0.0):
         data["lora_dropout"] = config.dropout
+    named = set(parameters)
+    layers = sorted(module for module in modules if module not in named)
     if kept is None:
-        named = set(parameters)
         beside = {"dropout": config.dropout, "Conv1D": conv1d, "DoRA": dora, "the bias of a B": lora_bias}
         if named and (found := [name for name, value in beside.items() if value]):
             raise DataError(
                 f"{sorted(named)[0]} is a parameter, beside which PEFT does not have {found[0]}: write two folders"
             )
         data |= {"fan_in_fan_out": conv1d, "use_dora": dora, "lora_bias": lora_bias}
-        data["target_modules"] = sorted(module for module in modules if module not in named)
+        data["target_modules"] = layers
         data["target_parameters"] = sorted(named) or None
         data["modules_to_save"] = sorted(set(whole)) or None
+        return data
+    data |= {
+        key: value for key, value in (("use_dora", dora), ("lora_bias", lora_bias)) if bool(data.get(key)) != value
+    }
+    targeted = Targeted(data)
+    if any(targeted.why_not(module) for module in layers):  # others than those of the file that was read
+        data |= {"target_modules": layers, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return data
 
 

@@ -19,6 +19,7 @@ from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_tra
 from jlora.interop.peft._keys import Entry, entries_of
 from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
+from jlora.interop.peft._targeted import check_fields, check_together
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest
 from jlora.storage import is_adapters_folder
 from jlora.tree import in_structure
@@ -57,8 +58,9 @@ def read_peft(
       `config.extras` keeps what PEFT's configuration said, for `write_peft`.
 
     Raises:
-      DataError: no such adapter, a damaged file, a variant that A and B do not represent, names that the mapping does
-        not map, numbers that are not finite, adapters that do not fit `params`.
+      DataError: no such adapter, a damaged file, a variant that A and B do not represent, a configuration that does not
+        name what the tensors adapt, names that the mapping does not map, numbers that are not finite, adapters that do
+        not fit `params`.
     """
     entries, config = read_peft_arrays(path, mapping, params=params, transposed_experts=transposed_experts)
     adapters = {at: {name: _on_device(path, at, part) for name, part in entry.items()} for at, entry in entries.items()}
@@ -84,10 +86,12 @@ def read_peft_arrays(
         with Pair(folder).opened() as (text, file):
             data = _parsed(folder, text)
             check_peft_config(data)
+            check_fields(data)
             targets = data.get("target_parameters") or []
             entries = entries_of(file.entries, targets)
             if not entries:
                 raise DataError(f"{TENSORS} holds no tensors")
+            check_together(data, entries)
             read: Any = file.lazy if lazy else file.read
             arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in entries}
     except DataError as error:

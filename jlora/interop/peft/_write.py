@@ -12,9 +12,10 @@ from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, together
 from jlora.interop.peft._config import extras_of, peft_config
-from jlora.interop.peft._keys import key_of, parameters_of
+from jlora.interop.peft._keys import entries_of, key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
+from jlora.interop.peft._targeted import check_fields, check_together
 from jlora.paths import leaves_by_path
 from jlora.storage import folder_to_write, unreachable, write_once
 from jlora.tree import check_config
@@ -34,8 +35,8 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
       mapping: as for `read_peft`.
 
     Raises:
-      DataError: paths that the mapping does not map, an adapter that PEFT has no place for, a folder that cannot be
-        written; nothing is written then.
+      DataError: paths that the mapping does not map, an adapter that PEFT has no place for or would read as something
+        else, a folder that cannot be written; nothing is written then.
 
     A weight of two axes is taken for a Linear (out, in) where the factorization is "oi", for a Conv1D (in, out) where
     it is "io", for an embedding where its module is called one.
@@ -62,6 +63,11 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
     if problems:
         raise DataError(together(problems, str(path)))
     tensors, data = writer.tensors(), writer.config()
+    try:
+        check_fields(data)
+        check_together(data, entries_of(tensors, data.get("target_parameters") or []))
+    except DataError as error:
+        raise DataError(f"{path}: PEFT would read something else: {error}") from None
     folder, text = Path(path), dump_json(data).rstrip(b"\n")
 
     def write() -> None:
