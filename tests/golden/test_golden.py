@@ -1,7 +1,10 @@
 """What each release wrote is read as it was meant: adapters, residuals of merges, journals of stopped ones."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,7 +16,7 @@ from jlora.adapter import is_update
 from jlora.disk import Checkpoint
 from jlora.paths import leaves_by_path
 from jlora.storage import read_metadata
-from tests.golden import ADAPTERS, BASE, EXPECTED, MERGED, TO_MERGE
+from tests.golden import ADAPTERS, BASE, EXPECTED, MACHINE, MERGED, PARTIAL, TO_MERGE
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(path.parent.name for path in HERE.glob(f"*/{EXPECTED}"))
@@ -71,6 +74,25 @@ def test_a_merge_today_has_the_same_bits(version, tmp_path):
     folder = HERE / version
     checkpoints.merge(folder / BASE, folder / TO_MERGE, tmp_path / "merged")
     assert shards(tmp_path / "merged") == shards(folder / MERGED)
+
+
+def test_a_merge_that_was_stopped_goes_on(version, tmp_path):
+    base = tmp_path / BASE
+    for name in (BASE, TO_MERGE):
+        shutil.copytree(HERE / version / name, tmp_path / name)
+    place = tmp_path / ".out.0123456789abcdef.jlora"
+    shutil.copytree(HERE / version / PARTIAL, place)
+    journal = json.loads((place / "journal.json").read_bytes())
+    for shard, (_, time) in journal["job"]["source"].items():  # a copy has other times
+        os.utime(base / shard, ns=(time, time))
+    with mock.patch(MACHINE, return_value=journal["machine"]):
+        done = checkpoints.merge(base, tmp_path / TO_MERGE, tmp_path / "out", keep_residual=True)
+    assert done.resumed == len(journal["done"]) == 1
+    assert not place.exists()
+    found = {path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*.weight")}
+    wanted = HERE / version / MERGED
+    assert found == {path.relative_to(wanted): path.read_bytes() for path in wanted.rglob("*.weight")}
+    assert shards(tmp_path / "out") == shards(wanted)
 
 
 def test_this_version_has_its_files(version):
