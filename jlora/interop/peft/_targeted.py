@@ -9,7 +9,7 @@ from jlora.errors import DataError, shortened, together
 from jlora.interop.peft._keys import Entry
 from jlora.interop.peft._regular import Automaton, Budget
 
-_MOST_CHARACTERS, _MOST_STEPS = 2000, 20_000_000
+_MOST_CHARACTERS, _MOST_STEPS = 20_000, 20_000_000
 _FIRST_NUMBER = re.compile(r"(?<=\.)[^.]*\.(\d+)\.")  # of a list that is no list of the model itself
 
 
