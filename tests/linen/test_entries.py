@@ -14,6 +14,7 @@ from tests.reference import as64, assert_close, random_array, randomize
 MAPPING = (
     Row("up.weight", "up/kernel", (1, 0)),
     Row("down.weight", "down/kernel", (1, 0)),
+    Row("up.bias", "up/bias"),
     Row("down.bias", "down/bias"),
     Row("norm.weight", "norm/scale"),
 )
@@ -25,12 +26,15 @@ class Model(nn.Module):
         return nn.Dense(3, name="down")(nn.LayerNorm(name="norm")(nn.Dense(7, name="up")(x)))
 
 
-PARTS = {
+MAGNITUDES = {"up.lora_magnitude_vector": (7,), "down.lora_magnitude_vector": (3,)}
+BIASES = {"up.lora_B.bias": (7,), "down.lora_B.bias": (3,)}
+PARTS = {  # PEFT has no bias of a B beside DoRA
     "plain": {},
-    "dora": {"up.lora_magnitude_vector": (7,)},
-    "bias of B": {"down.lora_B.bias": (3,)},
+    "dora": MAGNITUDES,
+    "bias of B": BIASES,
     "whole": {"norm.weight": (7,)},
-    "all": {"up.lora_magnitude_vector": (7,), "down.lora_B.bias": (3,), "norm.weight": (7,)},
+    "dora and whole": MAGNITUDES | {"norm.weight": (7,)},
+    "bias of B and whole": BIASES | {"norm.weight": (7,)},
 }
 
 
@@ -38,8 +42,8 @@ PARTS = {
 def test_what_peft_trained_is_applied_whole(name, rng, tmp_path):
     tensors = pair(rng, "up", 7, 5) | pair(rng, "down", 3, 7)
     tensors |= {key: rng.uniform(0.5, 2, shape).astype("float32") for key, shape in PARTS[name].items()}
-    fields = {"modules_to_save": ["norm"], "use_dora": "up.lora_magnitude_vector" in tensors}
-    folder = write_folder(tmp_path, tensors, target_modules=["up", "down"], lora_bias=True, **fields)
+    fields = {"use_dora": "up.lora_magnitude_vector" in tensors, "lora_bias": "up.lora_B.bias" in tensors}
+    folder = write_folder(tmp_path, tensors, target_modules=["up", "down"], modules_to_save=["norm"], **fields)
     x = random_array(rng, (2, 5))
     params = randomize(rng, Model().init(jax.random.key(0), x)["params"])
     adapters, config = read_peft(folder, MAPPING, params=params)
