@@ -58,6 +58,10 @@ def varied(array: Any, axes: Sequence[str]) -> Any:
 
 def spec_of(array: Any) -> tuple[Any, ...]:
     """For each axis of an array those of an explicit mesh that it is split over; None in other meshes."""
-    sharding: Any = getattr(jax.typeof(array), "sharding", None)
+    return spec_of_sharding(getattr(jax.typeof(array), "sharding", None), array.ndim)
+
+
+def spec_of_sharding(sharding: Any, axes: int) -> tuple[Any, ...]:
+    """For each of so many axes those of a mesh that it is split over."""
     spec = tuple(getattr(sharding, "spec", ()))
-    return (*spec, *[None] * (array.ndim - len(spec)))
+    return (*spec, *[None] * (axes - len(spec)))

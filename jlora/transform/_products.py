@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.contraction import factored_product
-from jlora.transform._jax import spec_of
+from jlora.transform._jax import spec_of, spec_of_sharding
 from jlora.transform._weight import Factor, Weight
 
 Update = Callable[[jax.Array, Weight], jax.Array]
@@ -180,14 +180,16 @@ def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any, out_sha
     r = string.ascii_letters[-1]
     one, two = ("".join(dot.weight[axis] for axis in factor.axes) + r for factor in (first, second))
     kept = "".join(dict.fromkeys(c for c in dot.x + one if c in dot.y + two))
-    inner: dict[str, Any] = {}
-    outer: dict[str, Any] = {}
-    if out_sharding is not None:
-        split = dict(zip(dot.x, spec_of(x), strict=True)) | dict(zip(dot.y, out_sharding.spec, strict=False))
-        outer["out_sharding"] = out_sharding
-        inner["out_sharding"] = NamedSharding(out_sharding.mesh, PartitionSpec(*map(split.get, kept)))
+    of_y = spec_of_sharding(out_sharding, len(dot.y))
+    split = dict(zip(dot.x, spec_of(x), strict=True)) | dict(zip(dot.y, of_y, strict=True))
+    inner, outer = (_to(out_sharding, spec) for spec in (map(split.get, kept), of_y))
     hidden = jnp.einsum(f"{dot.x},{one}->{kept}", x, first.array, precision=precision, **inner)
     return jnp.einsum(f"{kept},{two}->{dot.y}", hidden, second.array, precision=precision, **outer)
+
+
+def _to(out_sharding: Any, spec: Iterable[Any]) -> dict[str, Any]:
+    """What tells a product to split its result so, where the equation says how its own one is split."""
+    return {} if out_sharding is None else {"out_sharding": NamedSharding(out_sharding.mesh, PartitionSpec(*spec))}
 
 
 def ragged_dot_general(
@@ -199,6 +201,7 @@ def ragged_dot_general(
     ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
     precision: Any,
     group_offset: Any,
+    out_sharding: Any = None,
     **_: Any,
 ) -> Product | str:
     """Rows sorted by expert: x `(m, k)`, weight `(experts, k, n)`."""
@@ -224,8 +227,10 @@ def ragged_dot_general(
         a = first.ordered((*groups, *w_in), 2)
         b = second.ordered((*groups, roles.index("o")), 1)
         rows = jnp.moveaxis(x, x_in[0], -1)
-        hidden = lax.ragged_dot(rows, a, group_sizes, precision=precision)
-        return lax.ragged_dot(hidden, b, group_sizes, precision=precision)
+        of_rows, of_features = spec_of_sharding(out_sharding, 2)
+        inner, outer = (_to(out_sharding, (of_rows, last)) for last in (None, of_features))
+        hidden = lax.ragged_dot(rows, a, group_sizes, precision=precision, **inner)
+        return lax.ragged_dot(hidden, b, group_sizes, precision=precision, **outer)
 
     return Product(roles, update, mergeable=False)
 
@@ -238,6 +243,7 @@ def conv_general_dilated(
     dimension_numbers: lax.ConvDimensionNumbers,
     feature_group_count: int,
     batch_group_count: int,
+    out_sharding: Any = None,
     **params: Any,
 ) -> Product | str:
     """A convolution with A, whose features are the rank, then a product with B at every place.
@@ -251,11 +257,19 @@ def conv_general_dilated(
     order = _matching(weight, roles)
     if order is None and not weight.probe:
         return "the features of the convolution are not the out axis of the adapter"
+    explicit = out_sharding is not None or any(spec_of(x)) or any(spec_of(weight.value))
+    if explicit and groups > 1:
+        return "a convolution with groups in a mesh of explicit axes"
 
     def update(x: jax.Array, weight: Weight) -> jax.Array:
         first, second = (weight.factors[n] for n in order or ())
         rank, features = weight.rank, weight.shape[out_axis]
         a = first.ordered(weight.own(first), out_axis)
+        channel = dimension_numbers.out_spec[1]
+        of_places = list(spec_of_sharding(out_sharding, x.ndim))
+        of_features = of_places.pop(channel)
+        inner = _to(out_sharding, (*of_places[:channel], None, *of_places[channel:]))
+        outer = _to(out_sharding, (*of_places, of_features))
         hidden = lax.conv_general_dilated(
             x,
             jnp.concatenate([a] * groups, out_axis) if groups > 1 else a,
@@ -266,10 +280,13 @@ def conv_general_dilated(
             dimension_numbers,
             feature_group_count=groups,
             precision=params["precision"],
+            **inner,
         )
-        channel = dimension_numbers.out_spec[1]
         hidden = jnp.moveaxis(hidden, channel, -1)
         places = hidden.shape[:-1]
+        if explicit:  # in which no axes are joined
+            y = jnp.einsum("...r,or->...o", hidden, second.array, precision=params["precision"], **outer)
+            return jnp.moveaxis(y, -1, channel)
         b = second.array.reshape(groups, features // groups, rank)
         rows = hidden.reshape(math.prod(places), groups, rank)
         y = jnp.einsum("ngr,gor->ngo", rows, b, precision=params["precision"])

@@ -11,6 +11,7 @@ tokens plus positions are: the weight is merged there, as one that is only added
 
 import dataclasses
 import math
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.contraction import Factorization, common_dtype
+from jlora.transform._jax import spec_of
 
 Shape = tuple[int, ...]
 
@@ -133,6 +135,8 @@ class Weight:
         first, second = self.factors
         batch = self.shared
         dtype = common_dtype(first.array.dtype, second.array.dtype, jnp.float32)
+        if any(any(spec_of(array)) for array in (self.value, first.array, second.array)):
+            return self._split_delta(dtype)
         sizes = [self.shape[axis] for axis in batch]
         left, right = (
             factor.ordered((*batch, *self.own(factor)), len(factor.axes))
@@ -144,6 +148,18 @@ class Weight:
         axes = (*batch, *self.own(first), *self.own(second))
         product = product.reshape([self.shape[axis] for axis in axes])
         return product.transpose([axes.index(axis) for axis in range(len(axes))])
+
+    def _split_delta(self, dtype: Any) -> jax.Array:
+        """The dense update in a mesh of explicit axes, in which none are joined, split as the value is."""
+        letters, (first, second) = string.ascii_lowercase[: len(self.shape)], self.factors
+        one, two = ("".join(letters[axis] for axis in factor.axes) + "R" for factor in (first, second))
+        return jnp.einsum(
+            f"{one},{two}->{letters}",
+            first.array.astype(dtype),
+            second.array.astype(dtype),
+            precision=lax.Precision.HIGHEST,
+            out_sharding=jax.typeof(self.value).sharding,
+        )
 
     def merged(self) -> jax.Array:
         """The value with the update added: in float32 at least, rounded once."""
