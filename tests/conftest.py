@@ -2,7 +2,9 @@
 
 import gc
 import os
+import signal
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -11,10 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-# Half of the time of the tests was XLA's compiling, and programs that run a few times need not be fast.
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-if (0, 8) <= jax.__version_info__ < (0, 11):  # JAX 0.12 does not know the second
-    os.environ.setdefault("XLA_FLAGS", FAST)
+# Half of the time of the tests was compiling, and programs that run a few times need not be fast.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # JAX 0.12 does not know it
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # of no use in a program that nobody looks at
+
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # which a job in the background ignores
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("jlora")
@@ -33,12 +41,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
     settings = {
         "jax_compilation_cache_dir": folder.name,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,  # what is faster to compile than to read is not kept
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _left_behind() -> Iterator[None]:
+    """What a file of tests leaves in JAX's caches is not looked through by the collections of garbage after it."""
+    yield
+    gc.freeze()
 
 
 @pytest.fixture

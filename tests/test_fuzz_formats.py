@@ -8,7 +8,8 @@ from tests.fuzz import FORMATS, fuzz
 @pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"own"}))
 def test_damaged_folders(name):
     make, load, _ = FORMATS[name]
-    counts = fuzz(make, load, 300, 0)
-    assert counts.total() == 300
-    assert counts["refused"] > 50
+    cases = 100 if name == "record" else 200  # a record is read beside a whole checkpoint
+    counts = fuzz(make, load, cases, 0)
+    assert counts.total() == cases
+    assert counts["refused"] > cases / 6
     assert counts["loaded"]

@@ -64,9 +64,9 @@ def peak(*call: object) -> float:
 @pytest.mark.parametrize(
     "keep", [pytest.param((), id="no residual"), pytest.param(("keep",), id="residual", marks=pytest.mark.slow)]
 )
-def test_the_peak_is_the_same_for_ten_times_the_size(tmp_path, rng, keep):
+def test_the_peak_is_the_same_for_six_times_the_size(tmp_path, rng, keep):
     peaks = {}
-    for count in (4, 40):
+    for count in (3, 18):
         base, folder = sparse_checkpoint(tmp_path / f"base{count}", count), adapter(tmp_path / f"a{count}", rng, count)
         merged, back = tmp_path / "merged", tmp_path / "back"
         peaks[count] = [
@@ -85,7 +85,7 @@ def test_the_peak_is_the_same_for_ten_times_the_size(tmp_path, rng, keep):
 @pytest.mark.parametrize("form", ["peft", pytest.param("own", marks=pytest.mark.slow)])
 def test_the_peak_does_not_grow_with_the_adapters(tmp_path, rng, form):
     peaks = []
-    for count in (6, 24):
+    for count in (4, 14):
         entry = {"A": np.zeros((WIDTH, 600), np.float32), "B": np.zeros((600, ROWS), np.float32)}  # 15 MB together
         entries = {f"l{i}.weight": entry for i in range(count)}
         config = LoraConfig(rank=600, factorizations={"**": "oi"})

@@ -307,7 +307,9 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(folder, rng):
     assert Checkpoint("merged").entries.keys() == arrays.keys()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGTERM))]
+)
 @pytest.mark.parametrize("ignored", [True, False])
 def test_what_a_script_ignores_does_not_end_a_command(folder, number, ignored):
     strike = f"os.kill(os.getpid(), {int(number)}) or rename(*arguments)"

@@ -180,7 +180,8 @@ def test_a_run_prints_its_tables_and_returns_zero(whole, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "by"), [(SIGINT, 130, ""), (SIGTERM, 143, " by SIGTERM"), (SIGHUP, 129, " by SIGHUP")]
+    ("number", "code", "by"),
+    [(SIGINT, 130, ""), (SIGTERM, 143, " by SIGTERM"), pytest.param(SIGHUP, 129, " by SIGHUP", marks=pytest.mark.slow)],
 )
 def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_bitwise_the_same(whole, folder, number, code, by):
     out = f"a run {number}"
@@ -224,7 +225,7 @@ def test_an_interrupt_before_the_run_leaves_nothing(folder):
     assert not (folder / "early").exists()
 
 
-@pytest.mark.parametrize("number", [SIGINT, SIGHUP])
+@pytest.mark.parametrize("number", [SIGINT, pytest.param(SIGHUP, marks=pytest.mark.slow)])
 def test_what_is_ignored_stays_ignored(whole, folder, number):
     out = f"ignored {number}"
     ended = signalled("a row", 6, number, "train", "job.toml", f"output.folder={out}", ignored=(number,))

@@ -293,13 +293,28 @@ def one_step(*wrappers: str, move: Any = jnp.transpose) -> Any:
     return {"u": ((5, 3), "oi")}, Program(((Use("u", (move,), "nothing", apply), wrappers),))
 
 
+random = given(programs(), st.sampled_from([0.0, 12.0, math.inf]), st.integers(0, 2**32 - 1))
+generated = [Phase.explicit, Phase.generate]
+
+
 @pytest.mark.filterwarnings("ignore:the adapters of .* reach nothing")
-@settings(max_examples=60, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=20, phases=generated)
 @example(one_step("custom_vjp", move=functools.partial(jnp.multiply, jnp.float32(0.7))), 12.0, 1)
 @example(one_step("while", "vmap"), 12.0, 1)
-@given(programs(), st.sampled_from([0.0, 12.0, math.inf]), st.integers(0, 2**32 - 1))
+@random
 def test_a_random_program_is_the_program_of_the_merged_weights(drawn, merge_from, seed):
-    weights, program = drawn
+    check(*drawn, merge_from, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the adapters of .* reach nothing")
+@settings(max_examples=60, phases=generated)
+@random
+def test_more_random_programs_are_those_of_the_merged_weights(drawn, merge_from, seed):
+    check(*drawn, merge_from, seed)
+
+
+def check(weights: dict[str, Any], program: Program, merge_from: float, seed: int) -> None:
     assume(
         not any("custom_vjp" in names and "jvp" in names for _, names in program.steps)
     )  # JAX has no such derivative
