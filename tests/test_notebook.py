@@ -28,9 +28,7 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-@pytest.mark.parametrize(
-    ("steps", "wanted"), [(60, 30), pytest.param(300, 75, marks=pytest.mark.slow)], scope="module"
-)
+@pytest.mark.parametrize(("steps", "wanted"), [(60, 30), pytest.param(300, 75, marks=pytest.mark.slow)], scope="module")
 def test_the_adapted_model_is_better_than_the_base(executed, wanted):
     before, after = map(float, re.search(r"([\d.]+)% before, ([\d.]+)% after", printed(executed)).groups())
     assert before < 20

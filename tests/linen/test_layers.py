@@ -202,7 +202,7 @@ def test_output_is_the_bases_with_the_merged_weight(case, rng):
 
 
 @every_case
-@pytest.mark.parametrize("lift", ["remat", "scan"])
+@pytest.mark.parametrize("lift", [pytest.param("remat", marks=pytest.mark.slow), "scan"])
 def test_output_within_lifted_modules(case, lift, rng):
     block, stack = LIFTS[lift]
     block, x = block(case.layer, case.method), case.x(rng, stack)
@@ -214,7 +214,7 @@ def test_output_within_lifted_modules(case, lift, rng):
 
 
 @every_case
-@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("numbers", ["bfloat16", pytest.param("float16 params", marks=pytest.mark.slow)])
 def test_output_keeps_the_dtype_of_the_bases(case, numbers, rng):
     x, layer, base = case.x(rng), case.layer(**NUMBERS[numbers]), case.base(**NUMBERS[numbers])
     params = case.draw(rng, layer, x)

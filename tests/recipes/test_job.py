@@ -383,9 +383,9 @@ class TestExtend:
     @pytest.mark.parametrize(
         ("options", "rate"),
         [
-            ({"schedule": "constant"}, 0.1),
+            pytest.param({"schedule": "constant"}, 0.1, marks=pytest.mark.slow),
             ({"schedule": "constant", "learning_rate": 0.3}, 0.3),
-            ({"schedule": "linear"}, 0.1 / 9),
+            pytest.param({"schedule": "linear"}, 0.1 / 9, marks=pytest.mark.slow),
             ({}, 0.1 * (1 + np.cos(np.pi * 8 / 9)) / 2),
         ],
     )

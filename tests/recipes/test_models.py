@@ -238,7 +238,9 @@ def test_without_the_state_the_adapters_give_something_else(mine, runs, form):
     assert np.abs(trained.model(x) - outputs_by_hand(mine, form, merged, base, x)).max() > 0.05
 
 
-@pytest.mark.parametrize("form", CHANGED)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form == "nnx_with_state" else pytest.mark.slow) for form in CHANGED]
+)
 def test_a_run_that_crashed_goes_on_with_the_state_bitwise(runs, tmp_path, monkeypatch, form):
     class Broken(Batches):
         def __call__(self, step):

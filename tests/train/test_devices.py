@@ -129,14 +129,16 @@ def adapters_and_an_optimizer_that_no_init_state_made(folder: Path) -> None:
     assert found["adapters"]["A"].sharding == adapters["A"].sharding
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
+def every_case(folder):
+    for case in (
         every_device_keeps_its_rows,
         explicit_parts_that_cannot_be_shared_are_refused,
         resumed_on,
         adapters_and_an_optimizer_that_no_init_state_made,
-    ],
-)
-def test_over_eight_devices(tmp_path, function):
-    run_with_devices(__name__, function.__name__, tmp_path)
+    ):
+        (folder / case.__name__).mkdir()
+        case(folder / case.__name__)
+
+
+def test_over_eight_devices(tmp_path):
+    run_with_devices(__name__, "every_case", tmp_path)
