@@ -111,7 +111,8 @@ def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     values = bind(eqn, [weight.value, indices])
     rows = dataclasses.replace(weight, value=values[0], factors=tuple(factors), of_data=of_data)
     indexed = structure.indexed_axes(weight.shape, eqn.params)
-    if weight.probe or indices.ndim == 1 or set(indexed) <= set(weight.shared):
+    by_batch_axis = set(indexed) <= set(weight.shared) if indexed else rows.is_matrix
+    if weight.probe or indices.ndim == 1 or by_batch_axis:
         return [rows]
     roles = "".join("i" if axis in indexed else "o" for axis in range(len(weight.shape)))
     flops = 2.0 * rows.rank * known(rows.value.size)

@@ -114,15 +114,16 @@ def unstack(weight: Weight, *, axis: int, **_: Any) -> Sequence[Sequence[Factor]
 def broadcast_in_dim(weight: Weight, *_: Any, shape: Shape, broadcast_dimensions: Sequence[int], **__: Any) -> Factors:
     """Axes of size 1 are spread in the factors that have them; new axes are batch axes, in every factor."""
     new = [axis for axis in range(len(shape)) if axis not in broadcast_dimensions]
+    moved = [factor.renumbered(dict(enumerate(broadcast_dimensions))) for factor in weight.factors]
+    return [_spread(factor, shape, new) for factor in moved]
 
-    def spread(factor: Factor) -> Factor:
-        factor = factor.renumbered(dict(enumerate(broadcast_dimensions)))
-        axes = sorted((*factor.axes, *new))
-        places = [*map(axes.index, factor.axes), len(axes)]
-        sizes = [*(shape[axis] for axis in axes), weight.rank]
-        return factor.changed(lax.broadcast_in_dim(factor.array, sizes, places), axes)
 
-    return [spread(factor) for factor in weight.factors]
+def _spread(factor: Factor, shape: Shape, new: Sequence[int]) -> Factor:
+    """The factor in a weight of this shape, along the axes that are new too."""
+    axes = sorted((*factor.axes, *new))
+    places = [*map(axes.index, factor.axes), len(axes)]
+    sizes = [*(shape[axis] for axis in axes), factor.array.shape[-1]]
+    return factor.changed(lax.broadcast_in_dim(factor.array, sizes, places), axes)
 
 
 def slice_(
@@ -234,6 +235,8 @@ def gather(weight: Weight, indices: jax.Array, **params: Any) -> Factors:
     count = indices.ndim - 1
     ids = [axis for axis in range(count + len(kept)) if axis not in numbers.offset_dims]
     new = dict(zip(kept, numbers.offset_dims, strict=True))
+    sizes_found = dict(zip(ids, indices.shape, strict=False)) | {new[axis]: sizes[axis] for axis in kept}
+    shape = tuple(sizes_found[axis] for axis in range(len(sizes_found)))
     value = params["fill_value"]
     fill = value if value is None or math.isnan(value) else 0
 
@@ -241,7 +244,8 @@ def gather(weight: Weight, indices: jax.Array, **params: Any) -> Factors:
         columns = [column for column, axis in enumerate(numbers.start_index_map) if axis in indexed]
         columns = [column for column in columns if numbers.start_index_map[column] in factor.axes]
         if not columns:
-            return factor.without(numbers.collapsed_slice_dims).renumbered(new)
+            rest = factor.without(numbers.collapsed_slice_dims).renumbered(new)
+            return rest if indexed else _spread(rest, shape, ids)  # every index is clipped to 0: all rows are the same
         place = factor.axes.index
         others = [axis for axis in factor.axes if axis in kept]
         array = lax.gather(

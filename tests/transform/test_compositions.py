@@ -16,7 +16,6 @@ from tests.transform.test_primitives import (
     Program,
     arguments,
     assert_trees_close,
-    compiled,
     config_of,
     dense,
     derivatives,
@@ -62,7 +61,7 @@ def test_second_derivatives(rng, form):
         return jax.hessian(fn, 1)(*primals), jax.grad(slope, (0, 1, 2))(*primals), jax.hessian(fn, 2)(*primals)
 
     with x64():
-        found, wanted = compiled(lambda primals: [second(fn, primals) for fn in fns])(primals)
+        found, wanted = jax.jit(lambda primals: [second(fn, primals) for fn in fns])(primals)
     assert_trees_close(found, wanted, 1e-10)
 
 
@@ -104,7 +103,7 @@ AROUND = {
 def test_other_transforms_around_it(rng, around, form):
     *fns, primals = tiny(rng, form)
     with x64():
-        found, wanted = compiled(lambda *args: [AROUND[around](fn, *args) for fn in fns])(*primals)
+        found, wanted = jax.jit(lambda *args: [AROUND[around](fn, *args) for fn in fns])(*primals)
     assert_trees_close(found, wanted, 1e-10)
 
 
@@ -112,7 +111,7 @@ def test_it_runs_outside_of_jit(rng):
     fn, wanted, primals = tiny(rng)
     with x64():
         found = jax.value_and_grad(fn, 1)(*primals)
-        assert_trees_close(found, compiled(jax.value_and_grad(wanted, 1))(*primals), 1e-10)
+        assert_trees_close(found, jax.jit(jax.value_and_grad(wanted, 1))(*primals), 1e-10)
 
 
 def test_donated_adapters_are_used_up_and_the_base_is_not(rng):
@@ -121,7 +120,7 @@ def test_donated_adapters_are_used_up_and_the_base_is_not(rng):
     with x64():
         params, adapters, x = jax.tree.map(jnp.array, primals)
         after = step(params, adapters, x)
-        grads = compiled(jax.grad(wanted, 1))(*primals)
+        grads = jax.jit(jax.grad(wanted, 1))(*primals)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(adapters))
     assert not params["w"].is_deleted()
     assert_trees_close(after, jax.tree.map(lambda a, g: a - g, primals[1], jax.tree.map(np.asarray, grads)), 1e-10)
@@ -142,5 +141,5 @@ def test_two_weights_and_a_bias_of_which_one_is_adapted(rng):
             return fn(params | {"w": params["w"] + dense(adapters["w"], "io")}, x)
 
         primals = params, tree, x
-        found, dense_found = compiled(lambda *args: [derivatives(fn, args, args) for fn in (model, wanted)])(*primals)
+        found, dense_found = jax.jit(lambda *args: [derivatives(fn, args, args) for fn in (model, wanted)])(*primals)
     assert_trees_close(found, dense_found, 1e-10)

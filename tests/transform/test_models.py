@@ -15,7 +15,7 @@ import pytest
 import jlora
 from tests.reference import as64, assert_close, randomize
 from tests.transform.models import CASES, KEY, Case
-from tests.transform.test_random_programs import axes_of, delta_of, fast, grads_of
+from tests.transform.test_random_programs import axes_of, delta_of, grads_of
 
 ALPHA, RANK = 3.0, 2
 every_model = pytest.mark.parametrize("make", CASES, ids=[make.__name__ for make in CASES])
@@ -33,7 +33,7 @@ class Compiled:
             arrays, self.others = eqx.partition(function(*eqx.combine(arrays, others.tree)), is_array)
             return arrays
 
-        self.jitted = fast(outputs, static_argnums=1)
+        self.jitted = jax.jit(outputs, static_argnums=1)
 
     def __call__(self, *args: Any) -> Any:
         arrays, others = eqx.partition(args, is_array)
@@ -214,7 +214,7 @@ def test_training_moves_the_adapters_alone(make):
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(adapters, updates), state, value
 
-    jitted = fast(step)
+    jitted = jax.jit(step)
     adapters, state, values = own.begun, optimizer.init(own.begun), []
     for _ in range(5):
         adapters, state, value = jitted(adapters, state, params)

@@ -24,7 +24,6 @@ from tests.transform.test_primitives import (
     Program,
     arguments,
     assert_trees_close,
-    compiled,
     config_of,
     of_params,
     reference,
@@ -147,8 +146,8 @@ def types(tree: Any) -> Any:
 
 RUNNING: dict[str, tuple[Mode, Callable[..., Any]]] = {
     "disable_jit": (jax.disable_jit, lambda fn: fn),
-    "debug_nans": (lambda: jax.debug_nans(True), compiled),
-    "debug_infs": (lambda: jax.debug_infs(True), compiled),
+    "debug_nans": (lambda: jax.debug_nans(True), jax.jit),
+    "debug_infs": (lambda: jax.debug_infs(True), jax.jit),
 }
 
 
@@ -159,7 +158,7 @@ def test_what_is_run(rng, mode, form, name):
     program, modes = programs()[name]
     around, prepared = RUNNING[mode]
     args = arguments(program, rng, np.float32)
-    wanted = compiled(differentiated(reference(program.fn, program.roles), modes))(*args)
+    wanted = jax.jit(differentiated(reference(program.fn, program.roles), modes))(*args)
     with around():
         found = prepared(differentiated(adapted(program, form), modes))(*args)
     assert_trees_close(found, wanted, 1e-4)
@@ -170,7 +169,7 @@ def test_no_key_of_dropout_is_used_twice(rng, name):
     program, _ = programs()[name]
     fn = adapted(program, "factored", dropout=0.5)
     with jax.debug_key_reuse(True), jax.checking_leaks():
-        compiled(lambda key, *args: fn(*args, dropout_key=key))(jax.random.key(0), *arguments(program, rng, np.float32))
+        jax.jit(lambda key, *args: fn(*args, dropout_key=key))(jax.random.key(0), *arguments(program, rng, np.float32))
 
 
 def test_programs_with_a_symbolic_batch_are_exported(rng):
@@ -181,7 +180,7 @@ def test_programs_with_a_symbolic_batch_are_exported(rng):
         symbolic = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
         if not runs(export.export(jax.jit(of_params(program.fn))), params, symbolic):
             continue
-        program_of_batch = export.export(compiled(adapted(program, "merged")))(params, adapters, symbolic)
+        program_of_batch = export.export(jax.jit(adapted(program, "merged")))(params, adapters, symbolic)
         if name in FEW:
             found = program_of_batch.call(params, adapters, x)
             assert_trees_close(found, reference(program.fn, program.roles)(params, adapters, x), 1e-4)

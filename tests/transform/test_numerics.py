@@ -27,7 +27,6 @@ from tests.transform.test_primitives import (
     arguments,
     assert_trees_close,
     cast,
-    compiled,
     config_of,
     of_params,
     reference,
@@ -66,8 +65,8 @@ def test_every_mixture_of_dtypes_keeps_those_of_the_base_and_of_the_adapters(rng
     primals = arguments(program, rng)
     exact = PROGRAMS["matmul"] if program is PREFERRED else program
     with x64():
-        wanted = compiled(reference(exact.fn, program.roles))(*primals)
-        found = compiled(everything)(primals)
+        wanted = jax.jit(reference(exact.fn, program.roles))(*primals)
+        found = jax.jit(everything)(primals)
     for dtypes, (y, grads) in found.items():
         params, adapters, x = cast(primals, *dtypes)
         assert y.dtype == jax.eval_shape(wanted_fn, params, x).dtype
@@ -224,7 +223,7 @@ def test_dropout_keeps_its_mean_and_the_base(rng, name):
     keys = jax.random.split(jax.random.key(1), 1500)
     at_zero = {"w": {"A": adapters["w"]["A"], "B": 0 * adapters["w"]["B"]}}
 
-    @compiled
+    @jax.jit
     def everything(params, adapters, x):
         dropped = jax.vmap(lambda key: fn(params, adapters, x, dropout_key=key))(keys)
         return (
@@ -282,7 +281,7 @@ def test_dropout_is_the_same_forward_and_backward_and_for_the_same_key(rng, name
         return y, of_b(b), of_b(b, other), along, update, jnp.sum(grad * tangent), jnp.sum(weights * along)
 
     with x64():
-        found = map(np.asarray, compiled(everything)(params, adapters, x))
+        found = map(np.asarray, jax.jit(everything)(params, adapters, x))
     y, again, another, along, update, by_grad, by_jvp = found
     np.testing.assert_array_equal(y, again)
     assert not np.array_equal(y, another)
@@ -337,7 +336,7 @@ def counted(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[None]]:
 def test_a_second_call_under_jit_does_not_trace(rng, name):
     program = PROGRAMS[name]
     fn, traces = counted(of_params(program.fn))
-    model = compiled(jlora.lora(fn, config_of(program)))
+    model = jax.jit(jlora.lora(fn, config_of(program)))
     for _ in range(3):
         model(*arguments(program, rng, np.float32))
     assert len(traces) == 1

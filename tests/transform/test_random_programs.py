@@ -281,12 +281,6 @@ def programs(draw: Any) -> tuple[dict[str, tuple[tuple[int, ...], str]], Program
     return weights, Program(tuple(draw(st.lists(st.tuples(use, wrappers), min_size=1, max_size=3))))
 
 
-def fast(function: Any, **options: Any) -> Any:
-    """Compiled with little care: a program runs once."""
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options=quick, **options)
-
-
 def one_step(*wrappers: str, move: Any = jnp.transpose) -> Any:
     """A program of one product."""
     apply = functools.partial(contracted, letters="ab", xs="b", y="a", weight_first=False)
@@ -342,7 +336,7 @@ def check(weights: dict[str, Any], program: Program, merge_from: float, seed: in
             wanted = jax.value_and_grad(lambda *a: loss(program, *a), (0, 1), has_aux=True)(merged, x)
             return found, wanted
 
-        found, wanted = fast(losses)(params, adapters, merged, x)
+        found, wanted = jax.jit(losses)(params, adapters, merged, x)
         ((_, y), (d_params, d_adapters, dx)), ((_, y_wanted), (dense, dx_wanted)) = found, wanted
         np.testing.assert_allclose(y, y_wanted, rtol=0, atol=1e-9)
         np.testing.assert_allclose(dx, dx_wanted, rtol=0, atol=1e-8 * max(1.0, float(jnp.abs(dx_wanted).max())))
