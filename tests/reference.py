@@ -21,9 +21,7 @@ def x64() -> contextlib.AbstractContextManager[Any]:
 
 def as64(array: Any) -> np.ndarray:
     """Any array as float64 NumPy."""
-    return np.asarray(
-        jnp.asarray(array).astype(jnp.float32) if jnp.asarray(array).dtype == jnp.bfloat16 else array, np.float64
-    )
+    return np.asarray(array).astype(np.float64)
 
 
 def assert_close(found: Any, wanted: np.ndarray, dtype: Any = None, factor: float = 1.0) -> None:
@@ -35,7 +33,9 @@ def assert_close(found: Any, wanted: np.ndarray, dtype: Any = None, factor: floa
 
 
 def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = "float32", std: float = 1.0) -> Any:
-    return jnp.asarray(std * rng.standard_normal(shape), dtype)
+    """Normal numbers, rounded by NumPy: JAX would compile a program for every shape."""
+    numbers = np.asarray(std * rng.standard_normal(shape)).astype(jnp.dtype(dtype))
+    return jnp.asarray(numbers)
 
 
 def random_adapter(

@@ -13,11 +13,14 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 @pytest.fixture(scope="module")
 def executed(steps, tmp_path_factory):
     """The notebook after a run with so many steps, of the base and of the adapters; it has 300 itself."""
+    depth = 4 if steps == 300 else 2
+    cache = str(tmp_path_factory.mktemp("base"))
+    model = f"digits.model(depth={depth}, steps={steps}, cache={cache!r})"
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     folder = tmp_path_factory.mktemp("notebook")
     for cell in notebook.cells:
-        cell.source = cell.source.replace("digits.model()", f"digits.model(steps={steps}, cache={str(folder)!r})")
+        cell.source = cell.source.replace("digits.model()", model)
         cell.source = cell.source.replace("steps = 300", f"steps = {steps}")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook

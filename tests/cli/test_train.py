@@ -181,7 +181,11 @@ def test_a_run_prints_its_tables_and_returns_zero(whole, capsys):
 
 @pytest.mark.parametrize(
     ("number", "code", "by"),
-    [(SIGINT, 130, ""), (SIGTERM, 143, " by SIGTERM"), pytest.param(SIGHUP, 129, " by SIGHUP", marks=pytest.mark.slow)],
+    [
+        (SIGINT, 130, ""),
+        pytest.param(SIGTERM, 143, " by SIGTERM", marks=pytest.mark.slow),
+        pytest.param(SIGHUP, 129, " by SIGHUP", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_bitwise_the_same(whole, folder, number, code, by):
     out = f"a run {number}"
@@ -207,6 +211,7 @@ def test_an_interrupt_after_the_last_step_or_a_second_one_goes_on_as_well(whole,
     assert_bitwise(folder / "late", whole)
 
 
+@pytest.mark.slow
 def test_an_extended_run_that_is_interrupted_goes_on(whole, folder, capsys):
     shutil.copytree(whole, folder / "extended")
     arguments = ("train", "job.toml", "output.folder=extended", "train.steps=16")
@@ -243,6 +248,7 @@ def test_a_terminal_that_is_closed_loses_nothing(whole, folder):
     assert_bitwise(folder / "closed", whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_bitwise_the_same(whole, folder):
     arguments = ("train", "job.toml", "output.folder=killed")
     checkpoints = folder / "killed" / "checkpoints"

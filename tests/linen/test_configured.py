@@ -111,7 +111,9 @@ def test_resolve_config_knows_the_axes_of_stacks(name, prefix, rng):
 # ---------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("name", ["jit", "scan", "setup", "recurrent"])
+@pytest.mark.parametrize(
+    "name", ["scan", "setup", *(pytest.param(n, marks=pytest.mark.slow) for n in ("jit", "recurrent"))]
+)
 def test_dropout_follows_its_rng_and_is_off_without_one(name, rng, key):
     model, shape = MODELS[name]
     x, dropping = inputs(rng, shape), LoRA(model, CONFIG.replace(dropout=0.5))
@@ -154,7 +156,7 @@ def test_blocks_that_nn_jit_compiles_once_may_be_treated_apart(change, rng):
     x, config = inputs(rng, TOKENS), LoraConfig(rank=2, target_modules=("block_*",)).replace(**change)
     variables, plain = (draw(np.random.default_rng(3), LoRA(Transformer(*b), config), x) for b in ((JitBlock,), ()))
     assert shapes(variables) == shapes(plain)
-    found, wanted = (LoRA(Transformer(*b), config).apply(plain, x) for b in ((JitBlock,), ()))
+    found, wanted = (jax.jit(LoRA(Transformer(*b), config).apply)(plain, x) for b in ((JitBlock,), ()))
     assert_close(found, as64(wanted), factor=20)
 
 

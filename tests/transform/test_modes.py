@@ -80,14 +80,6 @@ def differentiated(fn: Callable[..., Any], modes: str) -> Callable[..., Any]:
     return run
 
 
-def runs(fn: Callable[..., Any], *args: Any) -> bool:
-    try:
-        fn(*args)
-    except Exception:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
     """No promotion of dtypes or ranks, and types that are checked."""
@@ -114,30 +106,37 @@ TRACING: dict[str, Mode] = {
 TOGETHER = ("strict promotion", "no promotion of ranks", "enable_checks")
 
 
-@every_form
 @pytest.mark.parametrize("mode", [mode for mode in TRACING if mode not in TOGETHER])
-def test_what_is_traced(mode, form):
+def test_what_is_traced(mode):
     for name, (program, modes) in programs().items():
-        args = shapes(program)
-        base = functools.partial(jax.eval_shape, differentiated(reference(program.fn, program.roles), modes))
-        fn = functools.partial(jax.eval_shape, differentiated(adapted(program, form), modes))
-        traced = traces_alike(mode, fn, base, args, name)
+        traced = traces_alike(mode, name, program, modes)
         if mode == "strict" and not traced:  # a base that one of them refuses is traced in the others
             for part in TOGETHER:
-                traces_alike(part, fn, base, args, name)
+                traces_alike(part, name, program, modes)
 
 
-def traces_alike(mode: str, fn: Callable[..., Any], base: Callable[..., Any], args: Any, name: str) -> bool:
+def traces_alike(mode: str, name: str, program: Program, modes: str) -> bool:
     """Whether the base can be traced in a mode; the types of its outputs are then those with adapters."""
+    args = shapes(program)
     with TRACING[mode]():
-        if not runs(base, *args):
+        wanted = unless_it_fails(jax.eval_shape, differentiated(reference(program.fn, program.roles), modes), *args)
+        if wanted is None:
             return False
-        try:
-            found = fn(*args)
-        except Exception as error:
-            raise AssertionError(f"{mode}: {name}") from error
-        assert types(found) == types(base(*args)), f"{mode}: {name}"
+        for form in FORMS:
+            try:
+                found = jax.eval_shape(differentiated(adapted(program, form), modes), *args)
+            except Exception as error:
+                raise AssertionError(f"{mode}: {name}, {form}") from error
+            assert types(found) == types(wanted), f"{mode}: {name}, {form}"
     return True
+
+
+def unless_it_fails(fn: Callable[..., Any], *args: Any) -> Any:
+    """What fn returns, None where it raises."""
+    try:
+        return fn(*args)
+    except Exception:
+        return None
 
 
 def types(tree: Any) -> Any:
@@ -151,14 +150,21 @@ RUNNING: dict[str, tuple[Mode, Callable[..., Any]]] = {
 }
 
 
+@functools.cache
+def computed(name: str) -> tuple[Any, Any]:
+    """The arguments of a program, and its value and derivatives with the merged weights."""
+    program, modes = programs()[name]
+    args = arguments(program, np.random.default_rng(7), np.float32)
+    return args, jax.jit(differentiated(reference(program.fn, program.roles), modes))(*args)
+
+
 @every_form
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("mode", RUNNING)
-def test_what_is_run(rng, mode, form, name):
+def test_what_is_run(mode, form, name):
     program, modes = programs()[name]
     around, prepared = RUNNING[mode]
-    args = arguments(program, rng, np.float32)
-    wanted = jax.jit(differentiated(reference(program.fn, program.roles), modes))(*args)
+    args, wanted = computed(name)
     with around():
         found = prepared(differentiated(adapted(program, form), modes))(*args)
     assert_trees_close(found, wanted, 1e-4)
@@ -178,7 +184,7 @@ def test_programs_with_a_symbolic_batch_are_exported(rng):
     for name, (program, _) in programs().items():
         params, adapters, x = arguments(program, rng, np.float32)
         symbolic = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-        if not runs(export.export(jax.jit(of_params(program.fn))), params, symbolic):
+        if unless_it_fails(export.export(jax.jit(of_params(program.fn))), params, symbolic) is None:
             continue
         program_of_batch = export.export(jax.jit(adapted(program, "merged")))(params, adapters, symbolic)
         if name in FEW:
