@@ -74,6 +74,7 @@ FORMS = {
     "merged": Form("x@(W + s*A@B) by hand", partial(by_hand, MERGED)),
     "jlora": Form("jlora.lora of the plain base", partial(by_jlora, PLAIN)),
     "jlora_flat": Form("jlora.lora of the flattened base", partial(by_jlora, FLAT)),
+    "jlora_linen": Form("jlora.linen.LoRA of a Flax Linen model", linen.jlora_linen),
     "gemma": Form("gemma.peft's interceptor and layers on a Flax Linen model", linen.gemma, "gemma"),
     "qwix": Form("qwix.apply_lora_to_model on a Flax Linen model", linen.qwix, "qwix"),
     "nnx": Form("flax.nnx.LoRALinear in a Flax NNX model", rivals.nnx, "flax"),

@@ -1,4 +1,4 @@
-"""gemma.peft and qwix: the workloads as Flax Linen modules that either library turns into adapted ones."""
+"""jlora.linen, gemma.peft and qwix: the workloads as Flax Linen modules that each turns into adapted ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from benchmarks.layers import Leaf, Place, Stack, Static, adapter_grads, leaves_of, module_params
+import jlora
+from benchmarks.layers import (
+    Leaf,
+    Place,
+    Stack,
+    Static,
+    adapter_grads,
+    adapters_by_path,
+    leaves_of,
+    module_params,
+    places,
+)
 from benchmarks.problem import Case, Problem, Unsupported
 from benchmarks.products import ALPHA, RANK, SCALE, Plain
+from jlora.linen import LoRA
 
 
 class LinenProducts(Plain):
@@ -72,6 +84,15 @@ def linen_problem(case: Case, model: nn.Module, a: Place, b: Place, folded: floa
 
     trained, frozen = module_params(case, a, b, folded)
     return Problem(trained, frozen, jax.value_and_grad(loss), lambda grads: adapter_grads(case, grads, a, b, folded))
+
+
+def jlora_linen(case: Case) -> Problem:
+    if case.workload.unmatched == "lookup in a table":
+        raise Unsupported("The Linen model of this benchmark has no layer that looks up in a table.")
+    place = places(case)
+    targets = tuple("/".join((*place[path], "kernel")) for path in adapters_by_path(case))
+    config = jlora.LoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets)
+    return linen_problem(case, LoRA(Model(case.workload, leaves_of(case)), config), ("lora", "A"), ("lora", "B"), 1.0)
 
 
 class GemmaLoRA(nn.Module):
