@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.checkpoints._arithmetic import Change, Weight
-from jlora.checkpoints._residuals import RESIDUALS
+from jlora.checkpoints._residuals import RESIDUALS, check_names
 from jlora.checkpoints._rewrite import (
     RECORD,
     Progress,
@@ -134,6 +134,8 @@ def merge(
     source = Checkpoint(checkpoint)
     changes = _changes(source, adapters, weights, mapping)
     record = _record("merge", source, adapters, weights, mapping) | {"residual": keep_residual}
+    if keep_residual:
+        check_names(changes)
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
         merge_tensor(name, changes[name], file, writer, keep_residual)

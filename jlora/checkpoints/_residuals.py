@@ -5,23 +5,31 @@ A file is the deflated bits (`jlora.residual`) and behind them the SHA-256 of th
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
 from jlora.checkpoints._arithmetic import Array
 from jlora.disk import open_to_read, reason
-from jlora.errors import DataError
+from jlora.errors import DataError, shortened
 from jlora.residual import Packer, Unpacker
 
 RESIDUALS = "jlora_residual"
 _DIGEST = 64
+_MOST_NAME = 255  # bytes of a file's name, on Linux and macOS
 
 
 def residual_file(folder: Path, shard: str, tensor: str) -> Path:
     """Where the residual of a tensor lies in the folder of a checkpoint."""
     return folder / RESIDUALS / shard / quote(tensor, safe="")
+
+
+def check_names(tensors: Iterable[str]) -> None:
+    """Refuses names of which no file can be called."""
+    for name in tensors:
+        if len(quote(name, safe="")) > _MOST_NAME:
+            raise DataError(f"{shortened(name)}: too long a name for the file of a residual; merge without one")
 
 
 class ResidualWriter:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from jlora.checkpoints._residuals import RESIDUALS
 from jlora.disk import (
     Checkpoint,
     TensorEntry,
@@ -32,7 +33,7 @@ from jlora.disk import (
     workplace,
     write_whole,
 )
-from jlora.errors import DataError
+from jlora.errors import DataError, listed, shortened
 
 RECORD = "jlora_merge.json"
 _JOURNAL = "journal.json"
@@ -142,6 +143,8 @@ def rewrite_checkpoint(
       DataError: `out` is there, or holds what is read; the disk is too small; a file cannot be read or written.
     """
     target = Path(out).resolve()
+    _check_names(source)
+    journal: _Journal | None = None
     try:
         bring_back(target)
         _check_target(target, [source.folder, *inputs], force)
@@ -159,7 +162,8 @@ def rewrite_checkpoint(
                     progress.advance((source.folder / shard).stat().st_size)
                     continue
                 _write_shard(source, place.new / shard, shard, set(changed), rewrite, progress, workers)
-                journal.finished(shard, note())
+                journal.finished(place.new, shard, note())
+            source.check_unchanged()
             for file in source.side_files():
                 if file.name not in leave_out:
                     shutil.copy2(file, place.new / file.name)
@@ -167,13 +171,15 @@ def rewrite_checkpoint(
             _put_in_place(place, journal, force)
             place.remove()
     except OSError as error:
-        raise DataError(f"{error.filename or target}: {error.strerror}; the same command resumes") from None
-    return Rewritten(len(done), [journal.done[shard] for shard in source.shards])
+        way_out = "; the same command resumes" if journal is not None and journal.digests else ""
+        raise DataError(f"{error.filename or target}: {error.strerror}{way_out}") from None
+    return Rewritten(len(done), [journal.notes[shard] for shard in source.shards])
 
 
 def _put_in_place(place: Workplace, journal: "_Journal", force: bool) -> None:
     """Gives the output its place, which may hold something by now."""
     if force and place.target.is_dir() and any(place.target.iterdir()):
+        _check_replaceable(place.target)
         journal.forget()  # what the workplace holds afterwards is the old output
         place.replace()
     else:
@@ -206,36 +212,40 @@ def _copy_in_pieces(writer: ShardWriter, start: int, stop: int) -> None:
 
 
 class _Journal:
-    """Which shards of a run are finished, each with a note, and of which run they are."""
+    """Which shards of a run are finished, each with its hash and a note, and of which run they are.
+
+    The last shard has no hash: behind it there is nothing to go on with, and a checkpoint of one file costs no hashing.
+    """
 
     def __init__(self, folder: Path, record: Mapping[str, Any], source: Checkpoint) -> None:
         self.path, self.source = folder / _JOURNAL, source
-        self.job = {"job": json.loads(json.dumps(record)), "machine": _machine()}
-        self.done: dict[str, Any] = {}
+        self.job = {"job": json.loads(json.dumps(record)), "machine": _machine(), "files": source.identities}
+        self.digests: dict[str, str] = {}
+        self.notes: dict[str, Any] = {}
 
     def is_of_this_run(self) -> bool:
         """Whether there is one, and an earlier run of the same wrote it on this machine since it was started."""
         return self._found() is not None
 
     def begin(self, folder: Path, is_note: Callable[[Any], bool]) -> set[str]:
-        """The shards in the folder that an earlier run has finished."""
-        found = self._found() or {}
-        sizes = {shard: (self.source.folder / shard).stat().st_size for shard in self.source.shards}
-        self.done = {
-            shard: found[shard]
-            for shard in sizes
-            if shard in found and is_note(found[shard]) and _size(folder / shard) == sizes[shard]
-        }
+        """The shards in the folder that an earlier run has finished, and that are as it left them."""
+        for shard, found in (self._found() or {}).items():
+            digest, note = found if isinstance(found, list) and len(found) == 2 else (None, None)
+            if shard in self.source.shards and is_note(note) and digest == _digest(folder, shard):
+                self.digests[shard], self.notes[shard] = digest, note
         self._keep()
-        return set(self.done)
+        return set(self.digests)
 
-    def finished(self, shard: str, note: Any) -> None:
-        self.done[shard] = note
-        self._keep()
+    def finished(self, folder: Path, shard: str, note: Any) -> None:
+        self.notes[shard] = note
+        if shard != self.source.shards[-1]:
+            self.digests[shard] = _digest(folder, shard)
+            self._keep()
 
     def forget(self) -> None:
-        """Takes the journal away."""
+        """Takes the journal away: nothing can be resumed any more."""
         self.path.unlink()
+        self.digests = {}
 
     def _found(self) -> dict[str, Any] | None:
         try:
@@ -247,7 +257,29 @@ class _Journal:
 
     def _keep(self) -> None:
         # No fsync: it would wait for the shards, which a copy does not either.
-        write_whole(self.path, dump_json(self.job | {"done": self.done}), sync=False)
+        done = {shard: [digest, self.notes[shard]] for shard, digest in self.digests.items()}
+        write_whole(self.path, dump_json(self.job | {"done": done}), sync=False)
+
+
+def _digest(folder: Path, shard: str) -> str:
+    """The SHA-256 of a shard and of the residuals of its tensors; of nothing where the shard is no regular file."""
+    digest = hashlib.sha256()
+    residuals = folder / RESIDUALS / shard
+    for path in [folder / shard, *(sorted(residuals.iterdir()) if residuals.is_dir() else ())]:
+        if not stat.S_ISREG(_mode(path)):
+            return ""
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _mode(path: Path) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
 
 
 class _Progress:
@@ -287,10 +319,37 @@ def _check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
             raise DataError(f"{target}: the output would replace {folder}, which is read; give another folder")
     if target.exists() and not target.is_dir():
         raise DataError(f"{target}: is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise there_already(target)
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise there_already(target)
+        _check_replaceable(target)
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuses to take away what belongs to no checkpoint."""
+    names = sorted(os.listdir(target))
+    if not any(name == RECORD or name.endswith(".safetensors") for name in names):
+        raise DataError(f"{target}: holds no checkpoint, but {_listed(names)}; give another folder, or empty this one")
+    foreign = [name for name in names if name != RESIDUALS and not (target / name).is_file()]
+    if foreign:
+        raise DataError(
+            f"{target}: would be replaced with {_listed(foreign)} in it, which is no part of a checkpoint; "
+            "move it away, or give another folder"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return listed(map(shortened, names), 3)
+
+
+def _check_names(source: Checkpoint) -> None:
+    """Refuses shards that have the names of files that jlora itself writes beside them."""
+    if taken := sorted({RECORD, RESIDUALS} & set(source.shards)):
+        raise DataError(
+            f"{source.folder / taken[0]}: a shard of this name would be in the way of jlora's own; rename it"
+        )
 
 
 def _check_room(folder: Path, wanted: int, partial: Path) -> None:
@@ -298,15 +357,6 @@ def _check_room(folder: Path, wanted: int, partial: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free + there < wanted + _SPARE:
         raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
-
-
-def _size(file: Path) -> int | None:
-    """The size of a regular file."""
-    try:
-        found = os.lstat(file)
-    except OSError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _copy_range(source: int, target: int, start: int, count: int) -> int:

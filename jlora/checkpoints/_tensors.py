@@ -106,7 +106,11 @@ def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry)
 
 def _check_range(name: str, block: Array, merged: Array) -> None:
     """Refuses a sum that the dtype cannot hold."""
-    if not _is_finite(merged) and _is_finite(block):
+    if _is_finite(merged):
+        return
+    with np.errstate(invalid="ignore"):
+        lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(merged.astype(np.float64))
+    if lost.any():
         raise DataError(f"{name}: a sum is too large for {merged.dtype}; scale the adapter, or use a wider checkpoint")
 
 

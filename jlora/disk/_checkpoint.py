@@ -25,6 +25,7 @@ class Checkpoint:
       entries: tensor -> TensorEntry.
       shard_of: tensor -> the file that holds it.
       index: the contents of the index file, None where there is none.
+      identities: shard -> what changes when somebody replaces the file or writes to it.
 
     Raises:
       DataError: no such checkpoint, files that are missing or damaged, an index that does not fit its files.
@@ -35,6 +36,7 @@ class Checkpoint:
         self.folder, self.shards, self.index = _files(self.path)
         self.entries: dict[str, TensorEntry] = {}
         self.shard_of: dict[str, str] = {}
+        self.identities: dict[str, list[int]] = {}
         for shard in self.shards:
             with self.open(shard) as file:
                 if twice := self.entries.keys() & file.entries.keys():
@@ -47,8 +49,30 @@ class Checkpoint:
             _check_index(self.folder / INDEX, self.index["weight_map"], self.shard_of)
 
     def open(self, shard: str) -> TensorFile:
-        """One of the files, for reading."""
-        return TensorFile(self.folder / shard)
+        """One of the files, for reading.
+
+        Raises:
+          DataError: it is not the file that it was at first.
+        """
+        file = TensorFile(self.folder / shard)
+        found = _identity(os.fstat(file.fileno()))
+        if self.identities.setdefault(shard, found) != found:
+            file.close()
+            raise self._changed(shard)
+        return file
+
+    def check_unchanged(self) -> None:
+        """Raises a DataError where a file was replaced, or written to, since the headers were read."""
+        for shard, identity in self.identities.items():
+            try:
+                found = _identity(os.stat(self.folder / shard))
+            except OSError:
+                raise self._changed(shard) from None
+            if found != identity:
+                raise self._changed(shard)
+
+    def _changed(self, shard: str) -> DataError:
+        return DataError(f"{self.folder / shard}: has changed since it was read first; start again when it is at rest")
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor, in memory of its own."""
@@ -66,6 +90,10 @@ class Checkpoint:
             for name in _names(self.folder)
             if os.path.isfile(self.folder / name) and name[0] != "." and Path(name).suffix not in _OTHER_WEIGHTS
         ]
+
+
+def _identity(found: os.stat_result) -> list[int]:
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from jlora.adapter import (
     apply_update,
@@ -17,6 +18,7 @@ from jlora.adapter import (
 )
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.config import LoraConfig, adapter_dtype
+from jlora.contraction import common_dtype
 from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
@@ -99,7 +101,9 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
       fp16 the sum is formed in float32 and rounded once.
 
     Raises:
-      TargetError: adapters, params and configuration do not fit; every problem is named with its path.
+      TargetError: adapters, params and configuration do not fit; every problem is named with its path. Outside jit,
+        grad and vmap also a finite number of the base that is not finite any more: a sum that the dtype cannot hold, or
+        an adapter that is not finite.
 
     >>> params = {'kernel': jax.numpy.zeros((2, 3))}
     >>> adapters = {'kernel': {'A': jax.numpy.ones((2, 1)), 'B': jax.numpy.ones((1, 3))}}
@@ -107,14 +111,20 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
     [2.0, 2.0, 2.0]
     """
     residuals: dict[str, Residual] = {}
+    lost: dict[str, jax.Array] = {}
 
     def merged(path: str, weight: Any, *entry: Any) -> jax.Array:
         result = apply_update(weight, *entry)
+        if not any(isinstance(array, jax.core.Tracer) for array in (weight, result)):
+            lost[path] = _is_lost(weight, result)
         if return_residual:
             residuals[path] = pack(_concrete(weight), _concrete(undo_update(result, *entry)))
         return result
 
     tree = _fold(params, adapters, config, merged)
+    for path, is_lost in jax.device_get(lost).items():  # when all are under way
+        if is_lost:
+            raise TargetError(f"{path}: a sum is too large for its dtype; scale the adapter, or merge in a wider dtype")
     return (tree, residuals) if return_residual else tree
 
 
@@ -179,6 +189,13 @@ def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., An
         return box_like(weight, result)
 
     return jax.tree_util.tree_map_with_path(folded, params, is_leaf=is_box)
+
+
+@jax.jit
+def _is_lost(weight: jax.Array, merged: jax.Array) -> jax.Array:
+    """Whether a number was finite and is not any more, as one bool."""
+    before, after = (jnp.isfinite(array.astype(common_dtype(array.dtype, jnp.float32))) for array in (weight, merged))
+    return jnp.any(before & ~after)
 
 
 def _concrete(array: Any) -> Any:

@@ -50,8 +50,63 @@ def test_an_output_that_is_there(tmp_path, made):
     with pytest.raises(DataError, match=r"out: is there already; give another folder, or --force \(force=True\)"):
         merge(*made, tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "words"
+    with pytest.raises(DataError, match=r"out: holds no checkpoint, but 'precious'; give another folder"):
+        merge(*made, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "precious").read_text() == "words"
+    (tmp_path / "out" / "model.safetensors").touch()
     merge(*made, tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "precious").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+@pytest.mark.parametrize("foreign", [".git", "notes", "pipe", "link to a folder"])
+def test_a_checkpoint_with_something_else_in_it_is_not_replaced(tmp_path, made, foreign, moment):
+    out = tmp_path / "out"
+    merge(*made, out, keep_residual=True)
+    before = bits(out)
+
+    def put(done: int = 0, total: int = 0) -> None:
+        if foreign == "pipe":
+            if not (out / foreign).exists():
+                os.mkfifo(out / foreign)
+        elif foreign == "link to a folder":
+            if not (out / foreign).exists():
+                (out / foreign).symlink_to(tmp_path)
+        else:
+            (out / foreign).mkdir(exist_ok=True)
+
+    if moment == "before":
+        put()
+    with pytest.raises(DataError, match=rf"out: would be replaced with '{foreign}' in it, which is no part of"):
+        merge(*made, out, weights=[2], force=True, on_progress=put if moment == "meanwhile" else None)
+    assert (out / foreign).exists()
+    os.rename(out / foreign, tmp_path / "elsewhere")
+    assert bits(out) == before
+    merge(*made, out, weights=[2], force=True)
+    assert bits(out) != before
+
+
+@pytest.mark.parametrize("name", ["jlora_merge.json", "jlora_residual"])
+def test_a_shard_with_a_name_of_jloras_own(tmp_path, made, name):
+    base, adapter = made
+    index = base / "model.safetensors.index.json"
+    first = sorted(base.glob("*.safetensors"))[0]
+    index.write_text(index.read_text().replace(first.name, name))
+    first.rename(base / name)
+    with pytest.raises(
+        DataError, match=rf"base/{name}: a shard of this name would be in the way of jlora's own; rename"
+    ):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_no_residual_can_have(tmp_path, rng):
+    name = "ö" * 60
+    base = write_checkpoint(tmp_path / "base", {name: random(rng, (7, 5))}, 1)
+    adapter = write_own(tmp_path / "adapter", {name: factors(rng, (7, 5), "oi", 2)}, OI)
+    with pytest.raises(DataError, match=r"^'ö+': too long a name for the file of a residual; merge without one$"):
+        merge(base, adapter, tmp_path / "out", keep_residual=True)
+    merge(base, adapter, tmp_path / "out")
 
 
 def test_an_empty_folder_is_a_place_to_write_to(tmp_path, made):
@@ -213,6 +268,20 @@ def test_sums_that_the_dtype_cannot_hold(tmp_path, rng, dtype, block, monkeypatc
     merge(base, adapter, tmp_path / "out", weights=[1e-40])
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "e5m2"])
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_a_sum_beside_what_is_not_finite_in_the_base(tmp_path, rng, dtype, odd):
+    weight = random(rng, (7, 5), DTYPES[dtype])
+    weight[6, 3] = odd
+    base, adapter = one_weight(tmp_path, rng, weight)
+    merge(base, adapter, tmp_path / "merged")
+    weight[6, 4] = {"fp16": 6e4, "bf16": 3.3e38, "e5m2": 5e4}[dtype]
+    entry = {"A": np.ones((5, 2), np.float32), "B": np.full((2, 7), min(float(weight[6, 4]), 1e38) / 2, np.float32)}
+    base, adapter = one_weight(tmp_path / "large", rng, weight, entry)
+    with pytest.raises(DataError, match=rf"^w: a sum is too large for {weight.dtype}"):
+        merge(base, adapter, tmp_path / "out")
+
+
 class FullDisk:
     """Writes that fail after a number of calls."""
 
@@ -240,10 +309,11 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path, made, monkeypatch, calls, r
     before = bits(tmp_path / "out")
     with monkeypatch.context() as full:
         FullDisk(full, calls)
-        with pytest.raises(DataError, match=r"/out: No space left on device; the same command resumes$"):
+        with pytest.raises(DataError, match=r"/out: No space left on device") as refused:
             merge(*made, tmp_path / "out", force=True, keep_residual=residual)
     assert bits(tmp_path / "out") == before
-    merge(*made, tmp_path / "out", force=True, keep_residual=residual)
+    resumed = merge(*made, tmp_path / "out", force=True, keep_residual=residual).resumed
+    assert str(refused.value).endswith("; the same command resumes") == bool(resumed)
     assert bits(tmp_path / "out") == bits(tmp_path / "wanted")
     assert not list(tmp_path.glob(".out*"))
 

@@ -1,15 +1,18 @@
 """A merge that is killed leaves what was there, and goes on where it stopped."""
 
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from jlora.checkpoints import _arithmetic, merge, unmerge
+from jlora.checkpoints import _arithmetic, _rewrite, merge, unmerge
+from jlora.errors import DataError
 from jlora.interop.peft import Row
 from tests.checkpoints.make import bits, llama, peft_parts, write_checkpoint, write_llama, write_peft
 from tests.faults import calls_of
@@ -170,7 +173,26 @@ def test_an_unmerge_that_goes_on_counts_all_that_is_uncertain(tmp_path, made):
     assert (report.uncertain, report.largest) == (whole.uncertain, whole.largest)
 
 
-CHANGES = ["source", "adapter", "alpha", "weights", "residual", "boot", "journal", "shard", "half a shard", "mapping"]
+def damage(file: Path) -> None:
+    """Turns one bit over; the size and the times stay."""
+    times, contents = file.stat(), bytearray(file.read_bytes())
+    contents[-3] ^= 4
+    file.write_bytes(contents)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_residual_that_was_damaged_is_made_again(tmp_path, made):
+    stopped(*made, tmp_path / "out", share=0.9, keep_residual=True)
+    shards = sorted((place_of(tmp_path / "out") / "new" / "jlora_residual").iterdir())
+    damage(next(file for file in sorted(shards[0].iterdir()) if file.stat().st_size > 64))
+    assert merge(*made, tmp_path / "out", keep_residual=True).resumed == 1
+    assert unmerge(tmp_path / "out", made[1], tmp_path / "back").exact
+
+
+CHANGES = [
+    *("source", "source of the same time", "adapter", "alpha", "weights", "residual", "boot", "journal", "shard"),
+    *("half a shard", "damaged shards", "a shard that is a link", "mapping"),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -182,6 +204,12 @@ def test_another_run_starts_anew(tmp_path, made, rng, change):
     if change == "source":
         shutil.rmtree(base)
         write_checkpoint(base, llama(rng), 3)
+    elif change == "source of the same time":
+        write_checkpoint(tmp_path / "other", llama(rng), 3)
+        for shard in base.glob("*.safetensors"):
+            times = shard.stat()
+            shard.write_bytes((tmp_path / "other" / shard.name).read_bytes())
+            os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     elif change in ("adapter", "alpha"):
         parts = peft_parts(rng, llama(rng), "_proj")
         own = (adapter / "adapter_model.safetensors").read_bytes()
@@ -206,6 +234,13 @@ def test_another_run_starts_anew(tmp_path, made, rng, change):
     elif change == "half a shard":
         for shard in partial.glob("new/*.safetensors"):
             os.truncate(shard, 1000)
+    elif change == "damaged shards":
+        for shard in partial.glob("new/*.safetensors"):
+            damage(shard)
+    elif change == "a shard that is a link":
+        for shard in partial.glob("new/*.safetensors"):
+            shard.rename(tmp_path / shard.name)
+            shard.symlink_to(tmp_path / shard.name)
     assert merge(base, adapter, tmp_path / "out", **options).resumed == 0
     merge(base, adapter, tmp_path / "fresh", **options)
     assert bits(tmp_path / "out") == bits(tmp_path / "fresh")
@@ -222,3 +257,62 @@ def test_a_run_cut_off_between_the_two_renames(tmp_path, made):
     assert merge(*made, tmp_path / "out", force=True).resumed == 2
     assert bits(tmp_path / "out") == bits(tmp_path / "wanted")
     assert not list(tmp_path.glob(".out*"))
+
+
+# What becomes of a run that stopped behind its second shard and goes on with one argument changed: an argument that is
+# new belongs here, and into what a run is known by.
+OTHERS: dict[str, dict[str, Any]] = {
+    "merge": {"weights": [2.0], "mapping": (Row("{name*}", "x.{name*}"),), "keep_residual": True},
+    "unmerge": {"weights": [2.0], "mapping": (Row("{name*}", "x.{name*}"),)},
+}
+ALIKE = {"force": True, "on_progress": lambda done, total: None}
+
+
+@pytest.mark.parametrize("command", ["merge", "unmerge"])
+def test_every_argument_is_one_that_a_run_is_known_by(tmp_path, rng, command):
+    run = {"merge": merge, "unmerge": unmerge}[command]
+    base, other = (write_checkpoint(tmp_path / name, llama(rng), 3) for name in ("base", "other"))
+    parts = (peft_parts(rng, llama(rng), "_proj") for _ in range(2))
+    adapter, another = (write_peft(tmp_path / f"adapter {n}", part) for n, part in enumerate(parts))
+    names = list(inspect.signature(run).parameters)
+    assert set(names) == {names[0], "adapters", "out"} | set(OTHERS[command]) | set(ALIKE)
+    for name in names:
+        given: dict[str, Any] = {names[0]: base, "adapters": adapter, "out": tmp_path / f"out of {name}"}
+        stopped(**given, share=0.9, run=run)
+        change = OTHERS[command] | ALIKE | {names[0]: other, "adapters": another, "out": tmp_path / "another out"}
+        changed = given | {name: change[name]}
+        assert resumed_by(run, changed) == (2 if name in ALIKE else 0), name
+        run(**changed | {"out": tmp_path / f"fresh {name}"})
+        assert everything(changed["out"]) == everything(tmp_path / f"fresh {name}"), name
+
+
+def resumed_by(run: Any, arguments: dict[str, Any]) -> int:
+    """How many finished shards a run takes over."""
+    with mock.patch.object(_rewrite, "Rewritten", wraps=_rewrite.Rewritten) as written:
+        run(**arguments)
+    return int(written.call_args.args[0])
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "removed"])
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("run", [merge, unmerge])
+def test_a_base_that_changes_while_it_is_read(tmp_path, made, rng, run, number, how):
+    base, adapter = made
+    write_checkpoint(tmp_path / "other", llama(rng), 3)
+    shard = sorted(base.glob("*.safetensors"))[number]
+    changes = []
+
+    def change(done: int, total: int) -> None:
+        if done >= 0.5 * total and not changes:
+            changes.append(done)
+            if how == "replaced":
+                os.replace(tmp_path / "other" / shard.name, shard)
+            elif how == "written to":
+                damage(shard)
+            else:
+                shard.unlink()
+
+    with pytest.raises(DataError, match=r"^\S*base/model-0000\d-of-00003.safetensors: (has changed|cannot be read)"):
+        run(base, adapter, tmp_path / "out", on_progress=change)
+    assert changes
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig
-from jlora.checkpoints import _arithmetic, merge, unmerge
+from jlora.checkpoints import _arithmetic, _residuals, merge, unmerge
 from jlora.errors import DataError
 from tests.checkpoints.make import (
     DTYPES,
@@ -282,3 +282,20 @@ def test_a_residual_that_is_a_pipe_is_not_waited_for(tmp_path, rng):
     os.mkfifo(file)
     with pytest.raises(DataError, match="cannot be read: no regular file"):
         unmerge(tmp_path / "merged", adapter, tmp_path / "back")
+
+
+def test_of_a_residual_with_a_sparse_tail_no_more_is_read_than_needed(tmp_path, rng, monkeypatch):
+    _, base, adapter = write_llama(tmp_path, rng, layers=1)
+    merge(base, adapter, tmp_path / "merged", keep_residual=True)
+    file = next(path for path in (tmp_path / "merged" / "jlora_residual").rglob("*") if path.is_file())
+    os.truncate(file, 1 << 40)
+    counts, read = [], _residuals.ResidualReader._read
+
+    def counted(reader: Any, count: int) -> bytes:
+        counts.append(count)
+        return read(reader, count)
+
+    monkeypatch.setattr(_residuals.ResidualReader, "_read", counted)
+    with pytest.raises(DataError, match="does not lead back to the base"):
+        unmerge(tmp_path / "merged", adapter, tmp_path / "back")
+    assert sum(counts) < 16 << 20

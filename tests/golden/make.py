@@ -112,6 +112,8 @@ def make_partial(base: Path, adapters: Path, folder: Path) -> None:
         merge(base, adapters, out, keep_residual=True, on_progress=stop)
     (place,) = folder.parent.glob(".out.*.jlora")
     place.rename(folder)
+    journal = json.loads((folder / "journal.json").read_text(encoding="utf-8"))
+    (folder / "journal.json").write_text(json.dumps(journal | {"files": {}}), encoding="utf-8")  # where they lie here
     for shard in (folder / "new").glob("*.safetensors"):
         if shard.name != SHARDS[0]:  # a run that is killed may have written any part of it
             shard.write_bytes(b"")

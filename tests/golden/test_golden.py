@@ -85,6 +85,8 @@ def test_a_merge_that_was_stopped_goes_on(version, tmp_path):
     journal = json.loads((place / "journal.json").read_bytes())
     for shard, (_, time) in journal["job"]["source"].items():  # a copy has other times
         os.utime(base / shard, ns=(time, time))
+    journal["files"] = Checkpoint(base).identities  # and is another file
+    (place / "journal.json").write_text(json.dumps(journal), encoding="utf-8")
     with mock.patch(MACHINE, return_value=journal["machine"]):
         done = checkpoints.merge(base, tmp_path / TO_MERGE, tmp_path / "out", keep_residual=True)
     assert done.resumed == len(journal["done"]) == 1

@@ -189,6 +189,28 @@ def test_numbers_that_are_not_finite(value: float, dtype: Any, tmp_path: Path, r
     refused(write_folder(tmp_path / "a", tensors), r"1 tensors hold numbers that are not finite: q.weight \(B\)")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["A", "B", "magnitude", "offset"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", jnp.bfloat16])
+def test_numbers_that_are_not_finite_are_not_written_either(
+    value: float, part: str, dtype: Any, tmp_path: Path
+) -> None:
+    own = {"A": np.ones((5, 2), dtype), "B": np.ones((2, 3), dtype)}
+    own |= {part: np.ones(3, dtype)} if part not in own else {}
+    own[part][..., -1] = value
+    with pytest.raises(jlora.DataError, match=rf"/a: 1 tensors hold numbers that are not finite: q.weight \({part}\)$"):
+        write_peft(tmp_path / "a", {"q.weight": own}, jlora.LoraConfig(rank=2, factorizations={"**": "oi"}))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int64", "int8", "bool"])
+def test_dtypes_that_are_no_adapters_are_not_written(dtype: str, tmp_path: Path) -> None:
+    own = {"A": np.ones((5, 2), dtype), "B": np.ones((2, 3), dtype)}
+    with pytest.raises(jlora.DataError, match=f"/a: A of q.weight has the dtype {dtype}: wanted a floating one"):
+        write_peft(tmp_path / "a", {"q.weight": own}, jlora.LoraConfig(rank=2, factorizations={"**": "oi"}))
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "int64", "int8", "bool"])
 def test_dtypes_that_are_no_adapters(dtype: str, tmp_path: Path) -> None:
     tensors = {"q.lora_A.weight": np.ones((2, 5), dtype), "q.lora_B.weight": np.ones((3, 2), dtype)}

@@ -357,3 +357,46 @@ def test_merging_without_the_adapters_of_a_pattern_names_it():
         TargetError, match=r"^target_modules: '\*\*' adapts nothing: .* without an adapter .*\(kernel\)$"
     ):
         merge_params({"kernel": jnp.ones((5, 7))}, {}, LoraConfig(rank=2))
+
+
+NARROW = ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float32"]
+
+
+class TestOverflow:
+    """A number of the base that was finite and is not any more."""
+
+    @staticmethod
+    def made(dtype, size):
+        """A weight with its largest number at the end, beside one that is not finite where the dtype has one."""
+        weight = np.zeros((5, 7), jnp.dtype(dtype))
+        weight[4, 6] = jnp.finfo(dtype).max
+        weight[0, 0] = np.nan
+        entry = {"A": np.ones((5, 1), np.float32), "B": np.full((1, 7), size, np.float32)}
+        return {"a": jnp.zeros((5, 7)), "b": {"w": jnp.asarray(weight)}}, {"a": None, "b": {"w": entry}}
+
+    @pytest.mark.parametrize("dtype", NARROW)
+    def test_it_is_refused_with_its_path(self, dtype):
+        config = LoraConfig(rank=1, target_modules="b")
+        params, adapters = self.made(dtype, float(jnp.finfo(dtype).max) / 2)
+        with pytest.raises(TargetError, match=r"^b/w: a sum is too large for its dtype; scale the adapter, or merge"):
+            merge_params(params, adapters, config)
+        params, adapters = self.made(dtype, 0.0)
+        found = merge_params(params, adapters, config)["b"]["w"]
+        np.testing.assert_array_equal(as64(found), as64(params["b"]["w"]))
+
+    @pytest.mark.parametrize("odd", [np.nan, np.inf])
+    def test_an_adapter_that_is_not_finite_is_refused(self, odd):
+        params, adapters = self.made("float32", odd)
+        with pytest.raises(TargetError, match=r"^b/w: a sum is too large"):
+            merge_params(params, adapters, LoraConfig(rank=1, target_modules="b"))
+
+    def test_values_and_offsets_are_looked_at_too(self):
+        params = {"w": jnp.ones((5,), "float16")}
+        for part, large in (("value", np.inf), ("offset", 7e4)):
+            with pytest.raises(TargetError, match=r"^w: a sum is too large for its dtype"):
+                merge_params(params, {"w": {part: np.full(5, large, np.float32)}}, LoraConfig(rank=1))
+
+    def test_under_jit_it_becomes_an_infinity(self):
+        params, adapters = self.made("float16", 6e4)
+        merge = jax.jit(partial(merge_params, config=LoraConfig(rank=1, target_modules="b")))
+        assert jnp.isinf(merge(params, adapters)["b"]["w"][4, 6])

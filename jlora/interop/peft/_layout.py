@@ -13,12 +13,14 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.contraction import split_batch_axes
-from jlora.errors import DataError
+from jlora.errors import DataError, listed
 from jlora.interop.peft._mapping import Row
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -212,3 +214,20 @@ def _merged(array: np.ndarray[Any, Any], split_roles: str, window: bool) -> np.n
         return array
     runs = [math.prod(array.shape[axis] for axis in _axes(split_roles, role)) for role in dict.fromkeys(split_roles)]
     return array.reshape(runs)
+
+
+def check_numbers(at: str | Path, arrays: Mapping[str, Arrays]) -> None:
+    """Raises a DataError for numbers that are not finite, and for those of adapters that are not floating.
+
+    What is read and what is written are held to the same.
+    """
+    wrong = []
+    for name, parts in arrays.items():
+        for part, array in parts.items():
+            if jnp.issubdtype(array.dtype, jnp.floating):
+                with np.errstate(invalid="ignore"):  # of NaNs that signal
+                    wrong += [] if np.isfinite(np.asarray(array)).all() else [f"{name} ({part})"]
+            elif part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
+                raise DataError(f"{at}: {part} of {name} has the dtype {array.dtype}: wanted a floating one")
+    if wrong:
+        raise DataError(f"{at}: {len(wrong)} tensors hold numbers that are not finite: {listed(wrong)}")

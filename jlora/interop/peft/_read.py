@@ -17,7 +17,7 @@ from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, together
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._keys import Entry, entries_of
-from jlora.interop.peft._layout import Arrays, from_peft, roles_of, to_tree, whole_to_tree
+from jlora.interop.peft._layout import Arrays, check_numbers, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
 from jlora.interop.peft._targeted import check_fields, check_together
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest
@@ -96,7 +96,7 @@ def read_peft_arrays(
             arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in entries}
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
-    _check_numbers(folder, arrays)
+    check_numbers(folder, arrays)
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(data)
     return _Reader(folder, data, mapping, transposed_experts).read(entries, arrays, params)
@@ -244,20 +244,6 @@ class _Reader:
     def _raise_all(self) -> None:
         if self.problems:
             raise DataError(together(self.problems, str(self.folder)))
-
-
-def _check_numbers(folder: Path, arrays: MappingType[str, Arrays]) -> None:
-    """Raises a DataError for numbers that are not finite, and for those of adapters that are not floating."""
-    wrong = []
-    for name, parts in arrays.items():
-        for part, array in parts.items():
-            if jnp.issubdtype(array.dtype, jnp.floating):
-                with np.errstate(invalid="ignore"):  # of NaNs that signal
-                    wrong += [] if np.isfinite(np.asarray(array)).all() else [f"{name} ({part})"]
-            elif part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
-                raise DataError(f"{folder}: {part} of {name} has the dtype {array.dtype}: wanted a floating one")
-    if wrong:
-        raise DataError(f"{folder}: {len(wrong)} tensors hold numbers that are not finite: {listed(wrong)}")
 
 
 def _on_device(folder: str | Path, path: str, array: np.ndarray[Any, Any]) -> jax.Array:

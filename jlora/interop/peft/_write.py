@@ -13,7 +13,7 @@ from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, together
 from jlora.interop.peft._config import extras_of, peft_config
 from jlora.interop.peft._keys import entries_of, key_of, parameters_of
-from jlora.interop.peft._layout import Arrays, to_model, to_peft
+from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._targeted import check_fields, check_together
 from jlora.paths import leaves_by_path
@@ -36,7 +36,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
 
     Raises:
       DataError: paths that the mapping does not map, an adapter that PEFT has no place for or would read as something
-        else, a folder that cannot be written; nothing is written then.
+        else, numbers that are not finite or not floating, a folder that cannot be written; nothing is written then.
 
     A weight of two axes is taken for a Linear (out, in) where the factorization is "oi", for a Conv1D (in, out) where
     it is "io", for an embedding where its module is called one.
@@ -52,6 +52,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
     """
     check_config(config)
     entries = _entries(adapters)
+    check_numbers(path, entries)
     places = [place for found in places_of_paths(mapping, entries).values() for place in found]
     writer = _Writer(config, {place.name for place in places if "A" in entries[place.path]})
     problems = []
