@@ -13,6 +13,7 @@ from jlora.adapter._functions import (
     unmerge_lora_weight,
 )
 from jlora.adapter._layer import LoRALayer
+from jlora.adapter._range import count_lost, range_problem
 from jlora.adapter._update import (
     PARTS,
     apply_update,
@@ -31,6 +32,7 @@ __all__ = [
     "apply_update",
     "boxed_update",
     "check_update",
+    "count_lost",
     "draw_a",
     "init_lora_adapter",
     "is_adapter",
@@ -41,6 +43,7 @@ __all__ = [
     "lora_singular_values",
     "merge_lora_weight",
     "part_axes",
+    "range_problem",
     "tree_lora_delta",
     "undo_update",
     "unmerge_lora_weight",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.adapter._range import check_range
 from jlora.boxes import unboxed
 from jlora.contraction import (
     Factorization,
@@ -203,13 +204,16 @@ def merge_lora_weight(
       factorization: one letter per axis, needed only where the weight's axes are not in the order batch, in, out.
 
     Raises:
-      AdapterError: the weight and the adapter do not fit.
+      AdapterError: the weight and the adapter do not fit; a sum is too large for the weight's dtype, which is not
+        looked at under jit, grad and vmap.
 
     >>> adapter = {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}
     >>> merge_lora_weight(jnp.zeros((2, 3)), adapter, alpha=0.5).tolist()
     [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    return _add(frozen_weight, adapter, alpha, factorization, 1)
+    merged = add_delta(frozen_weight, adapter, alpha, factorization)
+    check_range(frozen_weight, merged, adapter)
+    return merged
 
 
 def unmerge_lora_weight(
@@ -224,7 +228,21 @@ def unmerge_lora_weight(
     Rounding to the weight's dtype loses bits that no subtraction brings back: where the base must return to the
     bit, keep the base.
     """
-    return _add(merged_weight, adapter, alpha, factorization, -1)
+    weight = subtract_delta(merged_weight, adapter, alpha, factorization)
+    check_range(merged_weight, weight, adapter)
+    return weight
+
+
+def add_delta(weight: chex.Array, adapter: Adapter, alpha: Any, factorization: Factorization | str | None) -> jax.Array:
+    """`merge_lora_weight`, whatever the sums are."""
+    return _add(weight, adapter, alpha, factorization, 1)
+
+
+def subtract_delta(
+    weight: chex.Array, adapter: Adapter, alpha: Any, factorization: Factorization | str | None
+) -> jax.Array:
+    """`unmerge_lora_weight`, whatever the sums are."""
+    return _add(weight, adapter, alpha, factorization, -1)
 
 
 def tree_lora_delta(

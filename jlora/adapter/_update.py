@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.adapter._functions import merge_lora_weight, unmerge_lora_weight
+from jlora.adapter._functions import add_delta, subtract_delta
 from jlora.boxes import box_named, unboxed
 from jlora.contraction import Factorization, common_dtype
 from jlora.errors import AdapterError
@@ -74,17 +74,18 @@ def apply_update(
     """
     check_update(jnp.shape(weight), update, factorization)
     if set(update) == {"A", "B"}:
-        return merge_lora_weight(weight, update, scaling * update["A"].shape[-1], factorization=factorization)
+        return add_delta(weight, update, scaling * update["A"].shape[-1], factorization)
     total = jnp.asarray(update.get("value", weight)).astype(_wide(weight))
     if "offset" in update:
-        total = total + scaling * update["offset"].astype(total.dtype)
+        total = total + scaling * jnp.asarray(update["offset"]).astype(total.dtype)
     if "A" in update:
         adapter = {name: update[name] for name in "AB"}
-        total = merge_lora_weight(total, adapter, scaling * update["A"].shape[-1], factorization=factorization)
+        total = add_delta(total, adapter, scaling * update["A"].shape[-1], factorization)
     if "magnitude" in update and factorization is not None:
         axes = factorization.axes("i")
         squares = lax.stop_gradient(jnp.sum(total * total, axes, keepdims=True))
-        norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))  # what is zero stays zero
+        squares = jnp.where(jnp.isfinite(squares), squares, jnp.nan)  # an infinite norm would make zeros
+        norm = jnp.sqrt(jnp.where(squares == 0, 1, squares))  # what is zero stays zero
         magnitude = jnp.expand_dims(factorization.out_like(update["magnitude"]), axes)
         total = total * (magnitude.astype(total.dtype) / norm)
     return total.astype(weight.dtype)
@@ -96,13 +97,13 @@ def undo_update(
     """The weight before `apply_update`, by the same arithmetic backwards; up to rounding where it `is_reversible`."""
     check_update(jnp.shape(weight), update, factorization)
     if set(update) == {"A", "B"}:
-        return unmerge_lora_weight(weight, update, scaling * update["A"].shape[-1], factorization=factorization)
+        return subtract_delta(weight, update, scaling * update["A"].shape[-1], factorization)
     total = jnp.asarray(weight).astype(_wide(weight))
     if "A" in update:
         adapter = {name: update[name] for name in "AB"}
-        total = unmerge_lora_weight(total, adapter, scaling * update["A"].shape[-1], factorization=factorization)
+        total = subtract_delta(total, adapter, scaling * update["A"].shape[-1], factorization)
     if "offset" in update:
-        total = total - scaling * update["offset"].astype(total.dtype)
+        total = total - scaling * jnp.asarray(update["offset"]).astype(total.dtype)
     return total.astype(weight.dtype)
 
 

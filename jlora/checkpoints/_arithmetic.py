@@ -101,7 +101,8 @@ class Weight:
             total = self._sum(block, start, stop)
             if self._magnitude is not None:
                 rows = self._rows(self._norms, start, stop)
-                squares = np.where(self._norms[rows] > 0, self._norms[rows], 1)  # what is zero stays zero
+                squares = np.where(self._norms[rows] == 0, 1, self._norms[rows])  # what is zero stays zero
+                squares = np.where(np.isfinite(squares), squares, np.nan)  # an infinite norm would make zeros
                 total *= (self._magnitude[rows] / np.sqrt(squares)).astype(self.wide)
             return SCRATCH.cast("merged", total, self.dtype)
 
@@ -136,9 +137,15 @@ class Weight:
             reach = half + np.abs(guess[open_].astype(self.wide) - exact[open_]) + rounding
         return int(np.count_nonzero(open_)), float(reach[np.isfinite(reach)].max(initial=0.0))
 
+    def source(self, block: Array, start: int, stop: int) -> Array:
+        """What the rows of the merged tensor start from: those of the base, or of the value that takes their place."""
+        if self._value is None:
+            return block
+        return self._value[start:stop] if self.shape else self._value
+
     def _sum(self, block: Array, start: int, stop: int) -> Array:
-        source = block if self._value is None else self._value[start:stop] if self.shape else self._value
-        return _plus(SCRATCH.cast("total", source, self.wide), self._addends(start, stop))
+        total = SCRATCH.cast("total", self.source(block, start, stop), self.wide)
+        return _plus(total, self._addends(start, stop))
 
     def _addends(self, start: int, stop: int) -> Iterator[Array]:
         """What is added to rows start to stop, in order."""

@@ -50,7 +50,7 @@ def merge_tensor(name: str, changes: list[Change], file: TensorFile, writer: Sha
     def one(start: int, stop: int, at: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
         block = _read(file, at, shape, entry)
         merged = weight.merged(block, start, stop)
-        _check_range(name, block, merged)
+        _check_range(name, weight.source(block, start, stop), merged)
         writer.put(at, merged)
         return block, merged
 
@@ -79,7 +79,9 @@ def unmerge_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWri
         for start, stop, at, shape in part:
             block = _read(file, at, shape, entry)
             tally.add(*weight.uncertain(block, start, stop))
-            writer.put(at, weight.unmerged(block, start, stop))
+            unmerged = weight.unmerged(block, start, stop)
+            _check_range(name, block, unmerged)
+            writer.put(at, unmerged)
 
     blocks = list(blocks_of(entry, row_blocks(entry.shape)))
     for first in range(0, len(blocks), 16):
@@ -104,21 +106,22 @@ def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry)
     return block
 
 
-def _check_range(name: str, block: Array, merged: Array) -> None:
-    """Refuses a sum that the dtype cannot hold."""
-    if _is_finite(merged):
-        return
-    with np.errstate(invalid="ignore"):
-        lost = np.isfinite(block.astype(np.float64)) & ~np.isfinite(merged.astype(np.float64))
-    if lost.any():
-        raise DataError(f"{name}: a sum is too large for {merged.dtype}; scale the adapter, or use a wider checkpoint")
+def _check_range(name: str, before: Array, after: Array) -> None:
+    """Refuses sums that the dtype cannot hold: numbers that were finite and no longer are."""
+    if not _are_finite(after) and (_finite(before) & ~_finite(after)).any():
+        raise DataError(f"{name}: a sum is too large for {after.dtype}; scale the adapter, or use a wider checkpoint")
 
 
-def _is_finite(array: Array) -> bool:
+def _are_finite(array: Array) -> bool:
     """Whether all numbers are; of two bytes by their bits, which is ten times as fast as to convert them."""
     if array.dtype in (np.float16, ml_dtypes.bfloat16):
         infinity = np.asarray(np.inf, array.dtype).view(np.uint16)
         bits = SCRATCH.array("bits", array.shape, np.uint16)
         return bool(np.bitwise_and(array.view(np.uint16), 0x7FFF, out=bits).max(initial=0) < infinity)
+    return bool(_finite(array).all())
+
+
+def _finite(array: Array) -> Array:
+    """Which numbers are."""
     with np.errstate(invalid="ignore"):  # of NaNs that signal
-        return bool(np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32)).all())
+        return np.isfinite(array if array.dtype.itemsize >= 4 else array.astype(np.float32))

@@ -5,24 +5,24 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from jlora.adapter import (
     apply_update,
     boxed_update,
+    count_lost,
     init_lora_adapter,
     is_adapter,
     is_reversible,
     is_update,
+    range_problem,
     undo_update,
 )
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.config import LoraConfig, adapter_dtype
-from jlora.contraction import common_dtype
 from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
-from jlora.tree._targets import adapted_target, adapted_targets, check_floating, shapes_by_path, survey
+from jlora.tree._targets import adapted_target, adapted_targets, check_floating, raise_all, shapes_by_path, survey
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
@@ -111,20 +111,16 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
     [2.0, 2.0, 2.0]
     """
     residuals: dict[str, Residual] = {}
-    lost: dict[str, jax.Array] = {}
+    ranges = _Ranges()
 
-    def merged(path: str, weight: Any, *entry: Any) -> jax.Array:
-        result = apply_update(weight, *entry)
-        if not any(isinstance(array, jax.core.Tracer) for array in (weight, result)):
-            lost[path] = _is_lost(weight, result)
+    def merged(path: str, weight: Any, update: Any, *rest: Any) -> jax.Array:
+        result = ranges.looked_at(path, weight, apply_update(weight, update, *rest), update)
         if return_residual:
-            residuals[path] = pack(_concrete(weight), _concrete(undo_update(result, *entry)))
+            residuals[path] = pack(_concrete(weight), _concrete(undo_update(result, update, *rest)))
         return result
 
     tree = _fold(params, adapters, config, merged)
-    for path, is_lost in jax.device_get(lost).items():  # when all are under way
-        if is_lost:
-            raise TargetError(f"{path}: a sum is too large for its dtype; scale the adapter, or merge in a wider dtype")
+    ranges.check()
     return (tree, residuals) if return_residual else tree
 
 
@@ -138,20 +134,24 @@ def unmerge_params(
 
     Raises:
       TargetError: adapters, params and configuration do not fit; an update that cannot be taken out without a residual
-        (a weight that was replaced, DoRA); a residual that does not lead back to the base.
+        (a weight that was replaced, DoRA); a residual that does not lead back to the base; a difference that the dtype
+        cannot hold, as for `merge_params`.
     """
+    ranges = _Ranges()
 
     def unmerged(path: str, weight: Any, update: Any, *rest: Any) -> jax.Array:
         if residual is None and not is_reversible(update):
             raise AdapterError(f"an update of {', '.join(update)} cannot be taken out; keep the base, or a residual")
         guess = undo_update(weight, update, *rest)
         if residual is None:
-            return guess
+            return ranges.looked_at(path, weight, guess, update)
         if path not in residual:
             raise AdapterError("the residual has no entry for it; pass what merge_params returned for these adapters")
         return jax.device_put(unpack(residual[path], _concrete(guess)), getattr(weight, "sharding", None))
 
-    return _fold(merged, adapters, config, unmerged)
+    tree = _fold(merged, adapters, config, unmerged)
+    ranges.check()
+    return tree
 
 
 def settle_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
@@ -191,11 +191,22 @@ def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., An
     return jax.tree_util.tree_map_with_path(folded, params, is_leaf=is_box)
 
 
-@jax.jit
-def _is_lost(weight: jax.Array, merged: jax.Array) -> jax.Array:
-    """Whether a number was finite and is not any more, as one bool."""
-    before, after = (jnp.isfinite(array.astype(common_dtype(array.dtype, jnp.float32))) for array in (weight, merged))
-    return jnp.any(before & ~after)
+class _Ranges:
+    """Whether the sums of a tree fit their dtypes, asked when all are under way."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Any] = {}
+        self._sums: dict[str, tuple[jax.Array, Any]] = {}
+
+    def looked_at(self, path: str, before: Any, after: jax.Array, update: Any) -> jax.Array:
+        """The sum itself."""
+        self._counts[path], self._sums[path] = count_lost(before, after, update), (after, update)
+        return after
+
+    def check(self) -> None:
+        """Raises a TargetError for every path where numbers were lost."""
+        lost = {path: int(count) for path, count in jax.device_get(self._counts).items() if count}
+        raise_all(f"{path}: {range_problem(count, *self._sums[path])}" for path, count in lost.items())
 
 
 def _concrete(array: Any) -> Any:

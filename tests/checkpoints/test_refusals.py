@@ -282,6 +282,26 @@ def test_a_sum_beside_what_is_not_finite_in_the_base(tmp_path, rng, dtype, odd):
         merge(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("roles", ["oi", "io"])
+def test_a_norm_that_is_infinite_makes_no_zeros(tmp_path, rng, roles):
+    weight = random(rng, (7, 5))
+    weight[3, 2] = np.inf
+    entry = factors(rng, weight.shape, roles, 2) | {"magnitude": np.ones(7 if roles == "oi" else 5, np.float32)}
+    config = OI.replace(factorizations={"**": roles})
+    base = write_checkpoint(tmp_path / "base", {"w": weight})
+    adapter = write_own(tmp_path / "adapter", {"w": entry}, config)
+    with pytest.raises(DataError, match=r"^w: a sum is too large for float32"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_what_is_taken_out_is_looked_at_too(tmp_path, rng):
+    weight = np.zeros((7, 5), np.float16)
+    entry = {"A": np.ones((5, 2), np.float32), "B": np.full((2, 7), 4e4, np.float32)}
+    base, adapter = one_weight(tmp_path, rng, weight, entry)
+    with pytest.raises(DataError, match=r"^w: a sum is too large for float16"):
+        unmerge(base, adapter, tmp_path / "out")
+
+
 class FullDisk:
     """Writes that fail after a number of calls."""
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.contraction import split_batch_axes
-from jlora.errors import DataError, listed
+from jlora.errors import DataError, together
 from jlora.interop.peft._mapping import Row
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -217,17 +217,19 @@ def _merged(array: np.ndarray[Any, Any], split_roles: str, window: bool) -> np.n
 
 
 def check_numbers(at: str | Path, arrays: Mapping[str, Arrays]) -> None:
-    """Raises a DataError for numbers that are not finite, and for those of adapters that are not floating.
+    """Raises a DataError for numbers that are not finite, and for those of adapters that are not floating, all at once.
 
-    What is read and what is written are held to the same.
+    What is read and what is written are held to the same. Each array comes to memory on its own.
     """
-    wrong = []
-    for name, parts in arrays.items():
-        for part, array in parts.items():
-            if jnp.issubdtype(array.dtype, jnp.floating):
-                with np.errstate(invalid="ignore"):  # of NaNs that signal
-                    wrong += [] if np.isfinite(np.asarray(array)).all() else [f"{name} ({part})"]
-            elif part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
-                raise DataError(f"{at}: {part} of {name} has the dtype {array.dtype}: wanted a floating one")
-    if wrong:
-        raise DataError(f"{at}: {len(wrong)} tensors hold numbers that are not finite: {listed(wrong)}")
+    found = ((name, part, _problem(part, array)) for name, parts in arrays.items() for part, array in parts.items())
+    if problems := [f"{part} of {name} {problem}" for name, part, problem in found if problem]:
+        raise DataError(together(problems, str(at)))
+
+
+def _problem(part: str, array: Any) -> str | None:
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        with np.errstate(invalid="ignore"):  # of NaNs that signal
+            return None if np.isfinite(np.asarray(array)).all() else "holds a NaN or an infinity"
+    if part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return f"has the dtype {array.dtype}: wanted a floating one"
+    return None

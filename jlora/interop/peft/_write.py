@@ -11,7 +11,7 @@ from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, together
-from jlora.interop.peft._config import extras_of, peft_config
+from jlora.interop.peft._config import Scales, check_peft_config, extras_of, peft_config
 from jlora.interop.peft._keys import entries_of, key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
@@ -65,10 +65,9 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         raise DataError(together(problems, str(path)))
     tensors, data = writer.tensors(), writer.config()
     try:
-        check_fields(data)
-        check_together(data, entries_of(tensors, data.get("target_parameters") or []))
+        _check_readable(data, tensors)
     except DataError as error:
-        raise DataError(f"{path}: PEFT would read something else: {error}") from None
+        raise DataError(f"{path}: PEFT would read something else, or nothing: {error}") from None
     folder, text = Path(path), dump_json(data).rstrip(b"\n")
 
     def write() -> None:
@@ -76,6 +75,17 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
             Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
     write_once(jax.tree.leaves(adapters), write)
+
+
+def _check_readable(data: dict[str, Any], tensors: Arrays) -> None:
+    """Raises a DataError for what `read_peft` refuses."""
+    check_peft_config(data)
+    check_fields(data)
+    entries, scales = entries_of(tensors, data.get("target_parameters") or []), Scales(data)
+    check_together(data, entries)
+    for entry in entries:  # whose names may be too long for the patterns
+        scales.rank_of(entry.matched)
+        scales.alpha_of(entry.matched)
 
 
 class _Writer:
