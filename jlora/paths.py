@@ -114,6 +114,7 @@ class PatternIndex:
         self._items = list(items)
         self._literal: dict[str, list[int]] = {}
         self._globs: list[int] = []
+        self._known: dict[str, list[int]] = {}  # paths that were looked up, where there are globs to compare
         for position, (pattern, _) in enumerate(self._items):
             path = _ESCAPED.sub(r"\1", pattern)
             if glob.escape(path) == pattern:
@@ -130,11 +131,19 @@ class PatternIndex:
         """The patterns that match the leaf at `path` or a module that holds it, with their values, in their order."""
         ends = [index for index, letter in enumerate(path) if letter == "/"]
         found = [position for end in (*ends, len(path)) for position in self._literal.get(path[:end], ())]
-        found += [position for position in self._globs if matched_depths(self._items[position][0], path)]
+        if self._globs:
+            found += self._matching_globs(path)
         return [self._items[position] for position in sorted(found)]
 
+    def _matching_globs(self, path: str) -> list[int]:
+        if path not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[path] = [at for at in self._globs if matched_depths(self._items[at][0], path)]
+        return self._known[path]
 
-_MOST_CHARACTERS, _MOST_COMPARED = 200, 200
+
+_MOST_CHARACTERS, _MOST_COMPARED, _MOST_KNOWN = 200, 200, 100_000
 _SEPARATOR = re.compile(r"[./]")
 _ESCAPED = re.compile(r"\[([*?[])\]")
 

@@ -90,32 +90,38 @@ def _pieces(entries: Entries, shapes: Shapes, mapping: Mapping) -> dict[str, lis
     """
     names = {name.replace("/", "."): name for name in shapes}
     dotted = {path: path.replace("/", ".") for path in entries}
-    best: dict[str, list[_Piece]] = {}
+    some = list(entries)[:: max(1, len(entries) // _SAMPLE)]
+    whole: dict[str, list[_Piece]] = {}
     fitting: list[str] = []
-    some = dict(list(dotted.items())[:: max(1, len(dotted) // _SAMPLE)])
-    for strip, add in itertools.islice(_prefixes(list(dotted.values()), names), _MOST_PREFIXES):
-        if len(dotted) > _SAMPLE and not any(
-            name.startswith(strip)
-            and _renamed_pieces(path, add + name.removeprefix(strip), entries[path], names, mapping)
-            for path, name in some.items()
-        ):
-            continue  # of tens of thousands of names, under a prefix that fits none of some hundred
-        tried = {
-            path: _renamed_pieces(path, add + name.removeprefix(strip), entries[path], names, mapping)
-            for path, name in dotted.items()
-            if name.startswith(strip)
-        }
-        found = {path: pieces for path, pieces in tried.items() if pieces}
-        best = max(best, found, key=len)
+    best, most = ("", ""), 0
+
+    def pieces_under(prefix: tuple[str, str], path: str) -> list[_Piece]:
+        strip, add = prefix
+        if not dotted[path].startswith(strip):
+            return []
+        return _renamed_pieces(path, add + dotted[path].removeprefix(strip), entries[path], names, mapping)
+
+    for prefix in itertools.islice(_prefixes(list(dotted.values()), names), _MOST_PREFIXES):
+        count = sum(bool(pieces_under(prefix, path)) for path in some)
+        if count > most:
+            best, most = prefix, count
+        if count < len(some):
+            continue  # of tens of thousands of names only some are tried
+        found = _until_one_lacks((path, pieces_under(prefix, path)) for path in entries)
         if len(found) == len(entries):
             fitting.append(found[next(iter(found))][0].tensor)
-            if not strip + add:
-                return found
+            whole = whole or found
+            if prefix == ("", ""):
+                return whole
     if len(fitting) > 1:
         raise DataError(
             f"the adapters fit several parts of the checkpoint: {next(iter(entries))} may be any of {listed(fitting)}"
         )
-    return best
+    return whole or {path: pieces for path in entries if (pieces := pieces_under(best, path))}
+
+
+def _until_one_lacks(pieces: Iterable[tuple[str, list[_Piece]]]) -> dict[str, list[_Piece]]:
+    return dict(itertools.takewhile(lambda found: found[1], pieces))
 
 
 def _prefixes(paths: list[str], names: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -314,30 +314,38 @@ def _unused_patterns(
         patterns = getattr(config, field)
         return [pattern for pattern in (dict(patterns) if field in _PAIRS else patterns) if pattern not in used]
 
-    hints = itertools.count()
+    told = itertools.count()
 
-    def hint(pattern: str, among: list[str]) -> str:
-        return format_nearest(pattern, among) if next(hints) < _MOST_PROBLEMS else "and no near path was sought"
+    def problem(field: str, pattern: str, say: Callable[[str], str]) -> str:
+        """What is wrong with a pattern; of thousands only those that are shown are looked into."""
+        return f"{field}: {pattern!r} {say(pattern) if next(told) < _MOST_PROBLEMS else 'has no effect'}"
 
     def reasons(pattern: str) -> str:
         found = [one for one in left_out if matched_depths(pattern, one.path)]
         more = [f"and {len(found) - _MOST_PATHS:,} more"] if len(found) > _MOST_PATHS else []
         return "".join(f"\n    {line}" for line in [*map(str, found[:_MOST_PATHS]), *more])
 
-    for pattern in without("target_modules", targets):
-        found = [path for path in paths if matched_depths(pattern, path)][:_MOST_PATHS]
+    def untargeted(pattern: str) -> str:
+        found = list(itertools.islice((path for path in paths if matched_depths(pattern, path)), _MOST_PATHS))
         if not found:
-            yield f"target_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
-        elif why := reasons(pattern):
-            yield f"target_modules: {pattern!r} adapts nothing:{why}"
-        else:
-            yield f"target_modules: {pattern!r} adapts nothing: what it matches is {unadapted} ({listed(found)})"
+            return f"matches nothing; {format_nearest(pattern, paths)}"
+        if why := reasons(pattern):
+            return f"adapts nothing:{why}"
+        return f"adapts nothing: what it matches is {unadapted} ({listed(found)})"
+
+    def unadapting(pattern: str) -> str:
+        why = reasons(pattern)
+        return (
+            f"matches nothing that is adapted{f':{why}' if why else f'; {format_nearest(pattern, targets or paths)}'}"
+        )
+
+    for pattern in without("target_modules", targets):
+        yield problem("target_modules", pattern, untargeted)
     for pattern in without("exclude_modules", paths):
-        yield f"exclude_modules: {pattern!r} matches nothing; {hint(pattern, paths)}"
+        yield problem("exclude_modules", pattern, lambda p: f"matches nothing; {format_nearest(p, paths)}")
     for field in _PAIRS:
         for pattern in without(field, targets):
-            what = f"{field}: {pattern!r} matches nothing that is adapted"
-            yield f"{what}:{why}" if (why := reasons(pattern)) else f"{what}; {hint(pattern, targets or paths)}"
+            yield problem(field, pattern, unadapting)
 
 
 def raise_all(found: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jlora.errors import DataError, listed, together
 
@@ -18,6 +18,7 @@ _SUFFIXES = {
 }
 _EMBEDDINGS = ("wte", "wpe", "shared")
 _VARIANT = re.compile(r"(^|\.)(lora_\w+|\w*trainable_tokens\w*|token_adapter)(\.|$)")
+_DOT = re.compile(r"\.")
 _REGISTERED = (
     "gate_proj",
     "w1",
@@ -64,9 +65,9 @@ def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[En
     """
     entries: dict[str, Entry] = {}
     problems = []
-    levels = _levels(keys)
+    levels, parents = _levels(keys), by_parent(target_parameters)
     for key in keys:
-        found = _taken_apart(key, target_parameters, levels)
+        found = _taken_apart(key, parents, levels)
         if found is None:
             problems.append(key)
             continue
@@ -107,16 +108,28 @@ def names_embedding(module: str) -> bool:
     return module in _EMBEDDINGS or "emb" in module
 
 
-def parameters_of(module: str, target_parameters: Sequence[str]) -> list[str]:
+def ends_of(name: str) -> Iterator[str]:
+    """A name, and what stands behind each of its dots."""
+    yield name
+    yield from (name[match.end() :] for match in _DOT.finditer(name))
+
+
+def by_parent(target_parameters: Iterable[str]) -> dict[str, list[str]]:
+    """The targeted parameters by the end of their modules' names; those of no module are left out."""
+    parents: dict[str, list[str]] = {}
+    for target in sorted(set(target_parameters)):
+        parent, _, name = target.rpartition(".")
+        if parent:
+            parents.setdefault(parent, []).append(name)
+    return parents
+
+
+def parameters_of(module: str, parents: Mapping[str, Sequence[str]]) -> list[str]:
     """The targeted parameters of a module, in the order in which PEFT wraps them, the innermost first.
 
     PEFT's order is that of the model's own registration; of names that are not those of experts it is not known.
     """
-    found = []
-    for target in sorted(set(target_parameters)):
-        parent, _, name = target.rpartition(".")
-        if parent and (module == parent or module.endswith(f".{parent}")):
-            found.append(name)
+    found = sorted(name for end in ends_of(module) for name in parents.get(end, ())) if parents else []
     if len(found) > 1 and (unknown := [name for name in found if name not in _REGISTERED]):
         raise DataError(f"{module}: which of the parameters {listed(found)} comes first is not known ({unknown[0]})")
     return sorted(found, key=lambda name: _REGISTERED.index(name) if len(found) > 1 else 0)
@@ -133,7 +146,9 @@ def _levels(keys: Iterable[str]) -> Mapping[str, int]:
     return deepest
 
 
-def _taken_apart(key: str, target_parameters: Sequence[str], levels: Mapping[str, int]) -> tuple[str, str, str] | None:
+def _taken_apart(
+    key: str, parents: Mapping[str, Sequence[str]], levels: Mapping[str, int]
+) -> tuple[str, str, str] | None:
     """The name of the tensor in the model, what patterns are matched with, and the part; None for what is unknown."""
     if not key.startswith(PREFIX) or key == PREFIX:
         return None
@@ -147,7 +162,7 @@ def _taken_apart(key: str, target_parameters: Sequence[str], levels: Mapping[str
     if not module or _VARIANT.search(module):
         return None
     if part in "AB" and "embedding" not in suffix:
-        parameters = parameters_of(module, target_parameters)
+        parameters = parameters_of(module, parents)
         if parameters:
             level = wrapped.count(_BASE[:-1])
             if levels.get(module, 0) + 1 != len(parameters):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jlora.errors import DataError, shortened, together
-from jlora.interop.peft._keys import Entry
+from jlora.interop.peft._keys import Entry, ends_of
 from jlora.interop.peft._regular import Automaton, Budget
 
 _MOST_CHARACTERS, _MOST_STEPS = 20_000, 20_000_000
@@ -71,15 +71,40 @@ class Targeted:
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         budget = Budget(_MOST_STEPS, lambda: DataError(f"target_modules take more than {_MOST_STEPS:,} steps to match"))
-        self._data = data
+        layers = data.get("layers_to_transform")
+        self._layers = None if layers in (None, []) or data.get("layers_pattern") else _frozen(layers)
+        self._saved = _Saved(data.get("modules_to_save") or ())
         self._names, self._left_out = (_Names(data.get(key), budget) for key in ("target_modules", "exclude_modules"))
 
     def why_not(self, module: str) -> str:
         """Why a module is not adapted, "" where it is."""
-        is_saved = any(f".{name}." in f".{module}." for name in self._data.get("modules_to_save") or ())
-        if is_saved or self._left_out.matches(module) or not self._names.matches(module, default=True):
+        if self._saved.holds(module) or self._left_out.matches(module) or not self._names.matches(module, default=True):
             return "is none of the modules that the configuration adapts"
-        return "" if _is_in_layers(module, self._data) else "is in none of layers_to_transform"
+        return "" if self._is_in_layers(module) else "is in none of layers_to_transform"
+
+    def _is_in_layers(self, module: str) -> bool:
+        """Whether the layers that are adapted are all, or the module is in one of them, or is named as a whole."""
+        if self._layers is None or self._names.has(module):
+            return True
+        found = _FIRST_NUMBER.search(module)
+        return found is not None and int(found[1]) in self._layers
+
+
+class _Saved:
+    """Names of modules that are saved as a whole, with all that is in them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._longest = max((name.count(".") + 1 for name in self._names), default=0)
+
+    def holds(self, module: str) -> bool:
+        """Whether segments of a module's name, one behind the other, are one of the names."""
+        segments = module.split(".")
+        if len(segments) * self._longest > len(self._names):
+            return any(f".{name}." in f".{module}." for name in self._names)
+        lengths = range(1, self._longest + 1)
+        starts = range(len(segments))
+        return any(".".join(segments[at : at + length]) in self._names for at in starts for length in lengths)
 
 
 class _Names:
@@ -99,17 +124,15 @@ class _Names:
             return self._automaton.matches(module, self._budget)
         if self._names is None:
             return default
-        ends = (module[match.end() :] for match in re.finditer(r"\.", module))
-        return module in self._names or any(end in self._names for end in ends)
+        return not self._names.isdisjoint(ends_of(module))
+
+    def has(self, module: str) -> bool:
+        """Whether the whole name is one of those given."""
+        return self._names is not None and module in self._names
 
 
-def _is_in_layers(module: str, data: Mapping[str, Any]) -> bool:
-    """Whether the layers that are adapted are all, or the module is in one of them, or is named as a whole."""
-    layers = data.get("layers_to_transform")
-    if layers in (None, []) or data.get("layers_pattern") or module in (data.get("target_modules") or ()):
-        return True
-    found = _FIRST_NUMBER.search(module)
-    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+def _frozen(layers: Any) -> frozenset[int]:
+    return frozenset(layers if isinstance(layers, list) else [layers])
 
 
 def _check_regular(key: str, text: str) -> None:

@@ -12,7 +12,7 @@ from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, together
 from jlora.interop.peft._config import Scales, check_peft_config, extras_of, peft_config
-from jlora.interop.peft._keys import entries_of, key_of, parameters_of
+from jlora.interop.peft._keys import by_parent, ends_of, entries_of, key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._targeted import check_fields, check_together
@@ -155,10 +155,11 @@ class _Writer:
         """PEFT's tensors by name."""
         found: Arrays = {}
         parameters = self._parameters()
+        parents, named = by_parent(parameters), set(parameters)
         for name, (_, kind, parts) in self.entries.items():
             module, _, last = name.rpartition(".")
-            order = parameters_of(module, parameters)
-            level = len(order) - 1 - order.index(last) if name in parameters else None
+            order = parameters_of(module, parents)
+            level = len(order) - 1 - order.index(last) if name in named else None
             for part, array in parts.items():
                 wrapped = module in self.adapted_modules
                 found[key_of(name, part, embedding=kind == "embedding", wrapped=wrapped, level=level)] = array
@@ -167,8 +168,9 @@ class _Writer:
     def config(self) -> dict[str, Any]:
         """PEFT's configuration."""
         parameters = self._parameters()
+        named = set(parameters)
         adapted = {
-            name if name in parameters else name.rpartition(".")[0]: path
+            name if name in named else name.rpartition(".")[0]: path
             for name, (path, kind, _) in self.entries.items()
             if kind != "whole"
         }
@@ -185,13 +187,13 @@ class _Writer:
         )
 
     def _parameters(self) -> list[str]:
-        targets = self.kept.get("target_parameters") or []
+        targets = set(self.kept.get("target_parameters") or [])
         return [
             name
             for name, (_, kind, _) in self.entries.items()
             if kind.startswith("experts")
             or (kind != "whole" and not name.endswith(".weight"))
-            or (kind != "whole" and any(name == target or name.endswith(f".{target}") for target in targets))
+            or (kind != "whole" and not targets.isdisjoint(ends_of(name)))
         ]
 
 
