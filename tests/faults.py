@@ -4,6 +4,7 @@
 """
 
 import builtins
+import contextlib
 import errno
 import functools
 import io
@@ -16,7 +17,10 @@ import pytest
 
 from jlora.disk import _rename
 
-KINDS = ("killed before", "killed after", "half written", "ENOSPC", "EIO", "EIO for good", "interrupted")
+KINDS = (
+    *("killed before", "killed after", "half written", "ENOSPC", "EIO", "EIO for good", "EACCES", "interrupted"),
+    "SIGTERM",
+)
 SOME_KINDS = [  # the others in .ci/run alone, where a write takes long
     pytest.param(kind, marks=() if kind in ("killed after", "ENOSPC", "interrupted") else pytest.mark.slow)
     for kind in KINDS
@@ -86,11 +90,13 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         again, self.happened = self.happened, True
         if self.kind.startswith("EIO for") or (self.kind.startswith("E") and not again):
-            number = getattr(errno, self.kind[:6].split()[0])
+            number = getattr(errno, self.kind.split()[0])
             raise OSError(number, os.strerror(number))
-        if self.kind == "interrupted" and not again:
+        if self.kind in ("interrupted", "SIGTERM") and not again:
             self._kept(call.__name__, call(*args, **kwargs))
-            raise KeyboardInterrupt
+            if self.kind == "interrupted":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         if self.kind == "killed after" and not again:
             self._kept(call.__name__, call(*args, **kwargs))
         if self.kind == "half written" and not again and call.__name__ in ("write", "pwrite"):
@@ -129,13 +135,27 @@ class _File:
         self._file.close()
 
 
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends the process as the commands have it: by an exception, wherever it is."""
+
+    def handle(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def failed(kind: str, calls: int, write: Callable[[], Any]) -> bool:
     """Whether a write met its fault, which comes at this call."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _terminated():
         faults = Faults(patch, kind, calls)
         try:
             write()
-        except (Crash, KeyboardInterrupt, ValueError, OSError):
+        except (Crash, KeyboardInterrupt, SystemExit, ValueError, OSError):
             assert faults.happened
     for handle in faults.open:  # as the end of a process does
         os.close(handle)

@@ -2,7 +2,7 @@
 
 from jlora.storage._folder import folder_to_write, is_adapters_folder
 from jlora.storage._load import load_adapters, load_arrays, read_metadata
-from jlora.storage._processes import unreachable, write_once
+from jlora.storage._processes import in_first, unreachable, write_once
 from jlora.storage._report import LoadReport, Misfit
 from jlora.storage._save import save_adapters
 
@@ -10,6 +10,7 @@ __all__ = [
     "LoadReport",
     "Misfit",
     "folder_to_write",
+    "in_first",
     "is_adapters_folder",
     "load_adapters",
     "load_arrays",

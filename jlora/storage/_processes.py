@@ -1,14 +1,18 @@
 """Programs of several processes (`jax.distributed`): one writes what all hold, and all learn what came of it."""
 
+import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 
 from jlora.errors import DataError
 
-_MOST_BYTES = 2000
+_MOST_CHARACTERS = 1000
+_MOST_BYTES = 12 * _MOST_CHARACTERS + 1000  # JSON writes a character in twelve bytes at most
+
+Plain = TypeVar("Plain")
 
 
 def is_global(array: Any) -> bool:
@@ -34,27 +38,42 @@ def write_once(arrays: Iterable[Any], write: Callable[[], None]) -> None:
     Raises:
       DataError: in every process, where the first one could not write.
     """
-    if not any(is_global(array) for array in arrays):
+    if any(is_global(array) for array in arrays):
+        in_first(write)
+    else:
         write()
-        return
+
+
+def in_first(work: Callable[[], Plain]) -> Plain:
+    """Does something in the first of all processes, all of which call this; the others wait, and fail where it fails.
+
+    Returns:
+      What `work` returned in the first process, plain data, in every one.
+
+    Raises:
+      DataError: in the others, with what the first one raised.
+    """
+    if jax.process_count() == 1:
+        return work()
     failure: BaseException | None = None
+    result: Any = None
     if jax.process_index() == 0:
         try:
-            write()
+            result = work()
         except BaseException as error:  # the others are told of an interrupt too, so that they do not wait for ever
             failure = error
-    told = _told("" if failure is None else f"{failure}" or type(failure).__name__)
+    problem = "" if failure is None else f"{failure}" or type(failure).__name__
+    problem, result = _told([problem[:_MOST_CHARACTERS], result])
     if failure is not None:
         raise failure
-    if told:
-        raise DataError(told)
+    if problem:
+        raise DataError(problem)
+    return cast(Plain, result)
 
 
-def _told(message: str) -> str:
-    """The message of the first process, in all."""
+def _told(found: list[Any]) -> list[Any]:
+    """What the first process has found, in all."""
     from jax.experimental import multihost_utils
 
-    text = message.encode("utf-8", "replace")[:_MOST_BYTES]
-    sent = np.frombuffer(text.ljust(_MOST_BYTES, b"\0"), np.uint8)
-    found = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
-    return found.tobytes().rstrip(b"\0").decode("utf-8", "replace")
+    sent = np.frombuffer(json.dumps(found).encode("ascii").ljust(_MOST_BYTES), np.uint8)
+    return list(json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes()))

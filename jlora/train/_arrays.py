@@ -18,8 +18,12 @@ def array_types(tree: Any) -> dict[str, str]:
 
 
 def write_arrays(folder: Path, tree: Any) -> None:
-    """Writes the arrays as nested dicts of their paths; random keys as their data, empty arrays not at all."""
+    """Writes the arrays as nested dicts of their paths; random keys as their data, empty arrays not at all.
+
+    Of an array that each of several processes has for itself, as a count, that of the first one is written.
+    """
     arrays = {path: _data(leaf) for path, leaf in leaves_by_path(tree).items() if leaf.size}
+    arrays = {path: np.asarray(leaf) if _is_of_this_process(leaf) else leaf for path, leaf in arrays.items()}
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(folder, args=ocp.args.StandardSave(nest(arrays)))
 
@@ -56,6 +60,11 @@ def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
+def _is_of_this_process(leaf: Any) -> bool:
+    """Whether an array is one of several processes' own, which Orbax would not write."""
+    return jax.process_count() > 1 and isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+
+
 def _data(leaf: Any) -> Any:
     """The numbers of an array or of its shape and dtype."""
     if not _is_key(leaf):
@@ -73,7 +82,7 @@ def _sharding(leaf: Any) -> Any:
 def _target(leaf: Any) -> Any:
     """What Orbax is asked for: an array in its place, or one in the memory of the host."""
     data = _data(leaf)
-    if _sharding(leaf) is None:
+    if _sharding(leaf) is None or _is_of_this_process(leaf):
         return np.empty(data.shape, data.dtype)
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=data.sharding)
 
@@ -84,6 +93,8 @@ def _placed(found: Any, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return np.asarray(found)
     found = jnp.asarray(found)
-    if not _is_key(like):
-        return found
-    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(jnp.empty(0, like.dtype)))
+    if _is_key(like):
+        found = jax.random.wrap_key_data(found, impl=jax.random.key_impl(jnp.empty(0, like.dtype)))
+    if _sharding(like) is not None and _is_of_this_process(like):
+        return jax.device_put(found, like.sharding)
+    return found

@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-from jax.experimental import multihost_utils
-
 from jlora.disk import read_json, reason
 from jlora.errors import DataError, listed, shortened
+from jlora.storage import in_first
 from jlora.train._arrays import array_types, read_arrays, read_old_arrays, write_arrays
 from jlora.train._manifest import MANIFEST, read_manifest, write_manifest
 
@@ -69,16 +68,12 @@ class Checkpoints:
         Raises:
           DataError: a later one is there, or the system refuses.
         """
-        steps = self._steps()
-        newest = max((other for other in steps if self._good(other)), default=None)
+        newest = in_first(lambda: max((other for other in self._steps() if self._good(other)), default=None))
         if newest == step:
             return
         if newest is not None and newest > step:
             raise DataError(f"{self.folder}: holds the checkpoint of step {newest}, later than {step}: another run's?")
-        try:
-            self._write(step, state)
-        except OSError as error:
-            raise DataError(f"{self.folder}: cannot be written: {reason(error)}") from None
+        self._write(step, state)
         self._types[step] = array_types(state)
 
     def restore(self, like: Any) -> Any:
@@ -89,8 +84,8 @@ class Checkpoints:
         Raises:
           DataError: there is none, or it does not fit.
         """
-        step = self.latest_step
-        if step is None:
+        step = in_first(lambda: self.latest_step)
+        if step is None or not self._good(step):
             raise DataError(f"{self.folder}: no checkpoint to resume from")
         found, wanted = self._types[step] or {}, array_types(like)
         if found != wanted:
@@ -125,16 +120,14 @@ class Checkpoints:
 
     def _write(self, step: int, state: Any) -> None:
         target, temporary = self.folder / str(step), self.folder / f".{step}.tmp"
-        first = jax.process_index() == 0
-        if first:
+
+        def tidy_up() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.iterdir():
                 if _TEMPORARY.fullmatch(leftover.name):
                     shutil.rmtree(leftover)
-        _all_processes("cleaned")
-        write_arrays(temporary, state)
-        _all_processes("written")
-        if first:
+
+        def keep() -> None:
             write_manifest(temporary, {"step": step, "arrays": array_types(state)})
             self._remove(step)
             os.rename(temporary, target)
@@ -142,7 +135,21 @@ class Checkpoints:
             for other in self._steps():
                 if other != step and other not in good[1 - _KEPT :]:
                     self._remove(other)
-        _all_processes("kept")
+
+        in_first(self._named(tidy_up))
+        self._named(lambda: write_arrays(temporary, state))()
+        in_first(self._named(keep))
+
+    def _named(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The work, with what the system refuses as a DataError."""
+
+        def named() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise DataError(f"{self.folder}: cannot be written: {reason(error)}") from None
+
+        return named
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint: under another name first, so that half of one is never met under its own."""
@@ -164,8 +171,3 @@ def _read_types(folder: Path, step: int) -> dict[str, str]:
     if not isinstance(types, dict):
         raise DataError(f"{folder}: says nothing of its arrays")
     return types
-
-
-def _all_processes(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"jlora.train.Checkpoints: {name}")

@@ -1,9 +1,5 @@
 """Two processes of one program: the first one writes what both hold, and both learn what came of it."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +11,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora import AdapterError, DataError, LoraConfig
 from jlora.interop.peft import read_peft, write_peft
 from jlora.storage import load_adapters, save_adapters
+from tests.storage.devices import run_in_two_processes
 
 CONFIG = LoraConfig(rank=2, alpha=3, factorizations={"**": "oi"})
 NUMBERS = {"A": np.arange(10, dtype=np.float32).reshape(5, 2), "B": np.arange(8, dtype=np.float32).reshape(2, 4)}
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    code = "import sys; from tests.storage.test_processes import one_of_two; one_of_two(*sys.argv[1:])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), str(number), str(port)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        found = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(found)
-    assert all("done" in text for text in found)
+    run_in_two_processes(__name__, "one_of_two", tmp_path)
 
 
-def one_of_two(name: str, number: str, port: str) -> None:
+def one_of_two(folder: Path, number: int) -> None:
     """What each process does, in step with the other."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", 2, int(number))
-    folder, mesh = Path(name), Mesh(np.array(jax.devices()), ("x",))
-    assert jax.process_count() == 2
+    mesh = Mesh(np.array(jax.devices()), ("x",))
 
     def spread(array: Any, *axes: Any) -> jax.Array:
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
@@ -79,7 +52,6 @@ def one_of_two(name: str, number: str, port: str) -> None:
 
     save_adapters(folder / f"alone{number}", {"up.weight": NUMBERS}, CONFIG)  # its own numbers: nobody waits
     check(*load_adapters(folder / f"alone{number}"))
-    print("done")
 
 
 def check(adapters: Any, config: LoraConfig) -> None:
