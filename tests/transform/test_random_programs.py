@@ -302,7 +302,7 @@ def test_a_random_program_is_the_program_of_the_merged_weights(drawn, merge_from
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the adapters of .* reach nothing")
-@settings(max_examples=60, phases=generated)
+@settings(max_examples=40, phases=generated)
 @random
 def test_more_random_programs_are_those_of_the_merged_weights(drawn, merge_from, seed):
     check(*drawn, merge_from, seed)
