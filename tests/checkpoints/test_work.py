@@ -36,7 +36,6 @@ CASES: dict[str, Callable[[int], tuple[list[str], list[str]]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_names_that_do_not_fit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_updates, "_SAMPLE", 10)
-    monkeypatch.setattr(_updates, "_MOST_PREFIXES", 20)
 
     def make(count: int) -> Callable[[], Any]:
         own, there = CASES[case](count)
