@@ -199,6 +199,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_ends_bitwise_the_same(wh
     assert_bitwise(folder / out, whole)
 
 
+@pytest.mark.slow
 def test_an_interrupt_after_the_last_step_or_a_second_one_goes_on_as_well(whole, folder):
     arguments = ("train", "job.toml", "output.folder=late")
     twice = signalled("twice", 6, SIGTERM, *arguments)
@@ -230,7 +231,8 @@ def test_an_interrupt_before_the_run_leaves_nothing(folder):
     assert not (folder / "early").exists()
 
 
-@pytest.mark.parametrize("number", [SIGINT, pytest.param(SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow  # of the other commands it is seen in test_files.py
+@pytest.mark.parametrize("number", [SIGINT, SIGHUP])
 def test_what_is_ignored_stays_ignored(whole, folder, number):
     out = f"ignored {number}"
     ended = signalled("a row", 6, number, "train", "job.toml", f"output.folder={out}", ignored=(number,))

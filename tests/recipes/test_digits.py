@@ -112,7 +112,9 @@ class TestModel:
         again = digits.model(**SIZES, steps=3, cache=str(tmp_path / "made" / "here"))[1]
         jax.tree.map(np.testing.assert_array_equal, trained[1], again)
 
-    @pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 1}, {"hidden": 7}])
+    @pytest.mark.parametrize(
+        "change", [{"seed": 1}, *(pytest.param(c, marks=pytest.mark.slow) for c in ({"steps": 4}, {"hidden": 7}))]
+    )
     def test_other_settings_are_another_file(self, tmp_path, pretrained, change):
         for settings in ({}, change, {}, change):
             digits.model(**{**SIZES, "steps": 3, "cache": str(tmp_path), **settings})

@@ -349,7 +349,7 @@ def finished(tmp_path_factory):
 
 
 class TestExtend:
-    @pytest.mark.parametrize("resume", [False, True])
+    @pytest.mark.parametrize("resume", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_a_finished_run_of_a_constant_rate_goes_on_to_what_a_longer_one_gives(self, tmp_path, resume):
         run(tmp_path / "long", optimizer=CONSTANT, train={"steps": 12})
         run(tmp_path / "extended", optimizer=CONSTANT)

@@ -181,7 +181,9 @@ def outputs_by_hand(mine, form, params, state, x):
     return mine.function_with_state()[0](params, state, x, None, True)[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow if form.endswith("with_state") else ()) for form in FORMS]
+)
 def test_what_is_read_back_is_the_trained_model(mine, runs, form):
     folder, results = runs(form)
     trained, x = load_run(folder), mine.data()[1]["inputs"]
