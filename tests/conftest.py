@@ -24,7 +24,7 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # which a job in 
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("jlora")
 gc.set_threshold(100_000, 50)  # the programs that JAX keeps are many objects to look through again and again
 

@@ -82,7 +82,8 @@ def test_the_peak_is_the_same_for_six_times_the_size(tmp_path, rng, keep):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("form", ["peft", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["peft", "own"])
 def test_the_peak_does_not_grow_with_the_adapters(tmp_path, rng, form):
     peaks = []
     for count in (4, 14):

@@ -23,6 +23,7 @@ from jlora import (
     summary,
 )
 from jlora.linen import LoRAConv, LoRADense, LoRADenseGeneral, LoRAEinsum, LoRAEmbed
+from tests.marks import some
 from tests.reference import as64, assert_close, random_array, randomize
 
 ALPHA, STACK = 3.0, 3
@@ -145,6 +146,7 @@ CASES = {
     "embed, a number": embed(x_shape=()),
     "attend": embed("attend", (2, 13, 7)),
 }
+some_cases = pytest.mark.parametrize("case", some(CASES))
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -201,7 +203,7 @@ def test_output_is_the_bases_with_the_merged_weight(case, rng):
     assert_close(case.output(layer, params, x), case.reference(params, x), factor=2)
 
 
-@every_case
+@some_cases
 @pytest.mark.parametrize("lift", [pytest.param("remat", marks=pytest.mark.slow), "scan"])
 def test_output_within_lifted_modules(case, lift, rng):
     block, stack = LIFTS[lift]
@@ -213,7 +215,7 @@ def test_output_within_lifted_modules(case, lift, rng):
     assert_close(found, np.reshape([case.reference(*one) for one in slices], found.shape), factor=2)
 
 
-@every_case
+@some_cases
 @pytest.mark.parametrize("numbers", ["bfloat16", pytest.param("float16 params", marks=pytest.mark.slow)])
 def test_output_keeps_the_dtype_of_the_bases(case, numbers, rng):
     x, layer, base = case.x(rng), case.layer(**NUMBERS[numbers]), case.base(**NUMBERS[numbers])
@@ -289,7 +291,7 @@ def test_a_layer_given_to_a_lifted_module_keeps_the_paths_of_the_base(lift, rng,
     same(split_params(both)[0], lift(Holder)(nn.Dense(7)).init(key, None, x)["params"])
 
 
-@every_case
+@some_cases
 def test_a_checkpoint_of_the_base_loads_and_is_merged_into_one(case, rng, key):
     x, base, layer = case.x(rng), case.base(), case.layer()
     checkpoint = case.draw(rng, base, x)

@@ -26,6 +26,7 @@ from tests.linen.models import (
     same,
     shapes,
 )
+from tests.marks import some
 from tests.reference import as64, assert_close, randomize
 
 
@@ -151,7 +152,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("module", "plain"), PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("module", "plain"), some(PLACES))
 def test_lora_stands_in_any_place_where_the_model_could(module, plain, rng):
     x = inputs(rng, VECTORS)
     variables = draw(rng, module, x)

@@ -15,6 +15,7 @@ import jlora
 from jlora import AdapterError, combine_params, init_lora, merge_params, split_params
 from jlora.linen import LoRA, LoRADense, LoRADenseAdapter, resolve_config
 from tests.linen.models import CONFIG, KEY, MODELS, TOKENS, VECTORS, Coder, draw, inputs, merged, same, shapes
+from tests.marks import some
 from tests.reference import as64, assert_close, random_array, randomize
 
 
@@ -172,7 +173,7 @@ def test_lora_is_the_model_with_the_merged_weights(model, shape, places, rng):
     assert np.abs(wanted - as64(compiled(base, x))).max() > 0.01
 
 
-@every_use
+@pytest.mark.parametrize(("model", "shape", "places"), some(USES))
 def test_gradients_are_those_of_the_model_with_the_merged_weights(model, shape, places, rng):
     x = inputs(rng, shape)
     lora, variables, _ = drawn(rng, model, x)

@@ -78,7 +78,7 @@ def trained(folder: Path, steps: int) -> Any:
         )
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_calls(tmp_path, every):
     folder = tmp_path / "killed" / "checkpoints"
     trained(folder, 2)

@@ -13,11 +13,13 @@ import optax
 import pytest
 
 import jlora
+from tests.marks import some
 from tests.reference import as64, assert_close, randomize
 from tests.transform.models import CASES, KEY, Case
 from tests.transform.test_random_programs import axes_of, delta_of, grads_of
 
 ALPHA, RANK = 3.0, 2
+some_models = pytest.mark.parametrize("make", some({make.__name__: make for make in CASES}))
 every_model = pytest.mark.parametrize("make", CASES, ids=[make.__name__ for make in CASES])
 
 
@@ -149,7 +151,7 @@ def test_adapters_have_the_axes_of_the_use(make):
         assert not begun[path]["B"].any()
 
 
-@every_model
+@some_models
 def test_at_zero_b_the_model_is_unchanged(make):
     own = made(make)
     assert_outputs(own.adapted(own.begun)[0], own.base(own.case.params)[0], factor=1)
@@ -196,7 +198,7 @@ def test_merged_params_are_params_of_the_model(make):
         assert_close(found, as64(wanted))
 
 
-@every_model
+@some_models
 def test_training_moves_the_adapters_alone(make):
     own = made(make)
     params, rest = eqx.partition(own.case.params, is_array)

@@ -160,7 +160,7 @@ def computed(name: str) -> tuple[Any, Any]:
 
 @every_form
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("mode", RUNNING)
+@pytest.mark.parametrize("mode", ["disable_jit", "debug_nans", pytest.param("debug_infs", marks=pytest.mark.slow)])
 def test_what_is_run(mode, form, name):
     program, modes = programs()[name]
     around, prepared = RUNNING[mode]
