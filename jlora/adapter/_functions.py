@@ -211,7 +211,7 @@ def merge_lora_weight(
     >>> merge_lora_weight(jnp.zeros((2, 3)), adapter, alpha=0.5).tolist()
     [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    merged = add_delta(frozen_weight, adapter, alpha, factorization)
+    merged = with_delta(frozen_weight, adapter, alpha, factorization, 1)
     check_range(frozen_weight, merged, adapter)
     return merged
 
@@ -228,21 +228,9 @@ def unmerge_lora_weight(
     Rounding to the weight's dtype loses bits that no subtraction brings back: where the base must return to the
     bit, keep the base.
     """
-    weight = subtract_delta(merged_weight, adapter, alpha, factorization)
+    weight = with_delta(merged_weight, adapter, alpha, factorization, -1)
     check_range(merged_weight, weight, adapter)
     return weight
-
-
-def add_delta(weight: chex.Array, adapter: Adapter, alpha: Any, factorization: Factorization | str | None) -> jax.Array:
-    """`merge_lora_weight`, whatever the sums are."""
-    return _add(weight, adapter, alpha, factorization, 1)
-
-
-def subtract_delta(
-    weight: chex.Array, adapter: Adapter, alpha: Any, factorization: Factorization | str | None
-) -> jax.Array:
-    """`unmerge_lora_weight`, whatever the sums are."""
-    return _add(weight, adapter, alpha, factorization, -1)
 
 
 def tree_lora_delta(
@@ -364,7 +352,10 @@ def _canonical_split(shape: tuple[int, ...], a: jax.Array, b: jax.Array) -> Fact
     return split
 
 
-def _add(weight: chex.Array, adapter: Adapter, alpha: Any, given: Factorization | str | None, sign: int) -> jax.Array:
+def with_delta(
+    weight: chex.Array, adapter: Adapter, alpha: Any, given: Factorization | str | None, sign: int
+) -> jax.Array:
+    """The weight plus or minus the delta, whether or not the sums fit its dtype."""
     a, b = _parts(adapter)
     if (wide := jnp.dtype(weight.dtype)) != jax.dtypes.canonicalize_dtype(wide):
         raise AdapterError(f"a weight of dtype {wide}: set jax_enable_x64, or cast it first")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.adapter._functions import add_delta, subtract_delta
+from jlora.adapter._functions import with_delta
 from jlora.boxes import box_named, unboxed
 from jlora.contraction import Factorization, common_dtype
 from jlora.errors import AdapterError
@@ -74,13 +74,13 @@ def apply_update(
     """
     check_update(jnp.shape(weight), update, factorization)
     if set(update) == {"A", "B"}:
-        return add_delta(weight, update, scaling * update["A"].shape[-1], factorization)
+        return with_delta(weight, update, scaling * update["A"].shape[-1], factorization, 1)
     total = jnp.asarray(update.get("value", weight)).astype(_wide(weight))
     if "offset" in update:
         total = total + scaling * jnp.asarray(update["offset"]).astype(total.dtype)
     if "A" in update:
         adapter = {name: update[name] for name in "AB"}
-        total = add_delta(total, adapter, scaling * update["A"].shape[-1], factorization)
+        total = with_delta(total, adapter, scaling * update["A"].shape[-1], factorization, 1)
     if "magnitude" in update and factorization is not None:
         axes = factorization.axes("i")
         squares = lax.stop_gradient(jnp.sum(total * total, axes, keepdims=True))
@@ -97,11 +97,11 @@ def undo_update(
     """The weight before `apply_update`, by the same arithmetic backwards; up to rounding where it `is_reversible`."""
     check_update(jnp.shape(weight), update, factorization)
     if set(update) == {"A", "B"}:
-        return subtract_delta(weight, update, scaling * update["A"].shape[-1], factorization)
+        return with_delta(weight, update, scaling * update["A"].shape[-1], factorization, -1)
     total = jnp.asarray(weight).astype(_wide(weight))
     if "A" in update:
         adapter = {name: update[name] for name in "AB"}
-        total = subtract_delta(total, adapter, scaling * update["A"].shape[-1], factorization)
+        total = with_delta(total, adapter, scaling * update["A"].shape[-1], factorization, -1)
     if "offset" in update:
         total = total - scaling * jnp.asarray(update["offset"]).astype(total.dtype)
     return total.astype(weight.dtype)

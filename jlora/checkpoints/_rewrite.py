@@ -219,7 +219,8 @@ class _Journal:
 
     def __init__(self, folder: Path, record: Mapping[str, Any], source: Checkpoint) -> None:
         self.path, self.source = folder / _JOURNAL, source
-        self.job = {"job": json.loads(json.dumps(record)), "machine": _machine(), "files": source.identities}
+        job = {"job": record, "machine": _machine(), "files": source.identities}
+        self.job = json.loads(json.dumps(job))  # as it is read again
         self.digests: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
 
@@ -230,8 +231,8 @@ class _Journal:
     def begin(self, folder: Path, is_note: Callable[[Any], bool]) -> set[str]:
         """The shards in the folder that an earlier run has finished, and that are as it left them."""
         for shard, found in (self._found() or {}).items():
-            digest, note = found if isinstance(found, list) and len(found) == 2 else (None, None)
-            if shard in self.source.shards and is_note(note) and digest == _digest(folder, shard):
+            digest, note = found if isinstance(found, list) and len(found) == 2 else ("", None)
+            if digest and shard in self.source.shards and is_note(note) and digest == _digest(folder, shard):
                 self.digests[shard], self.notes[shard] = digest, note
         self._keep()
         return set(self.digests)
@@ -262,7 +263,7 @@ class _Journal:
 
 
 def _digest(folder: Path, shard: str) -> str:
-    """The SHA-256 of a shard and of the residuals of its tensors; of nothing where the shard is no regular file."""
+    """The SHA-256 of a shard and of the residuals of its tensors; "" where one of them is no regular file."""
     digest = hashlib.sha256()
     residuals = folder / RESIDUALS / shard
     for path in [folder / shard, *(sorted(residuals.iterdir()) if residuals.is_dir() else ())]:
@@ -331,24 +332,21 @@ def _check_replaceable(target: Path) -> None:
     """Refuses to take away what belongs to no checkpoint."""
     names = sorted(os.listdir(target))
     if not any(name == RECORD or name.endswith(".safetensors") for name in names):
-        raise DataError(f"{target}: holds no checkpoint, but {_listed(names)}; give another folder, or empty this one")
+        found = listed(map(shortened, names), 3)
+        raise DataError(f"{target}: holds no checkpoint, but {found}; give another folder, or empty this one")
     foreign = [name for name in names if name != RESIDUALS and not (target / name).is_file()]
     if foreign:
         raise DataError(
-            f"{target}: would be replaced with {_listed(foreign)} in it, which is no part of a checkpoint; "
-            "move it away, or give another folder"
+            f"{target}: would be replaced with {listed(map(shortened, foreign), 3)} in it, which is no part of a "
+            "checkpoint; move it away, or give another folder"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return listed(map(shortened, names), 3)
 
 
 def _check_names(source: Checkpoint) -> None:
     """Refuses shards that have the names of files that jlora itself writes beside them."""
     if taken := sorted({RECORD, RESIDUALS} & set(source.shards)):
         raise DataError(
-            f"{source.folder / taken[0]}: a shard of this name would be in the way of jlora's own; rename it"
+            f"{source.folder / taken[0]}: jlora writes a file of this name; rename the shard, and in the index too"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.disk._open import reason
+from jlora.disk._open import changed, identity, reason
 from jlora.disk._safetensors import TensorEntry, TensorFile
 from jlora.disk._small import read_json
 from jlora.errors import DataError, listed, shortened
@@ -36,7 +36,7 @@ class Checkpoint:
         self.folder, self.shards, self.index = _files(self.path)
         self.entries: dict[str, TensorEntry] = {}
         self.shard_of: dict[str, str] = {}
-        self.identities: dict[str, list[int]] = {}
+        self.identities: dict[str, tuple[int, ...]] = {}
         for shard in self.shards:
             with self.open(shard) as file:
                 if twice := self.entries.keys() & file.entries.keys():
@@ -55,24 +55,22 @@ class Checkpoint:
           DataError: it is not the file that it was at first.
         """
         file = TensorFile(self.folder / shard)
-        found = _identity(os.fstat(file.fileno()))
+        found = file.identity()
         if self.identities.setdefault(shard, found) != found:
             file.close()
-            raise self._changed(shard)
+            raise changed(file.path)
         return file
 
     def check_unchanged(self) -> None:
         """Raises a DataError where a file was replaced, or written to, since the headers were read."""
-        for shard, identity in self.identities.items():
+        for shard, before in self.identities.items():
+            path = self.folder / shard
             try:
-                found = _identity(os.stat(self.folder / shard))
+                found = identity(os.stat(path))
             except OSError:
-                raise self._changed(shard) from None
-            if found != identity:
-                raise self._changed(shard)
-
-    def _changed(self, shard: str) -> DataError:
-        return DataError(f"{self.folder / shard}: has changed since it was read first; start again when it is at rest")
+                raise changed(path) from None
+            if found != before:
+                raise changed(path)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor, in memory of its own."""
@@ -90,10 +88,6 @@ class Checkpoint:
             for name in _names(self.folder)
             if os.path.isfile(self.folder / name) and name[0] != "." and Path(name).suffix not in _OTHER_WEIGHTS
         ]
-
-
-def _identity(found: os.stat_result) -> list[int]:
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:

@@ -45,6 +45,16 @@ def read_all(file: BinaryIO, path: str | Path, most: int) -> bytes:
         raise DataError(f"{_shown(path)}: cannot be read: {reason(error)}") from None
 
 
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to, even by one of the same size and time."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def changed(path: str | Path) -> DataError:
+    """The error for a file that is another than it was when it was opened first."""
+    return DataError(f"{_shown(path)}: was changed while it was read; start again when it is at rest")
+
+
 def reason(error: Exception) -> str:
     """What the system says, without the number of the error and the path."""
     return str(getattr(error, "strerror", None) or error)

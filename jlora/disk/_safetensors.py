@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jlora.disk._lazy import LazyArray
-from jlora.disk._open import open_to_read, reason
+from jlora.disk._open import changed, identity, open_to_read, reason
 from jlora.disk._small import parse_json
 from jlora.errors import DataError, shortened
 
@@ -117,6 +117,10 @@ class TensorFile:
         """The file's descriptor."""
         return self._handle
 
+    def identity(self) -> tuple[int, ...]:
+        """What changes when the file is written to, and is another one's in a file that takes its place."""
+        return identity(os.fstat(self._handle))
+
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor, `entries[name].shape`, in memory of its own.
 
@@ -145,11 +149,11 @@ class TensorFile:
             file = copy.copy(self)
             file._handle = open_to_read(self.path)
             with file:
-                if _identity(file._handle) != identity:
-                    raise DataError(f"{self.path}: was changed while it was read")
+                if file.identity() != found:
+                    raise changed(self.path)
                 return file.read(name)
 
-        entry, identity = self.entries[name], _identity(self._handle)
+        entry, found = self.entries[name], self.identity()
         return LazyArray(entry.shape, entry.dtype, load)
 
     def read_into(self, start: int, array: np.ndarray[Any, Any]) -> None:
@@ -178,11 +182,6 @@ class TensorFile:
         data = parse_json(text.tobytes())
         metadata = _metadata(data.pop("__metadata__", {}))
         return _entries(data, 8 + length, size), metadata, 8 + length
-
-
-def _identity(handle: int) -> tuple[int, ...]:
-    stat = os.fstat(handle)
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def write_tensors(file: Writer, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
+from jlora.disk import write_whole
 from jlora.errors import ConfigError, DataError, listed
 from jlora.paths import leaves_by_path
 from jlora.recipes._config import JobConfig
@@ -149,7 +150,7 @@ def write_trained(
 def report(folder: Path, results: list[Result], changed_state: list[str], console: Console) -> None:
     """Prints the table of results and writes it, with the curve, to the folder."""
     rows = [dataclasses.asdict(result) for result in results]
-    (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", (json.dumps(rows, indent=2) + "\n").encode("utf-8"))
     write_curve(folder / "curve.png", MetricsLog.read_file(folder / "metrics.jsonl"))
     metrics = [name for name in results[0].metrics if name != "loss"] or ["loss"]
     header = ("on the test set", *metrics, "trained parameters", "optimizer state", "seconds")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora.errors import DataError
+from jlora.errors import DataError, shortened
 from jlora.paths import leaves_by_path, nest
 
 
@@ -21,11 +21,17 @@ def write_arrays(folder: Path, tree: Any) -> None:
     """Writes the arrays as nested dicts of their paths; random keys as their data, empty arrays not at all.
 
     Of an array that each of several processes has for itself, as a count, that of the first one is written.
+
+    Raises:
+      DataError: Orbax cannot write them; for a full disk its storage raises no OSError.
     """
     arrays = {path: _data(leaf) for path, leaf in leaves_by_path(tree).items() if leaf.size}
     arrays = {path: np.asarray(leaf) if _is_of_this_process(leaf) else leaf for path, leaf in arrays.items()}
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.StandardSave(nest(arrays)))
+        try:
+            checkpointer.save(folder, args=ocp.args.StandardSave(nest(arrays)))
+        except ValueError as error:
+            raise DataError(f"{folder}: cannot be written: {shortened(str(error).strip(), 300)}") from None
 
 
 def read_arrays(folder: Path, like: Any) -> Any:

@@ -1,10 +1,11 @@
 """Checkpoints of the training state through Orbax, each written whole or not at all, and read as it was or not."""
 
+import contextlib
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,34 +123,34 @@ class Checkpoints:
         target, temporary = self.folder / str(step), self.folder / f".{step}.tmp"
 
         def tidy_up() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.iterdir():
-                if _TEMPORARY.fullmatch(leftover.name):
-                    shutil.rmtree(leftover)
+            with self._named():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.iterdir():
+                    if _TEMPORARY.fullmatch(leftover.name):
+                        shutil.rmtree(leftover)
 
         def keep() -> None:
-            write_manifest(temporary, {"step": step, "arrays": array_types(state)})
-            self._remove(step)
-            os.rename(temporary, target)
-            good = [other for other in self._steps() if other < step and self._types.get(other) is not None]
-            for other in self._steps():
-                if other != step and other not in good[1 - _KEPT :]:
-                    self._remove(other)
+            with self._named():
+                write_manifest(temporary, {"step": step, "arrays": array_types(state)})
+                self._remove(step)
+                os.rename(temporary, target)
+                good = [other for other in self._steps() if other < step and self._types.get(other) is not None]
+                for other in self._steps():
+                    if other != step and other not in good[1 - _KEPT :]:
+                        self._remove(other)
 
-        in_first(self._named(tidy_up))
-        self._named(lambda: write_arrays(temporary, state))()
-        in_first(self._named(keep))
+        in_first(tidy_up)
+        with self._named():
+            write_arrays(temporary, state)
+        in_first(keep)
 
-    def _named(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The work, with what the system refuses as a DataError."""
-
-        def named() -> None:
-            try:
-                work()
-            except OSError as error:
-                raise DataError(f"{self.folder}: cannot be written: {reason(error)}") from None
-
-        return named
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What the system refuses, as a DataError with the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be written: {reason(error)}") from None
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint: under another name first, so that half of one is never met under its own."""

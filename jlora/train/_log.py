@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from jlora.disk import read_json_lines, write_whole
+from jlora.disk import read_json_lines, reason, write_whole
 from jlora.errors import DataError, shortened
 
 
@@ -41,8 +41,16 @@ class MetricsLog:
         write_whole(self.path, "".join(map(_line, kept)).encode("utf-8"))
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+        """Adds a row.
+
+        Raises:
+          DataError: the system refuses, as for a full disk.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written: {reason(error)}") from None
 
     @staticmethod
     def read_file(path: str | Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
-"""What the commands on files write in place of what is there: whatever call of libc fails, one of both is whole."""
+"""What the commands on files write: whatever call of libc fails, what was there or what was to come is whole."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jlora.checkpoints import combine, convert, extract, merge, read_adapters, resize, unmerge
+from jlora.errors import JloraError
 from jlora.paths import leaves_by_path
 from tests.checkpoints.make import bits, peft_parts, random, write_checkpoint, write_peft
 from tests.faults_below import KINDS, Writers
@@ -90,7 +92,8 @@ def inputs(tmp_path_factory):
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("write", COMMANDS, ids=lambda write: write.__name__)
-def test_replaced(writers, inputs, tmp_path, write: Callable[[Path, int], None], kind, stride):
+@pytest.mark.parametrize("there", [1, None], ids=["replaced", "new"])
+def test_whole(writers, inputs, tmp_path, there: int | None, write: Callable[[Path, int], None], kind, stride):
     (tmp_path / "inputs").symlink_to(inputs)
     wanted, before = {}, bits(inputs)
     for generation in GENERATIONS:
@@ -100,9 +103,16 @@ def test_replaced(writers, inputs, tmp_path, write: Callable[[Path, int], None],
     call, reached = 0, True
     while reached:
         out = tmp_path / f"{call}" / "out"
-        write(out, 1)
+        out.parent.mkdir()
+        if there:
+            write(out, there)
         reached, status = writers.run(write.__name__, out, 2, kind, call)
-        assert held(out) in ([wanted[1], wanted[2]] if status else [wanted[2]])
+        try:
+            assert held(out) in ([wanted[2], wanted.get(there)] if status else [wanted[2]])
+        except JloraError:
+            assert status
+            assert not there
+            shutil.rmtree(out, ignore_errors=True)  # of what is not whole no command makes more
         write(out, 3)
         assert held(out) == wanted[3]
         assert [path.name for path in out.parent.iterdir()] == ["out"]

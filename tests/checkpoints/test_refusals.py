@@ -94,7 +94,7 @@ def test_a_shard_with_a_name_of_jloras_own(tmp_path, made, name):
     index.write_text(index.read_text().replace(first.name, name))
     first.rename(base / name)
     with pytest.raises(
-        DataError, match=rf"base/{name}: a shard of this name would be in the way of jlora's own; rename"
+        DataError, match=rf"base/{name}: jlora writes a file of this name; rename the shard, and in the index"
     ):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig
+from jlora.errors import JloraError
 from jlora.interop.peft import is_peft_folder, read_peft, write_peft
 from jlora.storage import load_adapters, save_adapters
 from tests.faults_below import KINDS, Writers
@@ -37,7 +38,8 @@ def peft(folder: Path, generation: int) -> None:
 
 
 def toml(folder: Path, generation: int) -> None:
-    folder.mkdir(exist_ok=True)
+    if not folder.exists():
+        folder.mkdir()
     config_of(generation).write(folder / "lora.toml")
 
 
@@ -68,3 +70,25 @@ def test_replaced(writers, tmp_path, write, kind, stride):
         assert sorted(path.name for path in folder.iterdir()) == names
         call += stride
     assert call >= least
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("write", [own, peft, toml], ids=lambda write: write.__name__)
+def test_written_where_nothing_is(writers, tmp_path, write, kind, stride):
+    write(tmp_path / "alone", 1)
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    call, reached = 0, True
+    while reached:
+        folder = tmp_path / f"{call}" / "a"
+        (folder if write is toml else folder.parent).mkdir(parents=True)
+        reached, status = writers.run(write.__name__, folder, 2, kind, call)
+        try:
+            assert generation_of(folder) == 2
+        except JloraError:
+            assert status
+        write(folder, 3)
+        assert generation_of(folder) == 3
+        assert sorted(path.name for path in folder.iterdir()) == names
+        call += stride
+    assert call > stride
