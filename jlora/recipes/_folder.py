@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from jlora.adapter import is_update
 from jlora.config import LoraConfig
-from jlora.disk import write_whole
+from jlora.disk import remove_leftovers, write_whole
 from jlora.errors import ConfigError, DataError, listed
 from jlora.paths import leaves_by_path
 from jlora.recipes._config import JobConfig
@@ -27,10 +26,9 @@ from jlora.tables import text_table
 from jlora.train import MetricsLog, TrainState
 from jlora.transform import lora
 
-_WRITTEN = (
+_WRITTEN = (  # beside config.toml
     "adapters",
     "checkpoints",
-    "config.toml",
     "curve.png",
     "metrics.jsonl",
     "model_state",
@@ -106,6 +104,7 @@ def check_folder(folder: Path, job: JobConfig, resume: bool, extend: bool, force
       DataError, ConfigError: the folder is not one that this run may write.
     """
     written = folder / "config.toml"
+    remove_leftovers(written)
     if resume:
         if not written.exists():
             raise DataError(f"{folder}: nothing to resume: it holds no run")
@@ -119,7 +118,10 @@ def check_folder(folder: Path, job: JobConfig, resume: bool, extend: bool, force
 
 
 def prepare_folder(folder: Path, job: JobConfig, resume: bool, changed: list[str]) -> None:
-    """Makes the folder, empty of what an older run wrote, with the configuration; one that is resumed stays."""
+    """Makes the folder, empty of what an older run wrote, with the configuration; one that is resumed stays.
+
+    The older configuration goes last and at once: a folder that held a run holds one at every moment.
+    """
     try:
         if not resume:
             folder.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,7 @@ def prepare_folder(folder: Path, job: JobConfig, resume: bool, changed: list[str
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if changed or not resume:
-            job.write(folder / ".config.new.toml")
-            os.replace(folder / ".config.new.toml", folder / "config.toml")
+            job.write(folder / "config.toml")
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}; give output.folder another path") from None
 

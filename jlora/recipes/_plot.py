@@ -1,11 +1,14 @@
 """The curve of a run as a picture."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from jlora.disk import write_whole
 
 _COLORS = {"loss": "tab:blue", "accuracy": "tab:orange"}
 
@@ -16,6 +19,9 @@ def write_curve(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     Args:
       path: of the PNG file.
       rows: the metrics of a run, as `MetricsLog` writes them.
+
+    Raises:
+      DataError: the file cannot be written.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -35,4 +41,6 @@ def write_curve(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     handles = [line for axis in axes.values() for line in axis.get_lines()]
     if handles:
         left.legend(handles=handles, loc="center right")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())

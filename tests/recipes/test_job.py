@@ -233,10 +233,11 @@ class TestRun:
 
 
 class TestFolder:
-    def test_a_finished_run_is_resumed_bitwise_without_a_step(self, users):
-        before = (users.folder / "metrics.jsonl").read_bytes()
-        _, results = run(users.folder, resume=True, full={"enabled": True, "learning_rate": 0.02})
-        assert (users.folder / "metrics.jsonl").read_bytes() == before
+    def test_a_finished_run_is_resumed_bitwise_without_a_step(self, users, tmp_path):
+        folder = shutil.copytree(users.folder, tmp_path / "run")
+        before = (folder / "metrics.jsonl").read_bytes()
+        _, results = run(folder, resume=True, full={"enabled": True, "learning_rate": 0.02})
+        assert (folder / "metrics.jsonl").read_bytes() == before
         assert [r.metrics for r in results] == [r.metrics for r in users.results]
 
     def test_force_begins_anew_and_leaves_other_files_alone(self, tmp_path):
