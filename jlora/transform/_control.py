@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,9 @@ from jax.extend.core import JaxprEqn, jaxpr_as_fun
 from jax.sharding import PartitionSpec, Sharding
 
 from jlora.transform import _combine as combine
+from jlora.transform._compiled import evaluate_compiled
 from jlora.transform._jax import bind, mapped_axes, opened, scan_counts, scan_options, varied, varying_axes
-from jlora.transform._run import Run, Settings
+from jlora.transform._run import Run
 from jlora.transform._weight import Factor, Weight, bare, base_of, is_marked, is_weight, of_params
 
 
@@ -25,40 +25,10 @@ def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     key = run.next_key()
     inputs = [_placed(value, sharding) for value, sharding in zip(inputs, params["in_shardings"], strict=True)]
     if run.uses is None:
-        source = run.source_of(eqn) if run.settings.strict else ""
-        program, undropped = _compiled(params["jaxpr"], params["name"], run.settings, source)
-        outputs = program(key, inputs)
-        if key is not None:
-            given = [path for value in inputs if is_weight(value) for path in value.paths]
-            run.undropped.update((path, None) for path in given if path in undropped)
+        outputs = evaluate_compiled(run, eqn, key, inputs)
     else:
         outputs = run.inner(eqn, key).evaluate(params["jaxpr"], inputs)
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
-
-
-_Compiled = tuple[Callable[..., Any], dict[str, None]]
-_PROGRAMS: MutableMapping[Any, dict[Any, _Compiled]] = weakref.WeakKeyDictionary()
-
-
-def _compiled(jaxpr: Any, name: str, settings: Settings, source: str) -> _Compiled:
-    """The program with weights in it under jit: the same function again, so that it is compiled once.
-
-    With it come the paths of the weights that were ever merged in it although there was a key. A jaxpr holds the arrays
-    that the program closes over. It is known to the function by a weak reference only, so that both are let go of with
-    it; whoever calls the function has the jaxpr.
-    """
-    functions = _PROGRAMS.setdefault(jaxpr, {})
-    key = name, settings, source
-    if key not in functions:
-        known = weakref.ref(jaxpr)
-        undropped: dict[str, None] = {}
-
-        def program(key: Any, inputs: Any) -> Any:
-            return Run(settings, key, source=source, undropped=undropped).evaluate(known(), inputs)
-
-        program.__name__ = program.__qualname__ = name
-        functions[key] = jax.jit(program), undropped
-    return functions[key]
 
 
 def _placed(value: Any, sharding: Any) -> Any:

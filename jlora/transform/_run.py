@@ -1,7 +1,7 @@
 """The evaluation of a traced program in which some values are adapted weights."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class Run:
       uses: where the uses are written to; None for nowhere.
       draws: one entry for each key that was taken.
       undropped: the paths of the weights that are merged although there is a key.
+      paths: of the weights in params, by the labels that weights have instead in a program that is compiled once for
+        many of them.
     """
 
     settings: Settings
@@ -102,6 +104,7 @@ class Run:
     uses: list[Use] | None = None
     draws: list[None] = dataclasses.field(default_factory=list)
     undropped: dict[str, None] = dataclasses.field(default_factory=dict)
+    paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, closed or open, for inputs of which some are weights."""
@@ -146,8 +149,8 @@ class Run:
         if self.settings.strict and not weight.probe:
             place = f"{eqn.primitive.name} at {self.source_of(eqn)}" if eqn else "the output of the function"
             raise AdapterError(
-                f"{weight.path}: {place} cannot be factored: {why}; leave the weight out with exclude_modules, "
-                "or allow merging with strict=False"
+                f"{self.path_of(weight)}: {place} cannot be factored: {why}; leave the weight out with "
+                "exclude_modules, or allow merging with strict=False"
             )
         if self.key is not None and not weight.probe:
             why += "; no dropout"
@@ -157,6 +160,10 @@ class Run:
         flops = 2.0 * weight.rank * weight.value.size
         self.record(eqn, weight, roles=roles, factored=False, why=why, adapter_flops=flops)
         return weight.merged()
+
+    def path_of(self, weight: Weight) -> str:
+        """The paths in params of what a weight is made of, as one word, for messages."""
+        return " with ".join(self.paths.get(path, path) for path in weight.paths)
 
     def source_of(self, eqn: JaxprEqn) -> str:
         """The line of the user's code that an equation comes from."""
