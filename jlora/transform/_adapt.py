@@ -11,7 +11,7 @@ from jlora.config import LoraConfig
 from jlora.cost import CostModel
 from jlora.transform._explain import adapted_uses
 from jlora.transform._lora import lora
-from jlora.transform._rules import RULES
+from jlora.transform._registry import registry
 from jlora.transform._run import Settings
 from jlora.transform._uses import check_handed_on, resolve
 
@@ -80,7 +80,7 @@ def adapt(
     check_handed_on("jlora.adapt", fn, ["key", "strict", "cost_model", "dropout_keyword"], args)
     resolved, left_out = resolve(fn, config, params, args, kwargs, strict=strict)
     if strict:
-        settings = Settings(RULES, cost_model or CostModel(), strict, config.dropout)
+        settings = Settings(registry(), cost_model or CostModel(), strict, config.dropout)
         adapted_uses(fn, resolved, params, args, kwargs, settings)
     adapters = tree.init_lora(key, params, resolved)
     report = dataclasses.replace(tree.summary(params, adapters, resolved), left_out=left_out)

@@ -17,7 +17,7 @@ from jlora.tables import html_table, text_table
 from jlora.transform._keywords import name_of
 from jlora.transform._lora import adapted_weights, tell_of_unread
 from jlora.transform._program import Program
-from jlora.transform._rules import RULES
+from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings, Use
 from jlora.transform._uses import check_handed_on, resolve
 from jlora.tree import LeftOut, left_out_html, left_out_text
@@ -120,7 +120,7 @@ def explain(
     check_handed_on("jlora.explain", fn, ["cost_model"], args)
     resolved, left_out = resolve(fn, config, params, args, kwargs)
     adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
-    settings = Settings(RULES, cost_model or CostModel(), dropout=config.dropout)
+    settings = Settings(registry(), cost_model or CostModel(), dropout=config.dropout)
     uses = adapted_uses(fn, resolved, params, args, kwargs, settings)
     shapes = leaves_by_path(params)
     found = leaves_by_path(adapters, is_leaf=is_adapter)

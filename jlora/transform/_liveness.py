@@ -6,6 +6,7 @@ from typing import Any
 from jax.extend.core import JaxprEqn, Literal
 
 from jlora.transform._jax import opened, scan_counts
+from jlora.transform._primitives import name_of_primitive
 
 Flags = Sequence[bool]
 _ONE_PROGRAM = ("jaxpr", "call_jaxpr")
@@ -34,7 +35,7 @@ def live_inputs(jaxpr: Any, live_outputs: Flags | None = None) -> list[bool]:
 
 def _read(eqn: JaxprEqn, live_outputs: Flags) -> list[bool]:
     """Which inputs of an equation its live outputs depend on."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params = name_of_primitive(eqn.primitive), eqn.params
     if name == "scan":
         return _of_scan(params, live_outputs)
     if name == "while":

@@ -13,7 +13,7 @@ from jlora.errors import AdapterError, ConfigError, JloraWarning, listed
 from jlora.paths import leaves_by_path
 from jlora.transform._keywords import check_keywords, name_of
 from jlora.transform._program import Program
-from jlora.transform._rules import RULES
+from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings
 from jlora.transform._weight import Weight, adapted
 from jlora.tree import adapted_targets, check_config, check_floating, settle_params
@@ -69,7 +69,6 @@ def lora(
     """
     check_config(config)
     _check_keyword(fn, dropout_keyword)
-    settings = Settings(RULES, cost_model or CostModel(), strict, config.dropout)
     name = name_of(fn)
 
     def adapted_fn(params: Any, adapters: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +79,7 @@ def lora(
         program = Program(fn, params, args, kwargs)
         if not partial:
             tell_of_unread(name, program, entries, strict)
+        settings = Settings(registry(), cost_model or CostModel(), strict, config.dropout)
         run = Run(settings, key if config.dropout else None)
         outputs = program.evaluate(run, weights, program.leaves)
         if run.key is not None:

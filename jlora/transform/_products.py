@@ -105,7 +105,7 @@ def dot_general(
     explicit = out_sharding is not None or any(spec_of(x)) or any(spec_of(weight.value))
     flatten = flatten and not explicit and len(whole.rest) > 1 and whole.rest in whole.x
     dot = whole.joined() if flatten else whole
-    order = _matching(weight, dot.roles)
+    order = matching(weight, dot.roles)
     if order is None and not _narrows(weight, dot.roles):
         return "no axis that is contracted belongs to A alone or to B alone"
     sizes = dict(zip(whole.x + whole.weight, x.shape + weight.shape, strict=True))
@@ -153,7 +153,7 @@ def _in_order(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int]
     return product.transpose([found.index(c) for c in dot.y])
 
 
-def _matching(weight: Weight, roles: str) -> tuple[int, int] | None:
+def matching(weight: Weight, roles: str) -> tuple[int, int] | None:
     """The order of the factors in which the first has the in axes, the second the out axes, and both the batch axes."""
     used = {role: tuple(d for d, found in enumerate(roles) if found == role) for role in "bio"}
     if weight.probe or weight.shared != used["b"]:
@@ -218,7 +218,7 @@ def ragged_dot_general(
     ):
         return "a form of ragged_dot that is not rows times (experts, in, out)"
     roles = "".join("b" if d in groups else "i" if d in w_in else "o" for d in range(3))
-    order = _matching(weight, roles)
+    order = matching(weight, roles)
     if order is None and not weight.probe:
         return "the groups are not the batch axis of the adapter"
 
@@ -254,7 +254,7 @@ def conv_general_dilated(
     if weight_first or batch_group_count != 1:
         return "the weight is not the kernel of the convolution"
     roles = "".join("o" if d == out_axis else "i" for d in range(len(weight.shape)))
-    order = _matching(weight, roles)
+    order = matching(weight, roles)
     if order is None and not weight.probe:
         return "the features of the convolution are not the out axis of the adapter"
     explicit = out_sharding is not None or any(spec_of(x)) or any(spec_of(weight.value))

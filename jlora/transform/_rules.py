@@ -1,4 +1,4 @@
-"""The registry: one row for each primitive that a weight is followed through."""
+"""The forms of a rule: what a primitive that meets a weight does with it."""
 
 import dataclasses
 import functools
@@ -12,15 +12,13 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.contraction import common_dtype
-from jlora.transform import _combine as combine
-from jlora.transform import _control as control
-from jlora.transform import _products as products
-from jlora.transform import _sharded as sharded
 from jlora.transform import _structure as structure
 from jlora.transform._jax import bind
 from jlora.transform._products import Product, Update, cost, known
-from jlora.transform._run import Registry, Rule, Run, lookup_roles
+from jlora.transform._run import Rule, Run, lookup_roles
 from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
+
+MOVED = "what it makes of the weight is no product of factors"
 
 
 def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = False) -> Rule:
@@ -38,7 +36,7 @@ def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = 
         if is_weight(weight) and not any(map(is_weight, others)):
             factors = rule(weight, *others, **eqn.params)
         if factors is None or isinstance(factors, str):
-            why = factors or "what it makes of the weight is no product of factors"
+            why = factors or MOVED
             return bind(eqn, run.merge_all(eqn, inputs, why))
         values = bind(eqn, [value.value if value is weight else value for value in inputs])
         return [
@@ -112,7 +110,7 @@ def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     rows = dataclasses.replace(weight, value=values[0], factors=tuple(factors), of_data=of_data)
     indexed = structure.indexed_axes(weight.shape, eqn.params)
     by_batch_axis = set(indexed) <= set(weight.shared) if indexed else rows.is_matrix
-    if weight.probe or indices.ndim == 1 or by_batch_axis:
+    if weight.probe or run.keeps_rows or indices.ndim == 1 or by_batch_axis:
         return [rows]
     roles = "".join("i" if axis in indexed else "o" for axis in range(len(weight.shape)))
     flops = 2.0 * rows.rank * known(rows.value.size)
@@ -220,57 +218,3 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
         return y, dy
 
     return product(x, *arrays)
-
-
-RULES = Registry(
-    {
-        "add": joins(combine.add),
-        "add_any": joins(combine.add),
-        "all_gather": moves(sharded.all_gather),
-        "all_to_all": moves(sharded.all_to_all),
-        "broadcast_in_dim": moves(structure.broadcast_in_dim),
-        "concatenate": joins(combine.concatenate),
-        "convert_element_type": moves(structure.convert_element_type),
-        "copy": moves(structure.same),
-        "div": moves(structure.div),
-        "dynamic_slice": moves(structure.dynamic_slice),
-        "mul": moves(structure.mul, either_side=True),
-        "name": each,
-        "neg": moves(structure.neg),
-        "pad": moves(structure.pad),
-        "ppermute": moves(sharded.ppermute),
-        "pvary": moves(structure.same),
-        "reduce_precision": each,
-        "reshape": moves(structure.reshape),
-        "mesh_cast": places,  # of auto_axes, before JAX 0.8
-        "reshard": places,
-        "rev": moves(structure.rev),
-        "scatter-add": joins(combine.scatter_add, besides=(1,)),
-        "scatter-sub": joins(combine.scatter_add, besides=(1,)),
-        "select_n": joins(combine.select_n, besides=(0,)),
-        "sharding_constraint": moves(structure.same),
-        "slice": moves(structure.slice_),
-        "split": moves(structure.split, parts=True),
-        "squeeze": moves(structure.squeeze),
-        "stack": joins(combine.stack),
-        "stop_gradient": moves(structure.stop_gradient),
-        "sub": joins(combine.sub),
-        "tile": moves(structure.tile),
-        "transpose": moves(structure.transpose),
-        "unstack": moves(structure.unstack, parts=True),
-        "conv_general_dilated": multiplies(products.conv_general_dilated),
-        "dot_general": multiplies(products.dot_general),
-        "gather": looks_up,
-        "ragged_dot_general": multiplies(products.ragged_dot_general),
-        "cond": control.cond,
-        "custom_jvp_call": control.custom_derivative,
-        "custom_vjp_call": control.custom_derivative,
-        "device_put": control.side_by_side,
-        "jit": control.jit,
-        "optimization_barrier": control.side_by_side,
-        "remat2": control.checkpoint,
-        "scan": control.scan,
-        "shard_map": control.shard_map,
-        "while": control.while_,
-    }
-)

@@ -8,23 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Primitive, Var
 
 from jlora.cost import CostModel
 from jlora.errors import AdapterError
 from jlora.paths import path_number
 from jlora.transform._jax import bind, opened, varying_axes
+from jlora.transform._primitives import name_of_primitive, primitive_of_jax
 from jlora.transform._weight import Plain, Weight, bare, is_marked, is_weight, of_params
 from jlora.transform._whole import UNKNOWN, WHOLE
 
 Rule = Callable[["Run", JaxprEqn, Sequence[Any]], Sequence[Any]]
 
 
-class Registry(dict[str, Rule]):
-    """Primitive name -> rule, for primitives that meet a weight; a constant, hashed by its identity."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Registry:
+    """Which rule a primitive has that meets a weight; a constant, hashed by its identity.
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__
+    Attributes:
+      of_jax: of JAX's primitives, by name.
+      registered: of any others, and in place of JAX's.
+    """
+
+    of_jax: Mapping[str, Rule]
+    registered: Mapping[Primitive, Rule]
+
+    def rule_of(self, primitive: Primitive) -> Rule | None:
+        """The rule of a primitive; None if the weight is merged for it."""
+        if primitive in self.registered:
+            return self.registered[primitive]
+        return self.of_jax.get(primitive.name) if primitive_of_jax(primitive.name) is primitive else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +108,7 @@ class Run:
       undropped: the paths of the weights that are merged although there is a key.
       paths: of the weights in params, by the labels that weights have instead in a program that is compiled once for
         many of them.
+      keeps_rows: whether what is looked up in a weight is one, and not a value.
     """
 
     settings: Settings
@@ -105,6 +119,7 @@ class Run:
     draws: list[None] = dataclasses.field(default_factory=list)
     undropped: dict[str, None] = dataclasses.field(default_factory=dict)
     paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keeps_rows: bool = False
 
     def evaluate(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, closed or open, for inputs of which some are weights."""
@@ -134,10 +149,10 @@ class Run:
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
             if not any(map(is_weight, inputs)):
                 return bind(eqn, list(map(bare, inputs)))
-            rule = self.settings.rules.get(eqn.primitive.name)
+            rule = self.settings.rules.rule_of(eqn.primitive)
             if rule is not None:
                 return rule(self, eqn, inputs)
-            return bind(eqn, self.merge_all(eqn, inputs, WHOLE.get(eqn.primitive.name, UNKNOWN)))
+            return bind(eqn, self.merge_all(eqn, inputs, WHOLE.get(name_of_primitive(eqn.primitive), UNKNOWN)))
 
     def merge_all(self, eqn: JaxprEqn | None, inputs: Sequence[Any], why: str) -> list[Any]:
         """The inputs of an equation, or the outputs of the whole program, as arrays: every weight is merged."""
@@ -147,7 +162,9 @@ class Run:
     def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> jax.Array:
         """The merged weight, for an equation that takes it as a whole."""
         if self.settings.strict and not weight.probe:
-            place = f"{eqn.primitive.name} at {self.source_of(eqn)}" if eqn else "the output of the function"
+            place = (
+                f"{name_of_primitive(eqn.primitive)} at {self.source_of(eqn)}" if eqn else "the output of the function"
+            )
             raise AdapterError(
                 f"{self.path_of(weight)}: {place} cannot be factored: {why}; leave the weight out with "
                 "exclude_modules, or allow merging with strict=False"
@@ -187,7 +204,7 @@ class Run:
         """
         if self.uses is None:
             return
-        name = eqn.primitive.name if eqn else "return"
+        name = name_of_primitive(eqn.primitive) if eqn else "return"
         share = self.times / len(weight.paths)
         for path in weight.paths:
             self.uses.append(

@@ -13,7 +13,7 @@ from jlora.errors import ConfigError
 from jlora.paths import literal_pattern, names_leaf
 from jlora.transform._keywords import check_keywords
 from jlora.transform._program import Program
-from jlora.transform._rules import RULES
+from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings, Use
 from jlora.transform._weight import probe
 from jlora.tree import Known, LeftOut, Survey, check_config, is_floating, is_targeted, survey
@@ -136,7 +136,7 @@ def _probed(fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, 
     """
     program = Program(fn, params, args, kwargs)
     uses: list[Use] = []
-    run = Run(Settings(RULES, _NEVER_MERGED), uses=uses)
+    run = Run(Settings(registry(), _NEVER_MERGED), uses=uses)
     probed: list[str] = []
 
     def evaluated(*arrays: jax.Array) -> Any:

@@ -10,7 +10,8 @@ import pytest
 from jax.extend.core import Primitive
 
 from jlora import AdapterError, LoraConfig, lora
-from jlora.transform._rules import RULES
+from jlora.transform._primitives import primitive_of_jax
+from jlora.transform._registry import RULES
 from jlora.transform._whole import UNKNOWN, WHOLE
 
 NAMES = """
@@ -34,9 +35,15 @@ def test_every_primitive_is_decided_once():
     names = installed()
     assert len(names) > 200
     assert names - set(RULES) - set(WHOLE) == set(), (
-        "add a rule to _rules.py, or the reason why there is none to _whole.py"
+        "add a rule to _registry.py, or the reason why there is none to _whole.py"
     )
     assert set(RULES) & set(WHOLE) == set()
+
+
+def test_every_rule_of_jax_is_known_by_the_object():
+    """A name alone would do for a primitive of another library too."""
+    for name in (installed() | {"shard_map"}) & set(RULES):
+        assert primitive_of_jax(name) is not None, name
 
 
 REASONS = {

@@ -15,7 +15,7 @@ import pytest
 from jax import export
 
 import jlora
-from jlora.transform._rules import RULES
+from jlora.transform._registry import RULES
 from tests.transform.test_places import ELSEWHERE, MOVED, PLACES, Recording, installed
 from tests.transform.test_primitives import (
     FACTORED,
@@ -44,9 +44,9 @@ def programs() -> dict[str, tuple[Program, str]]:
     tried |= {name: (dataclasses.replace(PROGRAMS["matmul"], fn=fn), "grad jvp") for name, fn in MOVED.items()}
     chosen, met = {}, set()
     for name, (program, modes) in tried.items():
-        recording = Recording(RULES)
+        recording = Recording()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("jlora.transform._lora.RULES", recording)
+            patch.setattr("jlora.transform._lora.registry", lambda recording=recording: recording)
             jax.eval_shape(adapted(program, "factored"), *shapes(program))
         if name in FEW or recording.met & set(RULES) - met:
             met |= recording.met

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Primitive
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from jlora.transform._rules import RULES
+from jlora.transform._primitives import name_of_primitive
+from jlora.transform._registry import RULES
+from jlora.transform._run import Registry
 from tests.transform.test_decided import installed
 from tests.transform.test_primitives import (
     FACTORED,
@@ -283,22 +286,16 @@ def test_what_has_a_custom_vjp_has_no_jvp(rng, name):
             jax.jvp(fn, primals, primals)
 
 
-class Recording(dict):
-    """Rules that remember which were asked for."""
+class Recording(Registry):
+    """Rules that remember which were asked for, by name."""
 
-    def __init__(self, rules: Any) -> None:
-        super().__init__(rules)
-        self.met: set[str] = set()
+    def __init__(self) -> None:
+        super().__init__(RULES, {})
+        object.__setattr__(self, "met", set())
 
-    def get(self, name: str, default: Any = None) -> Any:
-        self.met.add(name)
-        return super().get(name, default)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    def rule_of(self, primitive: Primitive) -> Any:
+        self.met.add(name_of_primitive(primitive))
+        return super().rule_of(primitive)
 
 
 def on_one_device(move: Callable[[Any], Any]) -> Function:
@@ -334,8 +331,8 @@ ELSEWHERE = {"mesh_cast"}  # auto_axes before JAX 0.8, in test_explicit.py
 
 
 def test_every_rule_meets_a_weight(rng, monkeypatch):
-    recording = Recording(RULES)
-    monkeypatch.setattr("jlora.transform._lora.RULES", recording)
+    recording = Recording()
+    monkeypatch.setattr("jlora.transform._lora.registry", lambda: recording)
     placed = [place.program(PROGRAMS["matmul"]) for place in PLACES.values()]
     moved = [dataclasses.replace(PROGRAMS["matmul"], fn=fn) for fn in MOVED.values()]
     for program in [*PROGRAMS.values(), *placed, *moved]:
