@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,14 @@ class Multiplies:
 
 UserRule = Callable[..., Moves | Multiplies | str]
 _R = TypeVar("_R", bound=UserRule)
+
+
+@overload
+def register(primitive: Primitive, rule: _R, *, replace: bool = False) -> _R: ...
+
+
+@overload
+def register(primitive: Primitive, rule: None = None, *, replace: bool = False) -> Callable[[_R], _R]: ...
 
 
 def register(primitive: Primitive, rule: Any = None, *, replace: bool = False) -> Any:
@@ -115,10 +123,9 @@ def register(primitive: Primitive, rule: Any = None, *, replace: bool = False) -
 def _followed(rule: UserRule, run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """The outputs of an equation by the rule of its primitive."""
     avals: Any = [atom.aval for atom in eqn.invars]
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    found = rule(*shapes, **eqn.params)
+    found = rule(*(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals), **eqn.params)
     if isinstance(found, Moves):
-        return _moved(found, run, eqn, inputs, shapes)
+        return _moved(found, run, eqn, inputs)
     if isinstance(found, Multiplies):
         return _multiplied(found, run, eqn, inputs)
     if isinstance(found, str):
@@ -130,30 +137,31 @@ def _wrong(eqn: JaxprEqn, what: str) -> AdapterError:
     return AdapterError(f"the rule that is registered for {name_of_primitive(eqn.primitive)}: {what}")
 
 
-def _moved(found: Moves, run: Run, eqn: JaxprEqn, inputs: Sequence[Any], shapes: Sequence[Any]) -> Sequence[Any]:
-    program = jax.make_jaxpr(lambda *operands: jax.tree.leaves(found.like(*operands)))(*shapes)
+def _moved(found: Moves, run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The value from the primitive, the factors from what the function of the rule does to the weight."""
+    values = list(map(base_of, inputs))
+    program = jax.make_jaxpr(lambda *operands: jax.tree.leaves(found.like(*operands)))(*values)
     avals: Any = [var.aval for var in eqn.outvars]
     of_like, wanted = ([aval.shape for aval in group] for group in (program.out_avals, avals))
     if of_like != wanted:
         raise _wrong(eqn, f"its function of Moves returns the shapes {of_like}, the primitive {wanted}")
-    quiet = dataclasses.replace(
-        run.inner(eqn, None), settings=dataclasses.replace(run.settings, strict=False), uses=[], keeps_rows=True
-    )
+    settings = dataclasses.replace(run.settings, strict=False)
+    quiet = dataclasses.replace(run.inner(eqn, None), settings=settings, uses=[], keeps_rows=True)
     moved = quiet.evaluate(program, inputs)
     for number, output in enumerate(moved):
         live = live_inputs(program, [place == number for place in range(len(moved))])
         read = [value for value, is_live in zip(inputs, live, strict=True) if is_live]
         if any(map(is_weight, read)) and not is_weight(output):
             return bind(eqn, run.merge_all(eqn, inputs, MOVED))
-    # What is looked up by more than one index is a value for the program, its rows of A times B are added
-    followed = dataclasses.replace(quiet, uses=[], keeps_rows=False)
-    kept = followed.evaluate(program, inputs)
+    # Rows that were looked up, as of an embedding, are no weight any more: those of A, times B, are added to them here.
+    usual = dataclasses.replace(quiet, uses=[], keeps_rows=False)
+    followed = usual.evaluate(program, inputs)
     if run.uses is not None:
-        run.uses.extend(followed.uses or ())
+        run.uses.extend(usual.uses or ())
     outputs = []
-    for value, of_move, of_program in zip(bind(eqn, list(map(base_of, inputs))), moved, kept, strict=True):
-        own = dataclasses.replace(of_move, value=value) if is_weight(of_move) else value
-        outputs.append(own if is_weight(own) == is_weight(of_program) else own.merged())
+    for value, of_move, of_program in zip(bind(eqn, values), moved, followed, strict=True):
+        output = dataclasses.replace(of_move, value=value) if is_weight(of_move) else value
+        outputs.append(output.merged() if is_weight(output) and not is_weight(of_program) else output)
     return outputs
 
 
@@ -165,7 +173,7 @@ def _multiplied(found: Multiplies, run: Run, eqn: JaxprEqn, inputs: Sequence[Any
         raise _wrong(eqn, f"found Multiplies for {len(avals)} results, wanted one")
     shape = avals[0].shape
 
-    def product(weight: Weight, x: jax.Array, *rest: Any, **_: Any) -> products.Product | str:
+    def product(weight: Weight, x: jax.Array, /, *rest: Any, **_: Any) -> products.Product | str:
         try:
             einsum = factored_einsum(found.equation, x.ndim, len(weight.shape))
         except AdapterError as error:

@@ -130,7 +130,8 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
             for number, value in enumerate(inputs)
         ]
         weight, x, rest = inputs[place], inputs[1 - place], inputs[2:]
-        product = rule(weight, x, *rest, weight_first=place == 0, flatten=run.settings.cost.flattens(), **eqn.params)
+        params = eqn.params | {"weight_first": place == 0, "flatten": run.settings.cost.flattens()}
+        product = rule(weight, x, *rest, **params)
         if isinstance(product, str):
             return bind(eqn, run.merge_all(eqn, inputs, product))
 

@@ -156,6 +156,16 @@ def test_without_an_update_it_is_the_einsum_and_the_weight_stands_on_either_side
     assert_close(found, np.einsum("etd,edf->tef", as64(x), as64(params["w"]) + delta), factor=3)
 
 
+def test_its_parameters_may_have_any_names(rng):
+    names = dict.fromkeys(("weight", "x", "rest", "flatten", "weight_first", "run", "eqn", "inputs"), 2)
+    made = primitive("fused", lambda *operands, **params: params["x"] * jnp.matmul(*operands))
+    register(made, lambda *operands, **params: Multiplies("mk,kn->mn", lambda x, a, b: params["x"] * (x @ a) @ b))
+    params, adapters = weights(rng)
+    x = random_array(rng, (3, 5))
+    found = lora(lambda p, x: made.bind(x, p["w"], **names), CONFIG, strict=True)(params, adapters, x)
+    assert_close(found, 2 * as64(x) @ updated(params, adapters), factor=3)
+
+
 def test_the_input_of_the_update_has_dropout(rng):
     made = flat_kernel()
     params, adapters = weights(rng)

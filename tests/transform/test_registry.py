@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import Primitive
+from jax.sharding import AxisType, PartitionSpec
 
 import jlora
 from jlora import AdapterError, ConfigError, explain, lora, resolve_config
-from jlora.transform import Multiplies, register
+from jlora.transform import Multiplies, _primitives, register
 from jlora.transform._registry import RULES
 from jlora.transform._whole import UNKNOWN
 from tests.reference import as64, assert_close, random_array
@@ -42,6 +43,20 @@ def test_every_name_of_jaxs_may_be_taken():
         made = Primitive(name)
         made.def_abstract_eval(lambda w: w)
         jax.eval_shape(lora(lambda p, made=made: made.bind(p["w"]), CONFIG), *weights(np.random.default_rng(0)))
+
+
+def test_jaxs_own_are_found_wherever_they_are_first_met():
+    """Within a shard_map too, where no other one may be traced."""
+    mesh = jax.make_mesh((1,), ("z",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    found = {}
+
+    def body(x):
+        _primitives._traced.cache_clear()
+        found.update({name: _primitives.primitive_of_jax(name) for name in _primitives._TINY})
+        return x
+
+    jax.make_jaxpr(jax.shard_map(body, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()))(1.0)
+    assert [name for name in found if found[name] is None] in ([], ["mesh_cast"])  # which JAX 0.7 has alone
 
 
 # Registering
