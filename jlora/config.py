@@ -166,6 +166,10 @@ class LoraConfig:
         """The alpha that, divided by the rank, is the scaling of the update at `path`."""
         return effective_alpha(self.alpha_of(path), self.rank_of(path), self.scaling)
 
+    def scaling_of(self, path: str) -> float:
+        """What A@B is multiplied with at `path`."""
+        return self.effective_alpha_of(path) / self.rank_of(path)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for TOML and JSON: every field, but for a dtype of None."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -73,10 +73,6 @@ class Factorization:
         batch, ins, outs = (self.sizes(shape, role) for role in "bio")
         return (*batch, *ins, rank), (*batch, rank, *outs)
 
-    def out_shape(self, shape: Sequence[int]) -> Shape:
-        """The batch and out axes of a weight of this shape, which its magnitude has: B's shape without the rank."""
-        return self.sizes(shape, "b") + self.sizes(shape, "o")
-
     def out_like(self, array: Any) -> Any:
         """An array with the axes `(*batch, *out)`, in the order in which the weight has these axes."""
         order = [*self.axes("b"), *self.axes("o")]

@@ -1,5 +1,6 @@
 """One adapter: pure functions on `{'A': (*batch, *in, r), 'B': (*batch, r, *out)}`, and a layer that wraps them."""
 
+from jlora.adapter._entry import PARTS, Entry, boxed_entry, is_entry, part_axes
 from jlora.adapter._functions import (
     Adapter,
     draw_a,
@@ -14,30 +15,18 @@ from jlora.adapter._functions import (
 )
 from jlora.adapter._layer import LoRALayer
 from jlora.adapter._range import count_lost, range_problem
-from jlora.adapter._update import (
-    PARTS,
-    apply_update,
-    boxed_update,
-    check_update,
-    is_reversible,
-    is_update,
-    part_axes,
-    undo_update,
-)
 
 __all__ = [
     "PARTS",
     "Adapter",
+    "Entry",
     "LoRALayer",
-    "apply_update",
-    "boxed_update",
-    "check_update",
+    "boxed_entry",
     "count_lost",
     "draw_a",
     "init_lora_adapter",
     "is_adapter",
-    "is_reversible",
-    "is_update",
+    "is_entry",
     "lora_delta",
     "lora_linear",
     "lora_singular_values",
@@ -45,6 +34,5 @@ __all__ = [
     "part_axes",
     "range_problem",
     "tree_lora_delta",
-    "undo_update",
     "unmerge_lora_weight",
 ]

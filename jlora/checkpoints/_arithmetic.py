@@ -4,7 +4,6 @@ The blocks are small enough to stay in the cache, and the same in both direction
 block is unmerged by the same arithmetic.
 """
 
-import dataclasses
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,25 +12,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.contraction import Factorization
+from jlora.adapter import Entry
 
 Array = Any  # np.ndarray; its stubs do not know the operators of a dtype that is Any
 
 BLOCK = 1 << 18  # numbers; 1 MiB in float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """What one adapter does to one tensor: an entry of the adapters, its scaling, and how the tensor's axes split."""
-
-    parts: dict[str, Array]
-    scaling: float
-    factorization: Factorization | None = None
-
-    @property
-    def is_reversible(self) -> bool:
-        """Whether arithmetic takes it out again."""
-        return not {"value", "magnitude"} & set(self.parts)
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -73,7 +58,7 @@ class Weight:
     blocks before `merged` is called.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], changes: Sequence[Change]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], changes: Sequence[Entry]) -> None:
         self.shape, self.dtype = shape, dtype
         self.wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
         self._value = np.asarray(changes[0].parts["value"]) if "value" in changes[0].parts else None
@@ -185,13 +170,13 @@ def _neighbours(numbers: Array) -> Iterator[Array]:
 class _Product:
     """Rows of scaling * A@B, in the order of the weight's axes."""
 
-    def __init__(self, change: Change, wide: np.dtype[Any], use: str) -> None:
+    def __init__(self, change: Entry, wide: np.dtype[Any], use: str) -> None:
         self._use, self._wide = use, wide
-        assert change.factorization is not None
-        roles = change.factorization.roles
+        assert change.split is not None
+        roles = change.split.roles
         self._batch, self._ins = roles.count("b"), roles.count("i")
         self._first = roles[0]
-        order = [axis for role in "bio" for axis in change.factorization.axes(role)]
+        order = [axis for role in "bio" for axis in change.split.axes(role)]
         self._back = [order.index(axis) for axis in range(len(roles))]
         self._swapped = roles == "b" * self._batch + "o" * roles.count("o") + "i" * self._ins
         a, b = (np.asarray(change.parts[name]) for name in "AB")
@@ -217,9 +202,9 @@ class _Product:
         return product.reshape(*batch, *ins, *outs).transpose(self._back)
 
 
-def _magnitude(change: Change, shape: tuple[int, ...]) -> tuple[Array | None, Array, tuple[int, ...]]:
+def _magnitude(change: Entry, shape: tuple[int, ...]) -> tuple[Array | None, Array, tuple[int, ...]]:
     """The magnitude with the axes of the weight, room for the squares of the norms, and the axes they are over."""
-    split = change.factorization
+    split = change.split
     if "magnitude" not in change.parts or split is None:
         return None, np.zeros(()), ()
     axes = split.axes("i")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import compose
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._rewrite import Progress
 from jlora.config import LoraConfig
@@ -135,7 +135,7 @@ def combine(
       DataError: as well where an adapter has no path in common with the others.
     """
     read = [read_adapters(path) for path in adapters]
-    paths = [set(leaves_by_path(tree, is_leaf=is_update)) for tree, _, _ in read]
+    paths = [set(leaves_by_path(tree, is_leaf=is_entry)) for tree, _, _ in read]
     for path, own in zip(adapters, paths, strict=True):
         others = set().union(*(found for found in paths if found is not own))
         if others and not own & others:
@@ -196,7 +196,7 @@ def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
 
 def _table(adapters: Any) -> Table:
     """The mapping for paths that are the names, with or without slashes for dots."""
-    return NESTED if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_update)) else FLAT
+    return NESTED if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_entry)) else FLAT
 
 
 def _with_factorizations(config: LoraConfig, tree: Mapping[str, Any], given: Mapping[str, str]) -> LoraConfig:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import diagnostics
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.checkpoints._jobs import read_adapters
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._rewrite import Progress
@@ -41,6 +41,6 @@ def is_adapters(path: str | Path) -> bool:
 def _params(base: str | Path, adapters: Any) -> dict[str, LazyArray]:
     """The tensors of a checkpoint, read when they are asked for, by paths as the adapters have them."""
     params = lazy_tree(Checkpoint(base), lambda _: None)
-    if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_update)):
+    if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_entry)):
         return params
     return {path.replace("/", "."): leaf for path, leaf in params.items()}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.checkpoints._arithmetic import Change, Weight
+from jlora.adapter import Entry
+from jlora.checkpoints._arithmetic import Weight
 from jlora.checkpoints._residuals import RESIDUALS, check_names
 from jlora.checkpoints._rewrite import (
     RECORD,
@@ -222,13 +223,13 @@ def _changes(
     adapters: str | Path | Sequence[str | Path],
     weights: Sequence[float] | None,
     mapping: Mapping,
-) -> dict[str, list[Change]]:
+) -> dict[str, list[Entry]]:
     """The changes of each tensor, in the order of the checkpoint's bytes."""
     folders = _listed(adapters)
     factors = [1.0] * len(folders) if weights is None else [number("weights", weight) for weight in weights]
     if len(factors) != len(folders):
         raise DataError(f"{len(folders)} adapters and {len(factors)} weights: give one weight for each")
-    found: dict[str, list[Change]] = {}
+    found: dict[str, list[Entry]] = {}
     for folder, factor in zip(folders, factors, strict=True):
         entries, config = read_adapter(folder)
         try:

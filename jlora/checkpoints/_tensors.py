@@ -8,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.checkpoints._arithmetic import SCRATCH, Array, Change, Weight, row_blocks
+from jlora.adapter import Entry
+from jlora.checkpoints._arithmetic import SCRATCH, Array, Weight, row_blocks
 from jlora.checkpoints._residuals import ResidualReader, ResidualWriter, residual_file
 from jlora.checkpoints._rewrite import ShardWriter, blocks_of
 from jlora.disk import TensorEntry, TensorFile
@@ -39,7 +40,7 @@ def is_tally(found: Any) -> bool:
     return type(count) is int and 0 <= count < 2**63 and type(largest) in (int, float) and 0 <= largest < math.inf
 
 
-def merge_tensor(name: str, changes: list[Change], file: TensorFile, writer: ShardWriter, keep_residual: bool) -> None:
+def merge_tensor(name: str, changes: list[Entry], file: TensorFile, writer: ShardWriter, keep_residual: bool) -> None:
     entry = file.entries[name]
     weight = Weight(entry.shape, entry.dtype, changes)
     blocks = list(blocks_of(entry, row_blocks(entry.shape)))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.checkpoints._arithmetic import Change
+from jlora.adapter import Entry
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
@@ -18,7 +18,7 @@ from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft
 from jlora.interop.transformers import RENAMED
 from jlora.paths import nearest
 from jlora.storage import load_arrays
-from jlora.tree import adapted_targets
+from jlora.tree import bind
 
 Entries = dict[str, dict[str, Any]]
 Shapes = dict[str, tuple[int, ...]]
@@ -46,7 +46,7 @@ class _Piece:
 
 def changes_of(
     entries: Entries, config: LoraConfig, weight: float, checkpoint: Checkpoint, mapping: Mapping = ()
-) -> dict[str, Change]:
+) -> dict[str, Entry]:
     """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
 
     Paths and tensors meet where they are the same but for dots and slashes, a prefix that all have or lack, and what
@@ -70,15 +70,15 @@ def changes_of(
     _raise_all(problems)
     tree = {path: jax.ShapeDtypeStruct(_whole_shape(found, shapes), np.float32) for path, found in pieces.items()}
     try:
-        targets = adapted_targets(tree, entries, config)
+        bound = bind(tree, entries, config)
     except TargetError as error:
         raise DataError(f"the adapters do not fit the checkpoint: {error}") from None
-    changes: dict[str, Change] = {}
+    changes: dict[str, Entry] = {}
     for path, found in pieces.items():
-        scaling = weight * config.effective_alpha_of(path) / config.rank_of(path)
-        split = targets[path].factorization if path in targets else None
+        entry = bound[path]
         for piece in found:
-            changes[piece.tensor] = Change(piece.parts, scaling, split if piece.whole else Factorization("oi"))
+            split = entry.split if piece.whole else Factorization("oi")
+            changes[piece.tensor] = Entry(piece.parts, weight * entry.scaling, split)
     return changes
 
 

@@ -186,7 +186,7 @@ def _members(
     path: str, parts: Sequence[Part], read: Sequence[Mapping[str, Factors]], weights: Sequence[float]
 ) -> list[_Member]:
     return [
-        _Member(i, found[path], weight, config.effective_alpha_of(path) / config.rank_of(path))
+        _Member(i, found[path], weight, config.scaling_of(path))
         for i, ((_, config), found, weight) in enumerate(zip(parts, read, weights, strict=True))
         if path in found
     ]

@@ -191,7 +191,7 @@ class _End:
         if update is None or not update.keys() & {"A", "offset"}:
             return
         self.alpha = config.alpha_of(path)
-        self.scaling = config.effective_alpha_of(path) / config.rank_of(path)
+        self.scaling = config.scaling_of(path)
         if "A" in update:
             a, b = factors_of(path, update, roles_of(path, update, config))
             self.rank, self.factors = a.shape[2], (a, self.scaling * b)

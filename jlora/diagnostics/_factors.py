@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.contraction import split_batch_axes
 from jlora.errors import AdapterError, TargetError, listed
@@ -21,8 +21,8 @@ _ROWS = 256
 
 def entries_of(adapters: Any, what: str = "adapters") -> dict[str, Arrays]:
     """The entries of a tree of adapters by path; a TargetError names every leaf that is none."""
-    found = leaves_by_path(adapters, is_leaf=is_update)
-    wrong = [f"{path or 'the root'} ({type(leaf).__name__})" for path, leaf in found.items() if not is_update(leaf)]
+    found = leaves_by_path(adapters, is_leaf=is_entry)
+    wrong = [f"{path or 'the root'} ({type(leaf).__name__})" for path, leaf in found.items() if not is_entry(leaf)]
     if wrong:
         raise TargetError(f"{what}: {listed(wrong)}: wanted an adapter {{'A', 'B'}} or None at each leaf")
     return found

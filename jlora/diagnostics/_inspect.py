@@ -26,7 +26,7 @@ from jlora.diagnostics._factors import (
 from jlora.diagnostics._warnings import warnings_of
 from jlora.paths import leaves_by_path
 from jlora.tables import html_table, text_table
-from jlora.tree import adapted_targets, check_config, count_params
+from jlora.tree import bind, check_config, count_params
 
 _USED = 1e-6  # of the largest singular value, below which float32 has no digits
 
@@ -188,20 +188,21 @@ def inspect(adapters: Any, config: LoraConfig, *, params: Any = None) -> Inspect
     """
     check_config(config)
     updates = entries_of(adapters)
-    targets = {} if params is None else adapted_targets(params, adapters, config)
+    bound = {} if params is None else bind(params, adapters, config)
     weights = {} if params is None else leaves_by_path(params)
     total = None if params is None else count_params(params)
     entries = []
     with threadpool_limits(limits=1, user_api="blas"):  # the QR of small blocks is ten times slower with two threads
         for path, update in updates.items():
-            roles = targets[path].factorization.roles if path in targets else None
+            split = bound[path].split if bound else None
+            roles = None if split is None else split.roles
             entry = _inspected(path, update, config, roles, weights.get(path))
             entries.append(dataclasses.replace(entry, share=entry.parameters / total) if total else entry)
     return Inspection(tuple(entries), tuple(warnings_of(entries)), total)
 
 
 def _inspected(path: str, update: Arrays, config: LoraConfig, roles: str | None, weight: Any) -> InspectedEntry:
-    scaling = config.effective_alpha_of(path) / config.rank_of(path)
+    scaling = config.scaling_of(path)
     dtypes = dict.fromkeys(np.dtype(part.dtype).name for part in update.values())
     has_scaling = bool(update.keys() & {"A", "offset"})
     fields: dict[str, Any] = {"a_shape": None, "b_shape": None, "rank": None, "a_norm": None, "b_norm": None}

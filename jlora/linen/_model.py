@@ -11,7 +11,7 @@ from flax.core import bind
 from flax.errors import CallCompactUnboundModuleError, FlaxError
 
 from jlora import transform
-from jlora.adapter import is_update
+from jlora.adapter import is_adapter, is_entry
 from jlora.boxes import is_box, unboxed
 from jlora.config import LoraConfig
 from jlora.contraction import factorization_from_shapes
@@ -19,7 +19,17 @@ from jlora.cost import CostModel
 from jlora.errors import AdapterError, TargetError
 from jlora.linen._scope import InPlace, Method, in_scope, lifted
 from jlora.paths import leaves_by_path, literal_pattern, path_string
-from jlora.tree import Survey, Target, check_patterns, combine_params, init_lora, is_targeted, split_params, survey
+from jlora.tree import (
+    Survey,
+    Target,
+    check_patterns,
+    combine_params,
+    in_structure,
+    init_lora,
+    is_targeted,
+    split_params,
+    survey,
+)
 
 _UNADAPTED = "excluded, narrower than the rank, or no weight that the model multiplies or looks up"
 
@@ -176,13 +186,14 @@ class LoRA(InPlace):
           *args: of `apply`.
           **kwargs: of `apply`, such as `method`, `rngs` and `mutable`.
         """
-        base, _, others = unboxed(_parted(variables["params"], self.config))
+        base, entries, others = unboxed(_parted(variables["params"], self.config))
         rest = variables, others, args, kwargs
+        adapters = None if all(map(is_adapter, entries.values())) else in_structure(base, entries, self.config)
 
         def function(params: Any, variables: Any, others: Any, args: Any, kwargs: Any) -> Any:
             return self.model.apply({**variables, "params": combine_params(params, others)}, *args, **kwargs)
 
-        return transform.explain(function, self.config, base, *rest, cost_model=self.cost_model)
+        return transform.explain(function, self.config, base, *rest, cost_model=self.cost_model, entries=adapters)
 
     @nn.nowrap
     def _by_name(self, method: Any) -> Any:
@@ -258,14 +269,14 @@ def _parted(params: Any, config: LoraConfig) -> tuple[Any, dict[str, Any], Any]:
         if path in weights and ("A" not in entry or is_targeted(config, path))  # no target names a bias or a norm
     }
     others = jax.tree_util.tree_map_with_path(
-        lambda path, entry: None if path_string(path) in targeted else entry, adapters, is_leaf=is_update
+        lambda path, entry: None if path_string(path) in targeted else entry, adapters, is_leaf=is_entry
     )
     return base, targeted, others
 
 
 def _entries(adapters: Any) -> dict[str, Any]:
     """The entries of the adapters by path, in boxes where they are in some."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapters, is_leaf=is_update)
+    leaves = jax.tree_util.tree_leaves_with_path(adapters, is_leaf=is_entry)
     return {path_string(path): entry for path, entry in leaves}
 
 

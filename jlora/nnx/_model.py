@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jlora.adapter import part_axes
+from jlora.adapter import Entry, part_axes
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError
 from jlora.paths import path_string
 from jlora.transform import Explanation, check_args, explain, lora, resolve_config
-from jlora.tree import Target, adapted_targets, init_lora, merge_params
+from jlora.tree import bind, init_lora, merge_params
 
 _NAMES = ("out_sharding", "sharding_names", "sharding")  # Flax before 0.12 says "sharding"
 _BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
@@ -80,9 +80,9 @@ class LoRA(nnx.Module):
             config = resolve_config(function, config, params, rest)
         if adapters is None:
             adapters = init_lora(None if rngs is None else rngs.params(), self.params, config)
-        targets = adapted_targets(self.params, adapters, config)
+        entries = bind(self.params, adapters, config)
         self.config = config
-        self.lora = nnx.data(_variables(model, adapters, targets))
+        self.lora = nnx.data(_variables(model, adapters, entries))
         self.deterministic = False
         if config.dropout:
             self.rngs = (nnx.Rngs(config.seed) if rngs is None else rngs).dropout.fork()
@@ -128,7 +128,7 @@ class LoRA(nnx.Module):
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """How a call of the model computes each use of each adapted weight; see `jlora.explain`."""
         function, params, rest = self._function("__call__", args, kwargs)
-        return explain(function, self.config, params, rest)
+        return explain(function, self.config, params, rest, entries=self.adapters)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the model, by name, with the adapters in it."""
@@ -161,15 +161,16 @@ class LoRA(nnx.Module):
         return function, self.params, rest
 
 
-def _variables(model: nnx.Module, adapters: Any, targets: Mapping[str, Target]) -> Any:
+def _variables(model: nnx.Module, adapters: Any, entries: Mapping[str, Entry]) -> Any:
     """The adapters as variables; where a weight's metadata name its axes, those of its parts name theirs."""
     weights = {"/".join(map(str, path)): weight for path, weight in nnx.to_flat_state(nnx.state(model, _BASE))}
 
     def variable(key_path: Any, part: Any) -> nnx.LoRAParam:
         *at, name = key_path
         path = path_string(at)
-        weight, split = weights[path], targets[path].factorization if path in targets else None
-        return nnx.LoRAParam(part, **_named(weight.get_metadata(), part_axes(weight.ndim, split)[name.key]))
+        weight = weights[path]
+        axes = part_axes(weight.ndim, entries[path].split)[name.key]
+        return nnx.LoRAParam(part, **_named(weight.get_metadata(), axes))
 
     return jax.tree_util.tree_map_with_path(variable, adapters)
 

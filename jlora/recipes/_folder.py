@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import remove_leftovers, write_whole
 from jlora.errors import ConfigError, DataError, listed
@@ -139,7 +139,7 @@ def write_trained(
 ) -> list[str]:
     """Writes the adapters, and what the model changed of its state beside them; returns the paths of that."""
     changed = jax.tree.map(lambda old, new: None if _same(old, new) else {"value": new}, before, state.model_state)
-    paths = list(leaves_by_path(changed, is_leaf=is_update))
+    paths = list(leaves_by_path(changed, is_leaf=is_entry))
     metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
     metadata = {"model": job.model.function, "steps": int(state.step), "metrics": metrics, "model_state": len(paths)}
     save_adapters(folder / "adapters", state.trained, config, metadata=metadata)

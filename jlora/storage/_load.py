@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, TENSORS, TensorFile, parse_json_value
 from jlora.errors import DataError, JloraError, listed, shortened, together
@@ -161,7 +161,7 @@ def _entries(structure: Any, arrays: Mapping[str, Any]) -> tuple[Any, Entries]:
         if not is_name_of(name, path):
             raise DataError(f"its structure has the name {shortened(name)} at {shortened(path)}")
         update = updates.pop(f"{name}/" if name else "", {})
-        if not is_update(update):
+        if not is_entry(update):
             found = listed(map(shortened, sorted(update))) or "nothing, or twice the same"
             raise DataError(f"{shortened(name)}: wanted A and B, or other parts of an adapter, found {found}")
         entries[name] = path, update

@@ -12,7 +12,7 @@ from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern
 from jlora.storage._structure import Entries
-from jlora.tree import Target, adapted_targets, find_targets, is_targeted
+from jlora.tree import Target, bind, find_targets, is_targeted
 
 Shape = tuple[int, ...]
 
@@ -92,8 +92,8 @@ def _roles(path: str, shape: Shape, update: Mapping[str, Any], config: LoraConfi
     """The factorization of the weight by the shapes of its A and B; None without them; an error where it has none."""
     given = dict(config.matches("factorizations", path))
     alone = LoraConfig(rank=config.rank_of(path), factorizations=given)
-    target = adapted_targets({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, {path: update}, alone).get(path)
-    return None if target is None else target.factorization.roles
+    split = bind({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, {path: update}, alone)[path].split
+    return None if split is None else split.roles
 
 
 def _targets(

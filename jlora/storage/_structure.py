@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, SequenceKey
 
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.boxes import unboxed
 from jlora.errors import AdapterError, DataError, shortened, together
 from jlora.paths import path_string
@@ -39,7 +39,7 @@ def take_apart(adapters: Any) -> tuple[Any, Entries]:
     def visit(node: Any, keys: Keys) -> Any:
         if node is None:
             return None
-        if is_update(node):
+        if is_entry(node):
             return _enter(entries, path_string(keys), unboxed(node))
         children = _children(node)
         problem = f"found {type(node).__name__}, wanted an adapter {{'A', 'B'}} or None" if children is None else None

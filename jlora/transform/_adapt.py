@@ -79,10 +79,10 @@ def adapt(
     """
     check_handed_on("jlora.adapt", fn, ["key", "strict", "cost_model", "dropout_keyword"], args)
     resolved, left_out = resolve(fn, config, params, args, kwargs, strict=strict)
+    adapters = tree.init_lora(key, params, resolved)
     if strict:
         settings = Settings(registry(), cost_model or CostModel(), strict, config.dropout)
-        adapted_uses(fn, resolved, params, args, kwargs, settings)
-    adapters = tree.init_lora(key, params, resolved)
+        adapted_uses(fn, resolved, params, adapters, args, kwargs, settings)
     report = dataclasses.replace(tree.summary(params, adapters, resolved), left_out=left_out)
     model = lora(fn, resolved, strict=strict, cost_model=cost_model, dropout_keyword=dropout_keyword)
     return Adapted(model, adapters, resolved, report)

@@ -1,11 +1,12 @@
-"""What primitives that make one weight of several operands do to the factors.
+"""What primitives that make one weight of several operands do to the factors and the gains.
 
-The parts that a rule is called with are weights, values without an update that follow from params alone (`Plain`), and
-scalars. It returns the factors of the result, or the reason why the weights have to be merged.
+The operands that a rule is called with are weights, values without an update that follow from params alone (`Plain`),
+and scalars. It returns the factors of the result, then its gains, or the reason why the weights have to be merged.
 
 A sum has the factors of every weight in it, side by side along the rank. So has a concatenation along an axis that A
-alone has, or B alone: the factors with the axis stand in blocks, and parts that share the other factor share a block.
-Along a batch axis, as that of a stack, both factors are concatenated, and smaller ranks filled up with zeros.
+alone has, or B alone: the factors with the axis stand in blocks, and operands that share the other factor share one.
+Along a batch axis, as that of a stack, both factors are concatenated, and smaller ranks filled up with zeros. Gains are
+concatenated along an axis that they have, with ones for what has none; a sum has no gain.
 """
 
 import dataclasses
@@ -22,85 +23,88 @@ from jlora.transform._jax import varied, varying_axes
 from jlora.transform._structure import broadcast_in_dim
 from jlora.transform._weight import Factor, Plain, Shape, Weight, base_of, is_marked, is_weight, of_params
 
-Factors = Sequence[Factor] | str
+Parts = Sequence[Factor] | str
 
 APART = "the weights split into in and out axes in different ways"
 WIDE = "the ranks together are no smaller than the weight"
 SPREAD = "a scalar of the weight is spread over another operand"
 ELEMENTS = "which weight it takes differs from element to element"
+GAINS = "what a magnitude (DoRA) scales is one part of it, and not the whole"
 WITHIN = "a part of it is replaced by an adapted weight"
 
 
-def add(parts: Sequence[Any], shape: Shape, **_: Any) -> Factors:
-    return _sum(parts, shape)
+def add(operands: Sequence[Any], shape: Shape, **_: Any) -> Parts:
+    return _sum(operands, shape)
 
 
-def sub(parts: Sequence[Any], shape: Shape, **_: Any) -> Factors:
-    first, second = parts
+def sub(operands: Sequence[Any], shape: Shape, **_: Any) -> Parts:
+    first, second = operands
     return _sum([first, _negated(second)], shape)
 
 
-def scatter_add(parts: Sequence[Any], shape: Shape, *_: Any, **__: Any) -> Factors:
+def scatter_add(operands: Sequence[Any], shape: Shape, *_: Any, **__: Any) -> Parts:
     """Something is added at some places, or taken off."""
-    weight, other = parts
+    weight, other = operands
     return WITHIN if is_weight(other) else _sum([weight], shape)
 
 
-def concatenate(parts: Sequence[Any], shape: Shape, *, dimension: int) -> Factors:
-    weights = [part for part in parts if is_weight(part)]
+def concatenate(operands: Sequence[Any], shape: Shape, *, dimension: int) -> Parts:
+    weights = [operand for operand in operands if is_weight(operand)]
     if weights[0].probe:
         return _one_probe(weights, shape)
     found = _aligned(weights)
     if found is None:
         return APART
+    gains = _joined_gains(operands, dimension)
     rows = iter(found)
-    of_parts = [next(rows) if is_weight(part) else None for part in parts]
+    of_operands = [next(rows) if is_weight(operand) else None for operand in operands]
     having = [place for place, factor in enumerate(found[0]) if dimension in factor.axes]
     if len(having) == len(found[0]):
         rank = max(weight.rank for weight in weights)
-        return [_joined(parts, of_parts, place, dimension, [0] * len(parts), rank) for place in having]
+        factors = [_joined(operands, of_operands, place, dimension, [0] * len(operands), rank) for place in having]
+        return GAINS if gains is None else [*factors, *gains]
     (place,) = having
-    starts, others = _blocks(of_parts, 1 - place)
+    starts, others = _blocks(of_operands, 1 - place)
     rank = sum(array.shape[-1] for array in others)
     if len(others) > 1 and rank >= _smaller_side(found[0], shape):
         return WIDE
-    joined = _joined(parts, of_parts, place, dimension, starts, rank)
+    joined = _joined(operands, of_operands, place, dimension, starts, rank)
     other = _of_dtypes([row[1 - place] for row in found], _along_rank(others))
-    return [joined, other] if place == 0 else [other, joined]
+    factors = [joined, other] if place == 0 else [other, joined]
+    return GAINS if gains is None else [*factors, *gains]
 
 
-def stack(parts: Sequence[Any], shape: Shape, *, axis: int) -> Factors:
+def stack(operands: Sequence[Any], shape: Shape, *, axis: int) -> Parts:
     """The new axis is a batch axis."""
     kept = [other for other in range(len(shape)) if other != axis]
 
-    def expanded(part: Any) -> Any:
-        value = jnp.expand_dims(base_of(part), axis)
-        if not is_weight(part):
+    def expanded(operand: Any) -> Any:
+        value = jnp.expand_dims(base_of(operand), axis)
+        if not is_weight(operand):
             return Plain(value)
-        factors = broadcast_in_dim(part, shape=value.shape, broadcast_dimensions=kept)
-        return dataclasses.replace(part, value=value, factors=tuple(factors or ()))
+        return operand.with_parts(value, broadcast_in_dim(operand, shape=value.shape, broadcast_dimensions=kept) or ())
 
-    return concatenate([expanded(part) for part in parts], shape, dimension=axis)
+    return concatenate([expanded(operand) for operand in operands], shape, dimension=axis)
 
 
-def select_n(parts: Sequence[Any], shape: Shape, which: Any, **_: Any) -> Factors:
-    """One of several weights, chosen as a whole: one of their factors."""
+def select_n(operands: Sequence[Any], shape: Shape, which: Any, **_: Any) -> Parts:
+    """One of several weights, chosen as a whole: one of each of their parts."""
     if jnp.shape(which) != ():
         return ELEMENTS
-    frame = common_frame(parts)
+    frame = common_frame(operands)
     if frame is None:
         return APART
-    sides = zip(*(fitted(part, frame).factors for part in parts), strict=True)
-    return [side[0].changed(lax.select_n(which, *(factor.array for factor in side))) for side in sides]
+    sides = zip(*(fitted(operand, frame).parts for operand in operands), strict=True)
+    return [side[0].changed(lax.select_n(which, *(part.array for part in side))) for side in sides]
 
 
-def common_frame(parts: Sequence[Any]) -> Weight | None:
+def common_frame(operands: Sequence[Any]) -> Weight | None:
     """A weight of shapes alone that each of these weights and values of params can be written as."""
-    weights = [part for part in parts if is_weight(part)]
-    if not weights or not all(map(is_marked, parts)) or len({part.value.shape for part in parts}) > 1:
+    weights = [operand for operand in operands if is_weight(operand)]
+    if not weights or not all(map(is_marked, operands)) or len({operand.value.shape for operand in operands}) > 1:
         return None
-    value = parts[0].value
-    first = dataclasses.replace(weights[0], of_data=not all(map(of_params, parts)))
+    value = operands[0].value
+    first = dataclasses.replace(weights[0], of_data=not all(map(of_params, operands)))
     paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
     if first.probe:
         return dataclasses.replace(first, paths=paths, factors=tuple(_one_probe(weights, value.shape)))
@@ -113,24 +117,33 @@ def common_frame(parts: Sequence[Any]) -> Weight | None:
         dtype = common_dtype(*(factor.array.dtype for factor in side))
         shape = (*side[0].array.shape[:-1], rank)
         factors.append(_of_dtypes(side, jax.ShapeDtypeStruct(shape, dtype)))
-    return dataclasses.replace(first, paths=paths, factors=tuple(factors))
+    gains = []
+    if scaling := [gain for weight in weights for gain in weight.gains]:
+        dtype = common_dtype(*(gain.array.dtype for gain in scaling))
+        gains.append(scaling[0].changed(jax.ShapeDtypeStruct(scaling[0].array.shape, dtype)))
+    return dataclasses.replace(first, paths=paths, factors=tuple(factors), gains=tuple(gains))
 
 
-def fitted(part: Weight | Plain, frame: Weight) -> Weight:
-    """The same weight with the paths, the axes, the rank and the dtypes of the frame."""
+def fitted(operand: Weight | Plain, frame: Weight) -> Weight:
+    """The same weight with the paths, the axes, the rank and the dtypes of the frame; a gain that it lacks is one."""
     arrays = [jnp.zeros(factor.array.shape, factor.array.dtype) for factor in frame.factors]
-    if isinstance(part, Weight) and not frame.probe:
-        found = _aligned([frame, part])
+    arrays += [jnp.ones(gain.array.shape, gain.array.dtype) for gain in frame.gains]
+    if isinstance(operand, Weight) and not frame.probe:
+        found = _aligned([frame, operand])
         for place, factor in enumerate(found[1] if found else ()):
-            missing = frame.rank - part.rank
+            missing = frame.rank - operand.rank
             array = jnp.pad(factor.array, [(0, 0)] * len(factor.axes) + [(0, missing)]) if missing else factor.array
             arrays[place] = array.astype(arrays[place].dtype)
-    arrays = [varied(array, varying_axes(part.value)) for array in arrays]
-    return frame.with_arrays(part.value, arrays)
+        for gain in operand.gains:
+            arrays[-1] = gain.array.astype(arrays[-1].dtype)
+    arrays = [varied(array, varying_axes(operand.value)) for array in arrays]
+    return frame.with_arrays(operand.value, arrays)
 
 
-def _sum(parts: Sequence[Any], shape: Shape) -> Factors:
-    weights = [part for part in parts if is_weight(part)]
+def _sum(operands: Sequence[Any], shape: Shape) -> Parts:
+    weights = [operand for operand in operands if is_weight(operand)]
+    if any(weight.gains for weight in weights):
+        return GAINS
     if any(len(weight.shape) != len(shape) for weight in weights):
         return SPREAD
     weights = [_spread(weight, shape) for weight in weights]
@@ -154,15 +167,17 @@ def _spread(weight: Weight, shape: Shape) -> Weight:
     return dataclasses.replace(weight, value=jnp.broadcast_to(weight.value, shape), factors=tuple(factors or ()))
 
 
-def _negated(part: Any) -> Any:
-    if not is_weight(part):
-        return part
-    *others, last = part.factors
-    return dataclasses.replace(part, factors=(*others, last.changed(-last.array)))
+def _negated(operand: Any) -> Any:
+    if not is_weight(operand):
+        return operand
+    *others, last = operand.factors
+    return dataclasses.replace(operand, factors=(*others, last.changed(-last.array)))
 
 
 def _aligned(weights: Sequence[Weight]) -> list[tuple[Factor, ...]] | None:
-    """The factors of every weight in the order in which their axes are those of the first one's."""
+    """The factors of every weight in the order of the first one's, if all have factors and gains of the same axes."""
+    if len({gain.axes for weight in weights for gain in weight.gains}) > 1:
+        return None
     wanted = [factor.axes for factor in weights[0].factors]
     rows = []
     for weight in weights:
@@ -196,12 +211,12 @@ def _along_rank(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(_alike(arrays), axis=-1) if len(arrays) > 1 else arrays[0]
 
 
-def _blocks(of_parts: Sequence[Sequence[Factor] | None], other: int) -> tuple[list[int], list[jax.Array]]:
-    """Where in the rank each part begins, and the other factors: one for all parts that have the same."""
+def _blocks(of_operands: Sequence[Sequence[Factor] | None], other: int) -> tuple[list[int], list[jax.Array]]:
+    """Where in the rank each operand begins, and the other factors: one for all operands that have the same."""
     others: list[jax.Array] = []
     starts = []
-    for of_part in of_parts:
-        array = None if of_part is None else of_part[other].array
+    for of_operand in of_operands:
+        array = None if of_operand is None else of_operand[other].array
         if array is not None and not any(array is known for known in others):
             others.append(array)
         before = 0
@@ -214,26 +229,43 @@ def _blocks(of_parts: Sequence[Sequence[Factor] | None], other: int) -> tuple[li
 
 
 def _joined(
-    parts: Sequence[Any], of_parts: Sequence[Any], place: int, dimension: int, starts: Sequence[int], rank: int
+    operands: Sequence[Any], of_operands: Sequence[Any], place: int, dimension: int, starts: Sequence[int], rank: int
 ) -> Factor:
     """The factors at a place, concatenated along an axis of the weight, each in its block of the rank."""
-    side = [of_part[place] for of_part in of_parts if of_part is not None]
+    side = [of_operand[place] for of_operand in of_operands if of_operand is not None]
     like = side[0]
     arrays = [
-        _in_block(part, of_part, like, place, start, rank)
-        for part, of_part, start in zip(parts, of_parts, starts, strict=True)
+        _in_block(operand, of_operand, like, place, start, rank)
+        for operand, of_operand, start in zip(operands, of_operands, starts, strict=True)
     ]
     return _of_dtypes(side, jnp.concatenate(_alike(arrays), axis=like.axes.index(dimension)))
 
 
-def _in_block(part: Any, of_part: Any, like: Factor, place: int, start: int, rank: int) -> jax.Array:
-    """The factor of a part from `start` on in a rank of this size, zeros beside it; zeros for one without an update."""
-    if of_part is None:
-        shape = jnp.shape(base_of(part))
+def _in_block(operand: Any, of_operand: Any, like: Factor, place: int, start: int, rank: int) -> jax.Array:
+    """The factor of an operand from `start` on in a rank of this size, zeros beside it and for what has no update."""
+    if of_operand is None:
+        shape = jnp.shape(base_of(operand))
         return jnp.zeros([*(shape[axis] for axis in like.axes), rank], like.array.dtype)
-    array = of_part[place].array
+    array = of_operand[place].array
     after = rank - start - array.shape[-1]
     return jnp.pad(array, [(0, 0)] * len(like.axes) + [(start, after)]) if start or after else array
+
+
+def _joined_gains(operands: Sequence[Any], dimension: int) -> list[Factor] | None:
+    """The gain of operands that are concatenated; None where they have not all the same along an axis it lacks."""
+    gains = [gain for operand in operands if is_weight(operand) for gain in operand.gains]
+    if not gains:
+        return []
+    like = gains[0]
+    if dimension not in like.axes:
+        are_same = len(gains) == len(operands) and all(gain.array is like.array for gain in gains)
+        return [like] if are_same else None
+    arrays = []
+    for operand in operands:
+        shape = jnp.shape(base_of(operand))
+        own = operand.gains if is_weight(operand) else ()
+        arrays.append(own[0].array if own else jnp.ones([*(shape[axis] for axis in like.axes), 1], like.array.dtype))
+    return [like.changed(jnp.concatenate(_alike(arrays), axis=like.axes.index(dimension)))]
 
 
 def _one_probe(weights: Sequence[Weight], shape: Shape) -> list[Factor]:

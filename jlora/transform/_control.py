@@ -31,11 +31,14 @@ def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     return [_placed(value, sharding) for value, sharding in zip(outputs, params["out_shardings"], strict=True)]
 
 
+RETURNED = "a function with a derivative of its own returns a weight with a magnitude (DoRA)"
+
+
 def _placed(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, Sharding):
         return value
     if is_weight(value):
-        arrays = [factor.array for factor in value.factors]
+        arrays = [part.array for part in value.parts]
         return value.with_arrays(lax.with_sharding_constraint(value.value, sharding), arrays)
     return lax.with_sharding_constraint(value, sharding)
 
@@ -66,7 +69,11 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
 
     @jax.custom_jvp
     def function(*leaves: Any) -> Any:
-        return [bare(output) for output in inner.evaluate(program, treedef.unflatten(leaves))]
+        outputs = []
+        for output in inner.evaluate(program, treedef.unflatten(leaves)):
+            has_gain = is_weight(output) and output.gains  # which would multiply the derivative, too
+            outputs.append(inner.merge(eqn, output, RETURNED) if has_gain else bare(output))
+        return outputs
 
     @functools.partial(function.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
@@ -82,7 +89,7 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
         outputs, moved = jax.jvp(merged, [primals[n] for n in moving], [tangents[n] for n in moving])
         for n, output in enumerate(function(*primals)):
             if is_weight(output):
-                still = [jnp.zeros_like(factor.array) for factor in output.factors]
+                still = [jnp.zeros_like(part.array) for part in output.parts]
                 outputs[n], moved[n] = output, output.with_arrays(moved[n], still)
         return outputs, moved
 
@@ -127,7 +134,7 @@ def _varied(value: Any, axes: Sequence[str]) -> Any:
     """
     if not is_weight(value):
         return value
-    return value.with_arrays(value.value, [varied(factor.array, axes) for factor in value.factors])
+    return value.with_arrays(value.value, [varied(part.array, axes) for part in value.parts])
 
 
 def while_(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -194,7 +201,7 @@ def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
 
 def _scanned(weight: Weight) -> list[jax.Array]:
     """The arrays of a stacked weight that are scanned."""
-    return [weight.value, *(factor.array for factor in weight.factors if 0 in factor.axes)]
+    return [weight.value, *(part.array for part in weight.parts if 0 in part.axes)]
 
 
 def _element(weight: Weight, arrays: Sequence[jax.Array]) -> Weight:
@@ -206,7 +213,7 @@ def _element(weight: Weight, arrays: Sequence[jax.Array]) -> Weight:
         array = next(remaining) if 0 in factor.axes else factor.array
         return factor.changed(array, [axis - 1 for axis in factor.axes if axis])
 
-    return dataclasses.replace(weight, value=value, factors=tuple(map(element, weight.factors)))
+    return weight.with_parts(value, list(map(element, weight.parts)))
 
 
 class _Carry:
@@ -257,13 +264,14 @@ def _spec(value: Any, spec: PartitionSpec) -> Any:
     if not is_weight(value):
         return spec
     of_axis = [*spec, *[None] * (len(value.shape) - len(spec))]
-    return value.with_arrays(spec, [PartitionSpec(*(of_axis[axis] for axis in f.axes), None) for f in value.factors])
+    specs = [PartitionSpec(*(of_axis[axis] for axis in part.axes), None) for part in value.parts]
+    return value.with_arrays(spec, specs)
 
 
 def side_by_side(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Every operand is placed, or meets the others at a barrier; the factors go past it."""
+    """Every operand is placed, or meets the others at a barrier; the parts go past it."""
     values = bind(eqn, list(map(base_of, inputs)))
     return [
-        old.with_arrays(new, [factor.array for factor in old.factors]) if is_weight(old) else new
+        old.with_arrays(new, [part.array for part in old.parts]) if is_weight(old) else new
         for old, new in zip(inputs, values, strict=True)
     ]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.adapter import is_adapter
+from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
 from jlora.paths import leaves_by_path
@@ -20,7 +20,7 @@ from jlora.transform._program import Program
 from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings, Use
 from jlora.transform._uses import check_handed_on, resolve
-from jlora.tree import LeftOut, left_out_html, left_out_text
+from jlora.tree import LeftOut, bind, left_out_html, left_out_text
 
 _COLUMNS = ("path", "shape", "used by", "at", "axes", "computed", "FLOPs", "+ adapter", "bytes", "+ adapter")
 
@@ -90,6 +90,7 @@ def explain(
     /,
     *args: Any,
     cost_model: CostModel | None = None,
+    entries: Any = None,
     **kwargs: Any,
 ) -> Explanation:
     """How `lora(fn, config)` computes each use of each adapted weight: a table, from shapes alone.
@@ -105,11 +106,12 @@ def explain(
       params: arrays or `jax.ShapeDtypeStruct`; nothing is computed, so that a model may be larger than memory.
       *args: of `fn`, arrays or shapes.
       cost_model: as in `lora`.
+      entries: the adapters, arrays or shapes, where they hold more than A and B, as those of DoRA.
       **kwargs: of `fn`.
 
     Raises:
-      TargetError: the configuration does not fit the params.
-      ConfigError: `fn` has an argument `cost_model`, which is not given by position.
+      TargetError: the configuration does not fit the params, or the adapters do not.
+      ConfigError: `fn` has an argument `cost_model` or `entries`, which is not given by position.
 
     >>> shape = jax.ShapeDtypeStruct
     >>> params = {'up': shape((3, 5), 'float32')}
@@ -117,36 +119,37 @@ def explain(
     >>> [(use.path, use.primitive, use.roles, use.factored) for use in table.uses]
     [('up', 'dot_general', 'io', True)]
     """
-    check_handed_on("jlora.explain", fn, ["cost_model"], args)
+    check_handed_on("jlora.explain", fn, ["cost_model", "entries"], args)
     resolved, left_out = resolve(fn, config, params, args, kwargs)
-    adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
+    adapters = entries
+    if adapters is None:
+        adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
     settings = Settings(registry(), cost_model or CostModel(), dropout=config.dropout)
-    uses = adapted_uses(fn, resolved, params, args, kwargs, settings)
+    uses = adapted_uses(fn, resolved, params, adapters, args, kwargs, settings)
     shapes = leaves_by_path(params)
-    found = leaves_by_path(adapters, is_leaf=is_adapter)
+    found = leaves_by_path(adapters, is_leaf=is_entry)
     return Explanation(
         resolved,
         tuple(uses),
         {path: _bytes(shapes[path]) for path in found},
-        {path: sum(map(_bytes, adapter.values())) for path, adapter in found.items()},
+        {path: sum(map(_bytes, entry.values())) for path, entry in found.items()},
         left_out,
     )
 
 
 def adapted_uses(
-    fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any, settings: Settings
+    fn: Callable[..., Any], config: LoraConfig, params: Any, adapters: Any, args: Any, kwargs: Any, settings: Settings
 ) -> list[Use]:
     """The uses of every adapted weight by `lora(fn, config)`, with a dropout key where there is dropout."""
     program = Program(fn, params, args, kwargs)
-    adapters = jax.eval_shape(lambda: tree.init_lora(None, params, config))
     if settings.strict:
-        tell_of_unread(name_of(fn), program, leaves_by_path(adapters, is_leaf=is_adapter), strict=True)
+        tell_of_unread(name_of(fn), program, leaves_by_path(adapters, is_leaf=is_entry), strict=True)
     uses: list[Use] = []
     run = Run(settings, jax.random.key(0) if settings.dropout else None, uses=uses)
 
     def evaluated(arrays: Any, adapters: Any) -> Any:
         by_path = {path: array for path, array in zip(program.paths, arrays, strict=True) if path is not None}
-        weights = adapted_weights(by_path, leaves_by_path(adapters, is_leaf=is_adapter), config)
+        weights = adapted_weights(by_path, bind(by_path, leaves_by_path(adapters, is_leaf=is_entry), config))
         return program.evaluate(run, weights, arrays)
 
     jax.eval_shape(evaluated, program.leaves, adapters)

@@ -1,12 +1,12 @@
 """`lora`: a function of params as a function of params and adapters."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.adapter import is_update
+from jlora.adapter import Entry
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, JloraWarning, listed
@@ -15,8 +15,8 @@ from jlora.transform._keywords import check_keywords, name_of
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings
-from jlora.transform._weight import Weight, adapted
-from jlora.tree import adapted_targets, check_config, check_floating, settle_params
+from jlora.transform._weight import Plain, Weight, adapted
+from jlora.tree import bind, check_config, check_floating
 
 
 def lora(
@@ -32,7 +32,8 @@ def lora(
 
     `fn` is traced, and every product with an adapted weight becomes x@W + scaling (x@A)@B, whatever axes it contracts,
     through jit, scan, while, cond, checkpoint, custom_jvp, custom_vjp, vmap and shard_map. What cannot be factored is
-    computed with the merged weight; so is a weight with a magnitude (DoRA). `explain` shows which is which.
+    computed with the merged weight. `explain` shows which is which. Of a weight with a magnitude (DoRA) the product is
+    multiplied with m / ||V||, whose norm is computed from the weight, A and B.
 
     Args:
       fn: any function whose first argument is a pytree of params. Arrays among its arguments are traced; everything
@@ -73,9 +74,8 @@ def lora(
 
     def adapted_fn(params: Any, adapters: Any, /, *args: Any, **kwargs: Any) -> Any:
         key = kwargs.pop(dropout_keyword, None)
-        params = settle_params(params, adapters, config)
-        weights = adapted_weights(params, adapters, config, strict)
-        entries = leaves_by_path(adapters, is_leaf=is_update)
+        entries = bind(params, adapters, config)
+        weights = adapted_weights(params, entries)
         program = Program(fn, params, args, kwargs)
         if not partial:
             tell_of_unread(name, program, entries, strict)
@@ -83,7 +83,7 @@ def lora(
         run = Run(settings, key if config.dropout else None)
         outputs = program.evaluate(run, weights, program.leaves)
         if run.key is not None:
-            _tell_of_undropped([path for path in entries if path in run.undropped or "magnitude" in entries[path]])
+            _tell_of_undropped([path for path in entries if path in run.undropped])
         return program.output(outputs)
 
     adapted_fn.__name__ = adapted_fn.__qualname__ = f"lora_{name}"
@@ -91,26 +91,21 @@ def lora(
     return adapted_fn
 
 
-def adapted_weights(params: Any, adapters: Any, config: LoraConfig, strict: bool = False) -> dict[str, Weight]:
-    """The weights of `params` that are followed with their A and B, by path; not those with a magnitude."""
-    targets = adapted_targets(params, adapters, config)
-    found = leaves_by_path(adapters, is_leaf=is_update)
+def adapted_weights(params: Any, entries: Mapping[str, Entry]) -> dict[str, Weight | Plain]:
+    """The weights of `params` that have an entry, by path; those with A and B are followed with them and their gain."""
     leaves = leaves_by_path(params)
-    check_floating({path: leaves[path] for path in found})
-    if strict and (merged := [path for path in targets if "magnitude" in found[path]]):
-        raise AdapterError(f"{merged[0]}: a weight with a magnitude (DoRA) cannot be factored; strict=False merges it")
-    return {
-        path: adapted(
-            path,
-            jnp.asarray(leaves[path]),
-            jnp.asarray(found[path]["A"]),
-            jnp.asarray(found[path]["B"]),
-            target.factorization,
-            target.effective_alpha / target.rank,
-        )
-        for path, target in targets.items()
-        if "magnitude" not in found[path]
-    }
+    check_floating({path: leaves[path] for path in entries})
+    weights: dict[str, Weight | Plain] = {}
+    for path, entry in entries.items():
+        weight = jnp.asarray(leaves[path])
+        base = entry.base(weight) if entry.parts.keys() & {"value", "offset"} else weight
+        value = base.astype(weight.dtype)
+        if entry.split is None:
+            weights[path] = Plain(value)
+        else:
+            a, b = (jnp.asarray(entry.parts[name]) for name in "AB")
+            weights[path] = adapted(path, value, a, b, entry.split, entry.scaling, entry.gain(base))
+    return weights
 
 
 def _check_keyword(fn: Callable[..., Any], keyword: Any) -> None:

@@ -30,12 +30,16 @@ class Product:
     Attributes:
       roles: one letter for each axis of the weight as it is used here: b, i or o.
       update: the product of the input with the factors, from the input and the weight.
+      along_y: the array of a gain, to be multiplied with the output.
+      along_x: the same for the input, of a gain whose axes are contracted; None where that is not the same.
       base: the product with a value of the weight, where it is not the primitive as it stands.
       mergeable: whether the merged form may be chosen where it is cheaper.
     """
 
     roles: str
     update: Update
+    along_y: Callable[[Factor], jax.Array]
+    along_x: Callable[[Factor], jax.Array] | None = None
     base: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     mergeable: bool = True
 
@@ -131,7 +135,12 @@ def dot_general(
             form = functools.partial(_in_turn, out_sharding=out_sharding)
         return form(x.reshape(x_shape), weight, dot, precision=precision).reshape(y_shape)
 
-    return Product(dot.roles, update, base)
+    return Product(dot.roles, update, along(whole.weight, whole.y), along(whole.weight, whole.x), base)
+
+
+def along(weight: str, letters: str) -> Callable[[Factor], jax.Array]:
+    """Spreads a gain over axes with these letters, from the letters of the weight's axes."""
+    return lambda gain: gain.spread_over([weight.find(c) for c in letters])
 
 
 def _in_order(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int], precision: Any) -> jax.Array:
@@ -232,7 +241,18 @@ def ragged_dot_general(
         hidden = lax.ragged_dot(rows, a, group_sizes, precision=precision, **inner)
         return lax.ragged_dot(hidden, b, group_sizes, precision=precision, **outer)
 
-    return Product(roles, update, mergeable=False)
+    def of_rows(gain: Factor, axis: int) -> jax.Array:
+        """For each row the gain of its group along an axis of the weight."""
+        array = gain.spread_over((*groups, axis))  # (experts, n)
+        return jnp.repeat(array, group_sizes, 0, total_repeat_length=x.shape[1 - x_in[0]])  # (m, n)
+
+    return Product(
+        roles,
+        update,
+        lambda gain: of_rows(gain, roles.index("o")),
+        lambda gain: jnp.moveaxis(of_rows(gain, w_in[0]), 1, x_in[0]),
+        mergeable=False,
+    )
 
 
 def conv_general_dilated(
@@ -292,7 +312,12 @@ def conv_general_dilated(
         y = jnp.einsum("ngr,gor->ngo", rows, b, precision=params["precision"])
         return jnp.moveaxis(y.reshape(*places, features), -1, channel)
 
-    return Product(roles, update)
+    def along_features(gain: Factor) -> jax.Array:
+        axes = [-1] * x.ndim
+        axes[dimension_numbers.out_spec[1]] = out_axis
+        return gain.spread_over(axes)
+
+    return Product(roles, update, along_features)
 
 
 @dataclasses.dataclass(frozen=True)

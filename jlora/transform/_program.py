@@ -49,7 +49,7 @@ class Program:
         argument, *rest = key_path
         return path_string(rest) if argument.idx == 0 else None
 
-    def evaluate(self, run: Run, weights: Mapping[Any, Weight], leaves: Sequence[Any]) -> list[Any]:
+    def evaluate(self, run: Run, weights: Mapping[Any, Weight | Plain], leaves: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for these leaves, with the weights in place of those at their paths."""
         inputs = []
         for path, leaf in zip(self.paths, leaves, strict=True):

@@ -195,7 +195,7 @@ def _multiplied(found: Multiplies, run: Run, eqn: JaxprEqn, inputs: Sequence[Any
             return y
 
         # It may not be linear in x, which the derivative of the merged form would need: that form is never chosen.
-        return products.Product(roles, update, mergeable=False)
+        return products.Product(roles, update, products.along(einsum.weight, einsum.y), mergeable=False)
 
     return multiplies(product)(run, eqn, inputs)
 

@@ -1,6 +1,5 @@
 """The forms of a rule: what a primitive that meets a weight does with it."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,10 +20,10 @@ from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
 MOVED = "what it makes of the weight is no product of factors"
 
 
-def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = False) -> Rule:
+def moves(rule: Callable[..., Any], *, either_side: bool = False, several: bool = False) -> Rule:
     """The primitive moves the weight about: the result is a weight again.
 
-    `either_side` says that the weight may be the second operand too, `parts` that there are several results.
+    `either_side` says that the weight may be the second operand too, `several` that there are several results.
     """
 
     def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -32,16 +31,16 @@ def moves(rule: Callable[..., Any], *, either_side: bool = False, parts: bool = 
         inputs = list(map(bare, inputs))
         place = 1 if either_side and not is_weight(inputs[0]) else 0
         weight, others = inputs[place], [value for number, value in enumerate(inputs) if number != place]
-        factors: Any = None
+        found: Any = None
         if is_weight(weight) and not any(map(is_weight, others)):
-            factors = rule(weight, *others, **eqn.params)
-        if factors is None or isinstance(factors, str):
-            why = factors or MOVED
+            found = rule(weight, *others, **eqn.params)
+        if found is None or isinstance(found, str):
+            why = found or MOVED
             return bind(eqn, run.merge_all(eqn, inputs, why))
         values = bind(eqn, [value.value if value is weight else value for value in inputs])
         return [
-            dataclasses.replace(weight, value=value, factors=tuple(of_value), of_data=of_data)
-            for value, of_value in zip(values, factors if parts else [factors], strict=True)
+            weight.with_parts(value, of_value, of_data=of_data)
+            for value, of_value in zip(values, found if several else [found], strict=True)
         ]
 
     return apply
@@ -51,48 +50,49 @@ def each(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """The primitive does the same to every number: to those of the factors too."""
     (weight,) = inputs
     (value,) = bind(eqn, [weight.value])
-    return [weight.with_arrays(value, [bind(eqn, [factor.array])[0] for factor in weight.factors])]
+    factors = [factor.changed(bind(eqn, [factor.array])[0]) for factor in weight.factors]
+    return [weight.with_parts(value, [*factors, *weight.gains])]
 
 
 def places(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """The primitive places the weight on a mesh: every factor as the axes of the weight that it has."""
+    """The primitive places the weight on a mesh: every part as the axes of the weight that it has."""
     (weight,) = inputs
     (value,) = bind(eqn, [weight.value])
     sharding = eqn.params["dst_sharding"]
     spec = [*sharding.spec, *[None] * (len(weight.shape) - len(sharding.spec))]
     arrays = []
-    for factor in weight.factors:
-        of_axes = PartitionSpec(*(spec[axis] for axis in factor.axes), None)
+    for part in weight.parts:
+        of_axes = PartitionSpec(*(spec[axis] for axis in part.axes), None)
         params = eqn.params | {"dst_sharding": NamedSharding(sharding.mesh, of_axes)}
-        arrays.append(eqn.primitive.bind(factor.array, **params))
+        arrays.append(eqn.primitive.bind(part.array, **params))
     return [weight.with_arrays(value, arrays)]
 
 
 def joins(rule: Callable[..., Any], *, besides: tuple[int, ...] = ()) -> Rule:
-    """The primitive makes one weight of several parts, of which those without an update follow from params alone.
+    """The primitive makes one weight of its operands, of which those without an update follow from params alone.
 
-    `besides` are the places of operands that say how, and are no part.
+    `besides` are the places of those that say how.
     """
 
     def apply(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         outvar: Any = eqn.outvars[0]
-        parts = [value for place, value in enumerate(inputs) if place not in besides]
+        operands = [value for place, value in enumerate(inputs) if place not in besides]
         others = [bare(inputs[place]) for place in besides]
-        factors: Any = "what it meets depends on the arguments of the function, or on arrays that it closes over"
-        if all(map(_is_part, parts)) and any(map(is_weight, parts)):
-            factors = rule(parts, outvar.aval.shape, *others, **eqn.params)
-        if isinstance(factors, str):
-            return bind(eqn, run.merge_all(eqn, inputs, factors))
-        weights = [part for part in parts if is_weight(part)]
+        parts: Any = "what it meets depends on the arguments of the function, or on arrays that it closes over"
+        if all(map(_can_join, operands)) and any(map(is_weight, operands)):
+            parts = rule(operands, outvar.aval.shape, *others, **eqn.params)
+        if isinstance(parts, str):
+            return bind(eqn, run.merge_all(eqn, inputs, parts))
+        weights = [operand for operand in operands if is_weight(operand)]
         paths = dict.fromkeys(path for weight in weights for path in weight.paths)
         (value,) = bind(eqn, list(map(base_of, inputs)))
-        joined = dataclasses.replace(weights[0], paths=tuple(paths), value=value, factors=tuple(factors))
-        return [dataclasses.replace(joined, of_data=not all(map(of_params, inputs)))]
+        like = next((weight for weight in weights if weight.gains), weights[0])
+        return [like.with_parts(value, parts, paths=tuple(paths), of_data=not all(map(of_params, inputs)))]
 
     return apply
 
 
-def _is_part(value: Any) -> bool:
+def _can_join(value: Any) -> bool:
     """Whether a value may be joined with a weight: not an activation, of which a looked-up row is one."""
     if isinstance(value, Weight):
         return not value.looked_up and (value.is_matrix or not value.of_data)
@@ -103,11 +103,11 @@ def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Looking up by a batch axis gives a weight again; by another one, as embeddings do, rows of A times B."""
     of_data = not all(map(of_params, inputs))
     weight, indices = map(bare, inputs)
-    factors = structure.gather(weight, indices, **eqn.params) if is_weight(weight) else None
-    if factors is None:
-        return bind(eqn, run.merge_all(eqn, inputs, "a lookup with a batch of tables"))
+    parts = structure.gather(weight, indices, **eqn.params) if is_weight(weight) else "the indices are a weight"
+    if isinstance(parts, str):
+        return bind(eqn, run.merge_all(eqn, inputs, parts))
     values = bind(eqn, [weight.value, indices])
-    rows = dataclasses.replace(weight, value=values[0], factors=tuple(factors), of_data=of_data)
+    rows = weight.with_parts(values[0], parts, of_data=of_data)
     indexed = structure.indexed_axes(weight.shape, eqn.params)
     by_batch_axis = set(indexed) <= set(weight.shared) if indexed else rows.is_matrix
     if weight.probe or run.keeps_rows or indices.ndim == 1 or by_batch_axis:
@@ -134,6 +134,9 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
         product = rule(weight, x, *rest, **params)
         if isinstance(product, str):
             return bind(eqn, run.merge_all(eqn, inputs, product))
+        gained = _gained(product, weight)
+        if isinstance(gained, str):
+            return bind(eqn, run.merge_all(eqn, inputs, gained))
 
         def bound(x: jax.Array, value: jax.Array) -> jax.Array:
             return bind(eqn, [*((value, x) if place == 0 else (x, value)), *rest])[0]
@@ -156,12 +159,40 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
         )
         if weight.probe:
             return [base(x, weight.value)]
+        of_x, of_y = gained
+        x, own = _scaled(x, of_x), weight.without_gains()
         if merge:
-            return [_merged(base, product.update, x, weight, keep=choice.keeps(size.rows, size.outs))]
-        output = base(x, weight.value)
-        return [output + _updated(product.update, run.dropped(x, weight.path), weight).astype(output.dtype)]
+            return [_scaled(_merged(base, product.update, x, own, keep=choice.keeps(size.rows, size.outs)), of_y)]
+        output = base(x, own.value)
+        return [_scaled(output + _updated(product.update, run.dropped(x, own.path), own).astype(output.dtype), of_y)]
 
     return apply
+
+
+_Gains = list[jax.Array]
+
+
+def _gained(product: Product, weight: Weight) -> tuple[_Gains, _Gains] | str:
+    """What the input and the output of a product are multiplied with for the gains of the weight, or why that fails."""
+    of_x: _Gains = []
+    of_y: _Gains = []
+    for gain in weight.gains:
+        used = {product.roles[axis] for axis in gain.axes}
+        if used <= {"b", "o"}:
+            of_y.append(product.along_y(gain))
+        elif used <= {"b", "i"} and product.along_x is not None:
+            of_x.append(product.along_x(gain))
+        else:
+            return "it contracts some of the axes of a magnitude (DoRA)"
+    return of_x, of_y
+
+
+def _scaled(array: jax.Array, gains: _Gains) -> jax.Array:
+    """The array times the gains, each product rounded once."""
+    for gain in gains:
+        wide = common_dtype(array.dtype, gain.dtype)
+        array = (array.astype(wide) * gain.astype(wide)).astype(array.dtype)
+    return array
 
 
 def _place_of_weight(inputs: Sequence[Any]) -> int:

@@ -1,4 +1,4 @@
-"""What primitives that place a weight on a mesh, or move it between devices within shard_map, do to its factors."""
+"""What primitives that place a weight on a mesh, or move it between devices within shard_map, do to its parts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from jax import lax
 from jlora.transform._jax import varying_axes
 from jlora.transform._weight import Factor, Weight
 
-Factors = Sequence[Factor] | str
+Parts = Sequence[Factor] | str
 
 DIFFERS = "A or B may differ between the devices that it is gathered from; shard_map with check_vma=True tells"
 EXCHANGED = "the devices exchange an axis of A for one of B"
@@ -22,7 +22,7 @@ def all_gather(
     axis_index_groups: Any,
     tiled: bool,
     **_: Any,
-) -> Factors:
+) -> Parts:
     """The parts of all devices along an axis: along that of the factors that have it, if the others are the same there.
 
     Along a new axis everything that differs is gathered.
@@ -34,7 +34,7 @@ def all_gather(
         array = lax.all_gather(factor.array, axis_name, axis=place, tiled=tiled, axis_index_groups=axis_index_groups)
         return factor.changed(array, sorted({*factor.axes, all_gather_dimension}))
 
-    factors: Sequence[Factor] = weight.factors
+    factors: Sequence[Factor] = weight.parts
     if not tiled:
         factors = [
             factor.renumbered({axis: axis + (axis >= all_gather_dimension) for axis in factor.axes})
@@ -48,24 +48,24 @@ def all_gather(
     return [gathered(factor) if factor in having else factor for factor in factors]
 
 
-def ppermute(weight: Weight, *, axis_name: Any, perm: Any) -> Factors:
+def ppermute(weight: Weight, *, axis_name: Any, perm: Any) -> Parts:
     """Every factor that differs from device to device goes to the device that its weight goes to."""
     names = _names(axis_name)
-    moving = [factor for factor in weight.factors if _differs(factor, names)] or weight.factors
+    moving = [factor for factor in weight.parts if _differs(factor, names)] or weight.parts
     return [
         factor.changed(lax.ppermute(factor.array, axis_name, perm)) if factor in moving else factor
-        for factor in weight.factors
+        for factor in weight.parts
     ]
 
 
 def all_to_all(
     weight: Weight, *, axis_name: Any, split_axis: int, concat_axis: int, axis_index_groups: Any, tiled: bool, **_: Any
-) -> Factors:
+) -> Parts:
     """A factor that has both axes is split and joined as the weight is; one that has neither is the same everywhere."""
     names = _names(axis_name)
     axes = {split_axis, concat_axis}
-    moving = [factor for factor in weight.factors if axes <= set(factor.axes)]
-    staying = [factor for factor in weight.factors if factor not in moving]
+    moving = [factor for factor in weight.parts if axes <= set(factor.axes)]
+    staying = [factor for factor in weight.parts if factor not in moving]
     if not tiled or not moving or any(axes & set(factor.axes) for factor in staying):
         return EXCHANGED
     if any(_differs(factor, names) for factor in staying):
@@ -76,7 +76,7 @@ def all_to_all(
         array = lax.all_to_all(factor.array, axis_name, *places, axis_index_groups=axis_index_groups, tiled=True)
         return factor.changed(array)
 
-    return [exchanged(factor) if factor in moving else factor for factor in weight.factors]
+    return [exchanged(factor) if factor in moving else factor for factor in weight.parts]
 
 
 def _names(axis_name: Any) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""What primitives that only move a weight about do to its factors.
+"""What primitives that only move a weight about do to its parts, the factors and the gains.
 
-A rule is called with the weight, the other operands and the parameters of the primitive, and returns the factors of
-the result, or None where the result is no product of factors.
+A rule is called with the weight, the other operands and the parameters of the primitive, and returns the parts of the
+result, or None where the result is no product of factors, or not all of it has the gain.
 """
 
 import dataclasses
@@ -15,41 +15,41 @@ from jax import lax
 
 from jlora.transform._weight import Factor, Shape, Weight
 
-Factors = Sequence[Factor] | None
+Parts = Sequence[Factor] | None
 
 
-def same(weight: Weight, *_: Any, **__: Any) -> Factors:
+def same(weight: Weight, *_: Any, **__: Any) -> Parts:
     """The value is placed or constrained, or varies over more axes of a mesh; the factors stay.
 
     They vary where they meet what varies, and not before: what does not vary is known to be the same on all devices.
     """
-    return weight.factors
+    return weight.parts
 
 
-def convert_element_type(weight: Weight, *, new_dtype: Any, **_: Any) -> Factors:
+def convert_element_type(weight: Weight, *, new_dtype: Any, **_: Any) -> Parts:
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return None
-    return [factor.cast(new_dtype) for factor in weight.factors]
+    return [*(factor.cast(new_dtype) for factor in weight.factors), *weight.gains]
 
 
-def stop_gradient(weight: Weight, **_: Any) -> Factors:
-    return [factor.changed(lax.stop_gradient(factor.array)) for factor in weight.factors]
+def stop_gradient(weight: Weight, **_: Any) -> Parts:
+    return [part.changed(lax.stop_gradient(part.array)) for part in weight.parts]
 
 
-def neg(weight: Weight, **_: Any) -> Factors:
+def neg(weight: Weight, **_: Any) -> Parts:
     *others, last = weight.factors
-    return [*others, last.changed(-last.array)]
+    return [*others, last.changed(-last.array), *weight.gains]
 
 
-def mul(weight: Weight, other: Any, **_: Any) -> Factors:
+def mul(weight: Weight, other: Any, **_: Any) -> Parts:
     return _scaled(weight, other, lax.mul)
 
 
-def div(weight: Weight, other: Any, **_: Any) -> Factors:
+def div(weight: Weight, other: Any, **_: Any) -> Parts:
     return _scaled(weight, other, lax.div)
 
 
-def _scaled(weight: Weight, other: Any, operation: Any) -> Factors:
+def _scaled(weight: Weight, other: Any, operation: Any) -> Parts:
     """A matrix times or over a scalar, or what has no axes but those of one factor, as a scale for each channel.
 
     A row alone, as one that was looked up, has no scale but a scalar: times anything else it is an activation.
@@ -65,115 +65,116 @@ def _scaled(weight: Weight, other: Any, operation: Any) -> Factors:
     axes = factors[place].axes
     scale = jnp.expand_dims(jnp.reshape(other, [sizes[axis] for axis in axes]), -1) if jnp.ndim(other) else other
     factors[place] = factors[place].scaled(operation, scale)
-    return factors
+    return [*factors, *weight.gains]
 
 
-def transpose(weight: Weight, *, permutation: Sequence[int]) -> Factors:
+def transpose(weight: Weight, *, permutation: Sequence[int]) -> Parts:
     new = {old: position for position, old in enumerate(permutation)}
-    return [factor.renumbered(new) for factor in weight.factors]
+    return [part.renumbered(new) for part in weight.parts]
 
 
-def squeeze(weight: Weight, *, dimensions: Sequence[int]) -> Factors:
+def squeeze(weight: Weight, *, dimensions: Sequence[int]) -> Parts:
     kept = [axis for axis in range(len(weight.shape)) if axis not in dimensions]
     new = {axis: position for position, axis in enumerate(kept)}
-    return [factor.without(dimensions).renumbered(new) for factor in weight.factors]
+    return [part.without(dimensions).renumbered(new) for part in weight.parts]
 
 
-def rev(weight: Weight, *, dimensions: Sequence[int]) -> Factors:
+def rev(weight: Weight, *, dimensions: Sequence[int]) -> Parts:
     return [
-        factor.changed(lax.rev(factor.array, [place for place, axis in enumerate(factor.axes) if axis in dimensions]))
-        for factor in weight.factors
+        part.changed(lax.rev(part.array, [place for place, axis in enumerate(part.axes) if axis in dimensions]))
+        for part in weight.parts
     ]
 
 
-def pad(weight: Weight, _: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> Factors:
-    """The padding is one of the value; that of the factors is zero."""
+def pad(weight: Weight, _: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> Parts:
+    """The padding is one of the value; that of the factors is zero, and that of a gain, which may not reach it, one."""
+    padded_axes = {axis for axis, padding in enumerate(padding_config) if any(padding)}
+    if any(not padded_axes <= set(gain.axes) for gain in weight.gains):
+        return None
 
-    def padded(factor: Factor) -> Factor:
-        zero = jnp.zeros((), factor.array.dtype)
-        return factor.changed(lax.pad(factor.array, zero, [*(padding_config[axis] for axis in factor.axes), (0, 0, 0)]))
+    def padded(part: Factor, fill: int) -> Factor:
+        padding = [*(padding_config[axis] for axis in part.axes), (0, 0, 0)]
+        return part.changed(lax.pad(part.array, jnp.asarray(fill, part.array.dtype), padding))
 
-    return [padded(factor) for factor in weight.factors]
+    return [*(padded(factor, 0) for factor in weight.factors), *(padded(gain, 1) for gain in weight.gains)]
 
 
-def tile(weight: Weight, *, reps: Sequence[int]) -> Factors:
-    return [
-        factor.changed(jnp.tile(factor.array, [*(reps[axis] for axis in factor.axes), 1])) for factor in weight.factors
-    ]
+def tile(weight: Weight, *, reps: Sequence[int]) -> Parts:
+    return [part.changed(jnp.tile(part.array, [*(reps[axis] for axis in part.axes), 1])) for part in weight.parts]
 
 
 def unstack(weight: Weight, *, axis: int, **_: Any) -> Sequence[Sequence[Factor]]:
-    """The factors of every element."""
+    """The parts of every element."""
     size = weight.shape[axis]
-    one = dataclasses.replace(weight, value=lax.index_in_dim(weight.value, 0, axis))
-    parts = split(weight, sizes=[1] * size, axis=axis)
-    elements = [squeeze(dataclasses.replace(one, factors=tuple(part)), dimensions=[axis]) for part in parts]
+    one = lax.index_in_dim(weight.value, 0, axis)
+    found = split(weight, sizes=[1] * size, axis=axis)
+    elements = [squeeze(weight.with_parts(one, parts), dimensions=[axis]) for parts in found]
     return [element for element in elements if element is not None]
 
 
-def broadcast_in_dim(weight: Weight, *_: Any, shape: Shape, broadcast_dimensions: Sequence[int], **__: Any) -> Factors:
-    """Axes of size 1 are spread in the factors that have them; new axes are batch axes, in every factor."""
+def broadcast_in_dim(weight: Weight, *_: Any, shape: Shape, broadcast_dimensions: Sequence[int], **__: Any) -> Parts:
+    """Axes of size 1 are spread in the parts that have them; new axes are batch axes, in every part."""
     new = [axis for axis in range(len(shape)) if axis not in broadcast_dimensions]
-    moved = [factor.renumbered(dict(enumerate(broadcast_dimensions))) for factor in weight.factors]
-    return [_spread(factor, shape, new) for factor in moved]
+    moved = [part.renumbered(dict(enumerate(broadcast_dimensions))) for part in weight.parts]
+    return [_spread(part, shape, new) for part in moved]
 
 
 def _spread(factor: Factor, shape: Shape, new: Sequence[int]) -> Factor:
     """The factor in a weight of this shape, along the axes that are new too."""
     axes = sorted((*factor.axes, *new))
     places = [*map(axes.index, factor.axes), len(axes)]
-    sizes = [*(shape[axis] for axis in axes), factor.array.shape[-1]]
+    sizes = [*(shape[axis] for axis in axes), factor.rank]
     return factor.changed(lax.broadcast_in_dim(factor.array, sizes, places), axes)
 
 
 def slice_(
     weight: Weight, *, start_indices: Sequence[int], limit_indices: Sequence[int], strides: Sequence[int] | None
-) -> Factors:
+) -> Parts:
     steps = strides or [1] * len(weight.shape)
 
     def sliced(factor: Factor) -> Factor:
         starts, limits, by = ([part[axis] for axis in factor.axes] for part in (start_indices, limit_indices, steps))
         if tuple(limits) == factor.array.shape[:-1] and not any(starts) and set(by) <= {1}:
             return factor  # the very same, so that a concatenation of slices sees it
-        return factor.changed(lax.slice(factor.array, [*starts, 0], [*limits, weight.rank], [*by, 1]))
+        return factor.changed(lax.slice(factor.array, [*starts, 0], [*limits, factor.rank], [*by, 1]))
 
-    return [sliced(factor) for factor in weight.factors]
+    return [sliced(part) for part in weight.parts]
 
 
-def dynamic_slice(weight: Weight, *starts: Any, slice_sizes: Sequence[int]) -> Factors:
+def dynamic_slice(weight: Weight, *starts: Any, slice_sizes: Sequence[int]) -> Parts:
     def sliced(factor: Factor) -> Factor:
         at = [starts[axis] for axis in factor.axes]
         sizes = [slice_sizes[axis] for axis in factor.axes]
         zero = jnp.zeros((), jnp.result_type(starts[0]))
-        return factor.changed(lax.dynamic_slice(factor.array, [*at, zero], [*sizes, weight.rank]))
+        return factor.changed(lax.dynamic_slice(factor.array, [*at, zero], [*sizes, factor.rank]))
 
-    return [sliced(factor) for factor in weight.factors]
+    return [sliced(part) for part in weight.parts]
 
 
 def split(weight: Weight, *, sizes: Sequence[int], axis: int) -> Sequence[Sequence[Factor]]:
-    """The factors of every part: a factor that has the axis is split along it."""
-    parts = [
-        lax.split(factor.array, sizes, factor.axes.index(axis)) if axis in factor.axes else [factor.array] * len(sizes)
-        for factor in weight.factors
+    """The parts of every piece: a part that has the axis is split along it."""
+    pieces = [
+        lax.split(part.array, sizes, part.axes.index(axis)) if axis in part.axes else [part.array] * len(sizes)
+        for part in weight.parts
     ]
     return [
-        [factor.changed(part[n]) for factor, part in zip(weight.factors, parts, strict=True)] for n in range(len(sizes))
+        [part.changed(piece[n]) for part, piece in zip(weight.parts, pieces, strict=True)] for n in range(len(sizes))
     ]
 
 
-def reshape(weight: Weight, *, new_sizes: Shape, dimensions: Any = None, **_: Any) -> Factors:
-    """Axes that are joined or split belong to the same factors; in a probe they become one factor."""
+def reshape(weight: Weight, *, new_sizes: Shape, dimensions: Any = None, **_: Any) -> Parts:
+    """Axes that are joined or split belong to the same parts; in a probe they become one factor."""
     if dimensions is not None or 0 in weight.shape:
         return None
     blocks = list(_blocks(weight.shape, tuple(new_sizes)))
-    factors: list[Factor] = list(weight.factors)
+    parts: list[Factor] = list(weight.parts)
     members = []
     for old, _new in blocks:
         wide = [axis for axis in old if weight.shape[axis] != 1]
-        having = [factor for factor in factors if set(wide) & set(factor.axes)] if wide else list(factors)
+        having = [part for part in parts if set(wide) & set(part.axes)] if wide else list(parts)
         if weight.probe and len(having) > 1:
             joined = _joined(having)
-            factors = [factor for factor in factors if factor not in having] + [joined]
+            parts = [part for part in parts if part not in having] + [joined]
         elif any(not set(wide) <= set(factor.axes) for factor in having):
             return None
         members.append(wide)
@@ -185,9 +186,9 @@ def reshape(weight: Weight, *, new_sizes: Shape, dimensions: Any = None, **_: An
             if set(wide) <= set(factor.axes):
                 axes.extend(new)
                 sizes.extend(new_sizes[axis] for axis in new)
-        return factor.changed(factor.array.reshape(*sizes, weight.rank), axes)
+        return factor.changed(factor.array.reshape(*sizes, factor.rank), axes)
 
-    return [reshaped(factor) for factor in factors]
+    return [reshaped(part) for part in parts]
 
 
 def _joined(factors: Sequence[Factor]) -> Factor:
@@ -225,11 +226,11 @@ def indexed_axes(shape: Shape, params: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(axis for axis in named if not clipped or sizes[axis] != shape[axis])
 
 
-def gather(weight: Weight, indices: jax.Array, **params: Any) -> Factors:
+def gather(weight: Weight, indices: jax.Array, **params: Any) -> Sequence[Factor] | str:
     """Slices looked up by index, as `jnp.take` and `weight[ids]` do: a factor that is indexed gets the ids' axes."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if numbers.operand_batching_dims:
-        return None
+        return "a lookup with a batch of tables"
     indexed = indexed_axes(weight.shape, params)
     kept = [axis for axis in range(len(weight.shape)) if axis not in numbers.collapsed_slice_dims]
     count = indices.ndim - 1
@@ -238,9 +239,11 @@ def gather(weight: Weight, indices: jax.Array, **params: Any) -> Factors:
     sizes_found = dict(zip(ids, indices.shape, strict=False)) | {new[axis]: sizes[axis] for axis in kept}
     shape = tuple(sizes_found[axis] for axis in range(len(sizes_found)))
     value = params["fill_value"]
-    fill = value if value is None or math.isnan(value) else 0
+    is_number = value is not None and not math.isnan(value)
+    if is_number and any(not set(indexed) <= set(gain.axes) for gain in weight.gains):
+        return "what it fills in beyond the table has no magnitude (DoRA)"
 
-    def looked_up(factor: Factor) -> Factor:
+    def looked_up(factor: Factor, fill: int) -> Factor:
         columns = [column for column, axis in enumerate(numbers.start_index_map) if axis in indexed]
         columns = [column for column in columns if numbers.start_index_map[column] in factor.axes]
         if not columns:
@@ -256,11 +259,11 @@ def gather(weight: Weight, indices: jax.Array, **params: Any) -> Factors:
                 collapsed_slice_dims=tuple(place(axis) for axis in factor.axes if axis not in kept),
                 start_index_map=tuple(place(numbers.start_index_map[column]) for column in columns),
             ),
-            [*(sizes[axis] for axis in factor.axes), weight.rank],
+            [*(sizes[axis] for axis in factor.axes), factor.rank],
             mode=params["mode"],
-            fill_value=fill,
+            fill_value=fill if is_number else value,
         )
         found = dataclasses.replace(factor, looked_up=True)
         return found.changed(array, [*ids, *(new[axis] for axis in others)])
 
-    return [looked_up(factor) for factor in weight.factors]
+    return [*(looked_up(factor, 0) for factor in weight.factors), *(looked_up(gain, 1) for gain in weight.gains)]

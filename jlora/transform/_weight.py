@@ -1,8 +1,11 @@
-"""A weight as the transform follows it: its value, and the factors whose product is its update.
+"""A weight as the transform follows it: its value, the factors whose product is its update, and its gains.
 
-The update of a weight is the sum over r of the product of its factors. A factor has some of the weight's axes, then
-the rank: A has the batch and in axes, B the batch and out axes. What a program does to the axes of a weight it does
-to each factor that has them; a contraction of the weight is one of a factor first and of the other then.
+    weight = gain * (value + sum over r of the product of the factors)
+
+A factor has some of the weight's axes, then the rank: A has the batch and in axes, B the batch and out axes. A gain,
+the m / ||V|| of DoRA, has the batch and out axes, and a rank of 1. What a program does to the axes of a weight it does
+to each of these parts that has them; a contraction of the weight is one of a factor first and of the other then, and a
+gain multiplies the result, or the input where the program contracts its axes.
 
 What is added to a weight, or joined with it, leaves the factors as they are. But only a sum with what follows from
 params alone is a weight; `Plain` marks such values. A sum with what depends on the arguments is an activation, as
@@ -27,7 +30,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factor:
-    """An array `(*sizes of axes, r)`; `axes` are axes of the weight, in ascending order.
+    """An array `(*sizes of axes, r)`, r = 1 for a gain; `axes` are axes of the weight, in ascending order.
 
     In a probe, `origin` holds the axes that the factor began with, each with the path of its weight in params, and
     `looked_up` says that an index chose among them. `product_dtype` is the dtype that the factor brings into a product;
@@ -39,6 +42,10 @@ class Factor:
     origin: tuple[tuple[str, int], ...] = ()
     looked_up: bool = False
     product_dtype: Any = None
+
+    @property
+    def rank(self) -> int:
+        return self.array.shape[-1]
 
     def changed(self, array: jax.Array, axes: Sequence[int] | None = None) -> "Factor":
         """The factor with another array, and the numbers of its axes in any order."""
@@ -68,6 +75,13 @@ class Factor:
         kept = [axis for axis in self.axes if axis not in axes]
         return self.changed(lax.squeeze(self.array, places), kept)
 
+    def spread_over(self, axes: Sequence[int]) -> jax.Array:
+        """The array of a gain with these axes of the weight in this order, of size 1 where it has none of them."""
+        array = lax.squeeze(self.array, [len(self.axes)]).transpose(
+            [self.axes.index(axis) for axis in axes if axis in self.axes]
+        )
+        return lax.expand_dims(array, [place for place, axis in enumerate(axes) if axis not in self.axes])
+
     def ordered(self, axes: Sequence[int], rank_at: int) -> jax.Array:
         """The array with its axes in the order `axes`, the rank at position `rank_at`."""
         places = [self.axes.index(axis) for axis in axes]
@@ -77,7 +91,7 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight and its factors: a pytree, so that it passes into jit, cond and checkpoint as it is.
+    """A weight and its parts: a pytree, so that it passes into jit, cond and checkpoint as it is.
 
     `paths` are those of the weights in params that it is made of; `of_data` says that it depends on the arguments of
     the function too, as a row that was looked up. A probe has one factor of rank 1 for each axis; it
@@ -87,6 +101,7 @@ class Weight:
     paths: tuple[str, ...]
     value: jax.Array
     factors: tuple[Factor, ...]
+    gains: tuple[Factor, ...] = ()
     probe: bool = False
     of_data: bool = False
 
@@ -101,7 +116,12 @@ class Weight:
 
     @property
     def rank(self) -> int:
-        return self.factors[0].array.shape[-1]
+        return self.factors[0].rank
+
+    @property
+    def parts(self) -> tuple[Factor, ...]:
+        """The factors, then the gains."""
+        return (*self.factors, *self.gains)
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -125,10 +145,18 @@ class Weight:
     def size(self, axes: Sequence[int]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
 
+    def with_parts(self, value: jax.Array, parts: Sequence[Factor], **changes: Any) -> "Weight":
+        """The weight with another value, and other parts in the order of `parts`."""
+        count = len(parts) - len(self.gains)
+        factors, gains = tuple(parts[:count]), tuple(parts[count:])
+        return dataclasses.replace(self, value=value, factors=factors, gains=gains, **changes)
+
     def with_arrays(self, value: jax.Array, arrays: Sequence[jax.Array]) -> "Weight":
-        """The same weight with another value and other arrays in its factors."""
-        factors = (factor.changed(array) for factor, array in zip(self.factors, arrays, strict=True))
-        return dataclasses.replace(self, value=value, factors=tuple(factors))
+        """The same weight with another value and other arrays in its parts."""
+        return self.with_parts(value, [part.changed(array) for part, array in zip(self.parts, arrays, strict=True)])
+
+    def without_gains(self) -> "Weight":
+        return dataclasses.replace(self, gains=())
 
     def delta(self) -> jax.Array:
         """The dense update, float32 at least; both factors are matrices in the product."""
@@ -162,20 +190,37 @@ class Weight:
         )
 
     def merged(self) -> jax.Array:
-        """The value with the update added: in float32 at least, rounded once."""
+        """The value with the update added, times the gains: in float32 at least, rounded once."""
         if self.probe:
             return self.value
         delta = self.delta()
         dtype = common_dtype(delta.dtype, self.value.dtype)
-        return (self.value.astype(dtype) + delta.astype(dtype)).astype(self.value.dtype)
+        total = self.value.astype(dtype) + delta.astype(dtype)
+        for gain in self.gains:
+            total = total * gain.spread_over(range(len(self.shape))).astype(dtype)
+        return total.astype(self.value.dtype)
 
 
-def adapted(path: str, value: jax.Array, a: jax.Array, b: jax.Array, split: Factorization, scale: float) -> Weight:
-    """A weight with its adapter A `(*batch, *in, r)`, B `(*batch, r, *out)`, of which B is scaled."""
+def adapted(
+    path: str,
+    value: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    split: Factorization,
+    scale: float,
+    gain: jax.Array | None = None,
+) -> Weight:
+    """A weight with its adapter A `(*batch, *in, r)`, B `(*batch, r, *out)`, of which B is scaled.
+
+    The gain has the batch and out axes in the order of the weight's.
+    """
     batch, ins, outs = (split.axes(role) for role in "bio")
     b = jnp.moveaxis(b, len(batch), -1)  # (*batch, *out, r)
     first, second = Factor(a, ()).changed(a, (*batch, *ins)), Factor(b, ()).changed(b, (*batch, *outs))
-    return Weight((path,), value, (first, second.scaled(lax.mul, scale)))
+    gains = []
+    if gain is not None:
+        gains.append(Factor(gain[..., None], tuple(sorted((*batch, *outs)))))
+    return Weight((path,), value, (first, second.scaled(lax.mul, scale)), tuple(gains))
 
 
 def probe(path: str, value: jax.Array) -> Weight:
@@ -198,16 +243,16 @@ class Plain:
 
 
 def _flatten(weight: Weight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    arrays = (weight.value, *(factor.array for factor in weight.factors))
-    marks = tuple((f.axes, f.origin, f.looked_up, f.product_dtype) for f in weight.factors)
-    return arrays, (weight.paths, weight.probe, weight.of_data, marks)
+    arrays = (weight.value, *(part.array for part in weight.parts))
+    marks = tuple((part.axes, part.origin, part.looked_up, part.product_dtype) for part in weight.parts)
+    return arrays, (weight.paths, weight.probe, weight.of_data, len(weight.factors), marks)
 
 
 def _unflatten(static: tuple[Any, ...], arrays: Sequence[Any]) -> Weight:
-    paths, is_probe, of_data, marks = static
+    paths, is_probe, of_data, count, marks = static
     value, *rest = arrays
-    factors = tuple(Factor(array, *mark) for array, mark in zip(rest, marks, strict=True))
-    return Weight(paths, value, factors, is_probe, of_data)
+    parts = tuple(Factor(array, *mark) for array, mark in zip(rest, marks, strict=True))
+    return Weight(paths, value, parts[:count], parts[count:], is_probe, of_data)
 
 
 jax.tree_util.register_pytree_node(Weight, _flatten, _unflatten)

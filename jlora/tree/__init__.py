@@ -1,13 +1,13 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
-from jlora.tree._params import in_structure, init_lora, merge_params, settle_params, unmerge_params
+from jlora.tree._bind import bind
+from jlora.tree._params import in_structure, init_lora, merge_params, unmerge_params
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
     Known,
     LeftOut,
     Survey,
     Target,
-    adapted_targets,
     check_config,
     check_floating,
     check_patterns,
@@ -24,7 +24,7 @@ __all__ = [
     "Summary",
     "Survey",
     "Target",
-    "adapted_targets",
+    "bind",
     "check_config",
     "check_floating",
     "check_patterns",
@@ -40,7 +40,6 @@ __all__ = [
     "lora_labels",
     "lora_mask",
     "merge_params",
-    "settle_params",
     "split_params",
     "summary",
     "survey",

@@ -6,23 +6,14 @@ from typing import Any
 import chex
 import jax
 
-from jlora.adapter import (
-    apply_update,
-    boxed_update,
-    count_lost,
-    init_lora_adapter,
-    is_adapter,
-    is_reversible,
-    is_update,
-    range_problem,
-    undo_update,
-)
+from jlora.adapter import Entry, boxed_entry, count_lost, init_lora_adapter, range_problem
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.config import LoraConfig, adapter_dtype
 from jlora.errors import AdapterError, DataError, TargetError
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
-from jlora.tree._targets import adapted_target, adapted_targets, check_floating, raise_all, shapes_by_path, survey
+from jlora.tree._bind import bind, split_of
+from jlora.tree._targets import check_floating, raise_all, shapes_by_path, survey
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
@@ -65,7 +56,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
             factorization=target.factorization,
             init=config.init,
         )
-        return boxed_update(weight, adapter, target.factorization)
+        return boxed_entry(weight, adapter, target.factorization)
 
     return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=is_box)
 
@@ -79,8 +70,7 @@ def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) ->
         entry = entries.get(path)
         if entry is None or not is_box(weight):
             return entry
-        split = adapted_target(path, shapes, entry, config).factorization if "A" in entry else None
-        return boxed_update(weight, entry, split)
+        return boxed_entry(weight, entry, split_of(path, shapes, entry, config))
 
     return jax.tree_util.tree_map_with_path(entry_at, params, is_leaf=is_box)
 
@@ -113,10 +103,10 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
     residuals: dict[str, Residual] = {}
     ranges = _Ranges()
 
-    def merged(path: str, weight: Any, update: Any, *rest: Any) -> jax.Array:
-        result = ranges.looked_at(path, weight, apply_update(weight, update, *rest), update)
+    def merged(path: str, weight: Any, entry: Entry) -> jax.Array:
+        result = ranges.looked_at(path, weight, entry.merged(weight), entry)
         if return_residual:
-            residuals[path] = pack(_concrete(weight), _concrete(undo_update(result, update, *rest)))
+            residuals[path] = pack(_concrete(weight), _concrete(entry.unmerged(result)))
         return result
 
     tree = _fold(params, adapters, config, merged)
@@ -139,12 +129,13 @@ def unmerge_params(
     """
     ranges = _Ranges()
 
-    def unmerged(path: str, weight: Any, update: Any, *rest: Any) -> jax.Array:
-        if residual is None and not is_reversible(update):
-            raise AdapterError(f"an update of {', '.join(update)} cannot be taken out; keep the base, or a residual")
-        guess = undo_update(weight, update, *rest)
+    def unmerged(path: str, weight: Any, entry: Entry) -> jax.Array:
+        if residual is None and not entry.is_reversible:
+            names = ", ".join(entry.parts)
+            raise AdapterError(f"an update of {names} cannot be taken out; keep the base, or a residual")
+        guess = entry.unmerged(weight)
         if residual is None:
-            return ranges.looked_at(path, weight, guess, update)
+            return ranges.looked_at(path, weight, guess, entry)
         if path not in residual:
             raise AdapterError("the residual has no entry for it; pass what merge_params returned for these adapters")
         return jax.device_put(unpack(residual[path], _concrete(guess)), getattr(weight, "sharding", None))
@@ -154,36 +145,17 @@ def unmerge_params(
     return tree
 
 
-def settle_params(params: Any, adapters: Any, config: LoraConfig) -> Any:
-    """The params with everything applied that cannot follow a weight through a program as A and B can.
-
-    That is a value and an offset; and A and B too where there is a magnitude.
-    """
-    entries = jax.tree.leaves(adapters, is_leaf=is_update)
-    if all(is_adapter(entry) for entry in entries):
-        return params
-
-    def settled(_: str, weight: Any, update: Any, *rest: Any) -> Any:
-        parts = update if "magnitude" in update else {name: update[name] for name in update if name not in "AB"}
-        return apply_update(weight, parts, *rest) if parts else weight
-
-    return _fold(params, adapters, config, settled)
-
-
 def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., Any]) -> Any:
-    targets = adapted_targets(params, adapters, config)
+    entries = bind(params, adapters, config)
     leaves = leaves_by_path(params)
-    updates = leaves_by_path(adapters, is_leaf=is_update)
-    check_floating({path: leaves[path] for path in updates})
+    check_floating({path: leaves[path] for path in entries})
 
     def folded(key_path: Any, weight: Any) -> Any:
         path = path_string(key_path)
-        if path not in updates:
+        if path not in entries:
             return weight
-        target = targets.get(path)
-        scaling = config.effective_alpha_of(path) / config.rank_of(path)
         try:
-            result = fold(path, unboxed(weight), updates[path], scaling, target and target.factorization)
+            result = fold(path, unboxed(weight), entries[path])
         except (AdapterError, DataError) as error:
             raise TargetError(f"{path}: {error}") from None
         return box_like(weight, result)
@@ -198,9 +170,9 @@ class _Ranges:
         self._counts: dict[str, Any] = {}
         self._sums: dict[str, tuple[jax.Array, Any]] = {}
 
-    def looked_at(self, path: str, before: Any, after: jax.Array, update: Any) -> jax.Array:
+    def looked_at(self, path: str, before: Any, after: jax.Array, entry: Entry) -> jax.Array:
         """The sum itself."""
-        self._counts[path], self._sums[path] = count_lost(before, after, update), (after, update)
+        self._counts[path], self._sums[path] = count_lost(before, after, entry.parts), (after, entry.parts)
         return after
 
     def check(self) -> None:

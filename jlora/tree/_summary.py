@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Container, Sequence
 from typing import Any
 
-from jlora.adapter import is_update
 from jlora.config import LoraConfig
 from jlora.paths import leaves_by_path
 from jlora.tables import html_table, text_table
-from jlora.tree._targets import LeftOut, Target, adapted_targets, survey
+from jlora.tree._bind import bind
+from jlora.tree._targets import LeftOut, Target, shapes_by_path, survey
 from jlora.tree._views import count_params
 
 _COLUMNS = ("path", "shape", "factorization", "rank", "alpha", "parameters", "share")
@@ -99,23 +99,29 @@ def summary(params: Any, adapters: Any, config: LoraConfig) -> Summary:
     Raises:
       TargetError: adapters, params and configuration do not fit.
     """
-    targets = adapted_targets(params, adapters, config)
-    updates = leaves_by_path(adapters, is_leaf=is_update)
-    others = {path: "+".join(update) for path, update in updates.items() if path not in targets}
-    shapes = leaves_by_path(params)
+    entries = bind(params, adapters, config)
+    shapes = shapes_by_path(params)
+    targets: list[Target] = []
+    others: list[tuple[str, tuple[int, ...], str]] = []
+    for path, entry in entries.items():
+        if entry.split is None:
+            others.append((path, shapes[path], "+".join(entry.parts)))
+        else:
+            targets.append(Target(path, shapes[path], entry.split, entry.rank, config.alpha_of(path)))
+    paths = [*(target.path for target in targets), *(path for path, *_ in others)]
     return Summary(
-        tuple(targets.values()),
-        tuple(count_params(updates[path]) for path in (*targets, *others)),
+        tuple(targets),
+        tuple(count_params(entries[path].parts) for path in paths),
         count_params(params),
-        tuple((path, tuple(shapes[path].shape), parts) for path, parts in others.items()),
-        _without_entry(params, config, updates),
-        tuple(sorted({part.dtype.name for update in updates.values() for part in update.values()})),
+        tuple(others),
+        _without_entry(params, config, entries),
+        tuple(sorted({part.dtype.name for entry in entries.values() for part in entry.parts.values()})),
     )
 
 
-def _without_entry(params: Any, config: LoraConfig, updates: Container[str]) -> tuple[LeftOut, ...]:
+def _without_entry(params: Any, config: LoraConfig, entries: Container[str]) -> tuple[LeftOut, ...]:
     """The weights that the configuration takes in and that have no entry, in the order of the params."""
     found = survey(params, config)
     why = {one.path: one for one in found.left_out}
     why |= {path: LeftOut(path, target.shape, "no adapter at hand") for path, target in found.targets.items()}
-    return tuple(why[path] for path in leaves_by_path(params) if path in why and path not in updates)
+    return tuple(why[path] for path in leaves_by_path(params) if path in why and path not in entries)

@@ -7,14 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.adapter import check_update, is_update
 from jlora.config import LoraConfig
-from jlora.contraction import Factorization, factorization_from_shapes
-from jlora.errors import AdapterError, ConfigError, JloraError, TargetError, listed, together
+from jlora.contraction import Factorization
+from jlora.errors import ConfigError, TargetError, listed, together
 from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
 from jlora.tree._flax_rules import flax_factorization
 
-_MOST_PROBLEMS = 12
+MOST_PROBLEMS = 12
 _MOST_PATHS = 3
 _PAIRS = ("rank_pattern", "alpha_pattern", "factorizations")
 _UNADAPTED = "excluded, or is a bias, a scale or a vector, or added with broadcasting as a first axis of size 1 says"
@@ -22,14 +21,13 @@ _UNADAPTED = "excluded, or is a bias, a scale or a vector, or added with broadca
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One weight that is adapted; `effective_alpha` / rank is the scaling of its update."""
+    """One weight that is adapted."""
 
     path: str
     shape: tuple[int, ...]
     factorization: Factorization
     rank: int
     alpha: float
-    effective_alpha: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +112,7 @@ def survey(params: Any, config: LoraConfig, known: Known | None = None) -> Surve
         elif found is not None:
             left_out[path] = found
     without = tuple(left_out.values())
-    unused = _unused_patterns(config, list(shapes), [*targets, *failed], left_out=without)
+    unused = unused_patterns(config, list(shapes), [*targets, *failed], left_out=without)
     return Survey(targets, without, (*failed.values(), *unused))
 
 
@@ -126,41 +124,6 @@ def find_targets(params: Any, config: LoraConfig) -> dict[str, Target]:
         weight or cannot be adapted.
     """
     return survey(params, config).checked().targets
-
-
-def adapted_targets(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Target]:
-    """What the A and B at hand adapt, by path, with `config` for rank, alpha, scaling and factorization.
-
-    Entries that hold no A and B are checked, and not among the targets.
-
-    Raises:
-      TargetError: with every problem at once: an adapter where params has no leaf, a leaf that is no adapter, an
-        adapter whose rank is not the configuration's, shapes that do not fit, a pattern of the configuration of which
-        there is no adapter.
-    """
-    check_config(config)
-    shapes = shapes_by_path(params)
-    config.check_work(len(shapes))
-    problems: list[str] = []
-    targets: dict[str, Target] = {}
-    updates = leaves_by_path(adapters, is_leaf=is_update)
-    for path, update in updates.items():
-        if not is_update(update):
-            problems.append(
-                f"{path or 'adapters'}: found {type(update).__name__}, wanted an adapter {{'A', 'B'}} or None"
-            )
-        elif path not in shapes:
-            near = format_nearest(path, shapes) if len(problems) < _MOST_PROBLEMS else "and no near path was sought"
-            problems.append(f"{path}: an adapter where params has no leaf; {near}")
-        else:
-            try:
-                if "A" in update:
-                    targets[path] = adapted_target(path, shapes, update, config)
-                check_update(shapes[path], update, targets[path].factorization if "A" in update else None)
-            except JloraError as error:
-                problems.append(f"{path}: {error}")
-    raise_all(problems or _unused_at_hand(params, config, list(updates)))
-    return targets
 
 
 def check_config(config: Any) -> None:
@@ -200,7 +163,7 @@ def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str], una
 
     `unadapted` says what a leaf is that a pattern matches and that is not adapted.
     """
-    raise_all(_unused_patterns(config, paths, adapted, unadapted))
+    raise_all(unused_patterns(config, paths, adapted, unadapted))
 
 
 def _naming_pattern(config: LoraConfig, path: str) -> str | None:
@@ -213,7 +176,7 @@ def _read(
 ) -> Target | LeftOut | None:
     """The leaf as a target, or why it cannot be one; None for what is no weight."""
     shape = shapes[path]
-    factorization = _given_factorization(path, shapes, config)
+    factorization = given_factorization(path, shapes, config)
     if factorization is None and path in known.roles:
         factorization = Factorization(known.roles[path])
     if factorization is None and not _is_weight(path, shapes):
@@ -232,7 +195,7 @@ def _read(
     if rank > most:
         why = f"rank {rank} is larger than the smaller side {most}; lower it, or give rank_pattern={{{path!r}: {most}}}"
         return LeftOut(path, shape, why)
-    return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
+    return Target(path, shape, factorization, rank, config.alpha_of(path))
 
 
 def _way_out(path: str, whole: str | None) -> str:
@@ -253,7 +216,7 @@ def _refusal(path: str, shape: tuple[int, ...], named: str, found: LeftOut | Non
     return f"{at}, is a bias, a scale or a vector; to adapt it all the same, give factorizations={{{path!r}: '...'}}"
 
 
-def _given_factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
+def given_factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:
     """The first factorization of the configuration that names the leaf, or a module of which it is a weight."""
     for pattern, roles in config.matches("factorizations", path):
         if names_leaf(pattern, path) or _is_weight(path, shapes):
@@ -272,34 +235,7 @@ def _is_weight(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return True
 
 
-def adapted_target(
-    path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, Any], config: LoraConfig
-) -> Target:
-    shape, a_shape, b_shape = shapes[path], jnp.shape(adapter["A"]), jnp.shape(adapter["B"])
-    rank, given = config.rank_of(path), _given_factorization(path, shapes, config)
-    if a_shape[-1:] != (rank,):
-        raise AdapterError(f"A {a_shape} does not have the rank {rank} of the configuration")
-    if given is not None and (a_shape, b_shape) != (wanted := given.adapter_shapes(shape, rank)):
-        raise AdapterError(
-            f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {given.roles!r}: "
-            f"wanted A {wanted[0]} and B {wanted[1]}"
-        )
-    named = path.rpartition("/")[2] in ("kernel", "embedding")  # Flax's (in, out); others may be (out, in)
-    factorization = given or factorization_from_shapes(shape, a_shape, b_shape, transposed=not named)
-    return Target(path, shape, factorization, rank, config.alpha_of(path), config.effective_alpha_of(path))
-
-
-def _unused_at_hand(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:
-    """A problem for every pattern without effect on the adapters at hand."""
-
-    def found(left_out: Sequence[LeftOut]) -> list[str]:
-        paths, unadapted = list(shapes_by_path(params)), "without an adapter at hand"
-        return list(_unused_patterns(config, paths, adapted, unadapted, left_out=left_out))
-
-    return found(survey(params, config).left_out) if found(()) else []
-
-
-def _unused_patterns(
+def unused_patterns(
     config: LoraConfig,
     paths: list[str],
     targets: list[str],
@@ -318,7 +254,7 @@ def _unused_patterns(
 
     def problem(field: str, pattern: str, say: Callable[[str], str]) -> str:
         """What is wrong with a pattern; of thousands only those that are shown are looked into."""
-        return f"{field}: {pattern!r} {say(pattern) if next(told) < _MOST_PROBLEMS else 'has no effect'}"
+        return f"{field}: {pattern!r} {say(pattern) if next(told) < MOST_PROBLEMS else 'has no effect'}"
 
     def reasons(pattern: str) -> str:
         found = [one for one in left_out if matched_depths(pattern, one.path)]
@@ -352,4 +288,4 @@ def raise_all(found: Iterable[str]) -> None:
     """Raises one TargetError for all problems, if there are any."""
     problems = list(found)
     if problems:
-        raise TargetError(together(problems, most=_MOST_PROBLEMS))
+        raise TargetError(together(problems, most=MOST_PROBLEMS))

@@ -1,7 +1,7 @@
 """Labels and masks for optax, the two halves of a Linen tree that holds both, and counts.
 
 Where a tree holds the base and the adapters, names and shapes have to tell them apart, or the base at hand does. An
-entry of the adapters (`jlora.adapter.is_update`) is trained with all of its parts, and counts
+entry of the adapters (`jlora.adapter.is_entry`) is trained with all of its parts, and counts
 
     with the base     where the base has none of its parts
     without           where the whole tree is made of entries, as one of `init_lora` is, or where the entry's path says
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapter import is_adapter, is_update
+from jlora.adapter import is_adapter, is_entry
 from jlora.errors import JloraWarning, TargetError, listed
 from jlora.paths import leaves_by_path, path_string
 
@@ -71,15 +71,15 @@ def _mark(tree: Any, base: Any, adapter: Any, other: Any) -> Any:
         found = adapter if path_string(key_path) in entries else other
         return jax.tree.map(lambda _: found, node)
 
-    return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=is_update)
+    return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=is_entry)
 
 
 def _find_entries(tree: Any, base: Any) -> tuple[set[str], list[str]]:
     """The paths of the entries of the adapters, and of what could be one as well."""
-    nodes = leaves_by_path(tree, is_leaf=is_update)
+    nodes = leaves_by_path(tree, is_leaf=is_entry)
     if base is not None:
         return _not_of(base, nodes), []
-    updates = {path: node for path, node in nodes.items() if is_update(node) and any(_readings(node))}
+    updates = {path: node for path, node in nodes.items() if is_entry(node) and any(_readings(node))}
     if len(updates) == len(nodes):
         return set(updates), []
     sure = {path for path in updates if _says_so(path)}
@@ -91,9 +91,9 @@ def _not_of(base: Any, nodes: Mapping[str, Any]) -> set[str]:
     known = leaves_by_path(base)
     entries: set[str] = set()
     for path, node in nodes.items():
-        parts = [_joined(path, name) for name in node] if is_update(node) else [path]
+        parts = [_joined(path, name) for name in node] if is_entry(node) else [path]
         foreign = [part for part in parts if part not in known]
-        if foreign and (len(foreign) < len(parts) or not is_update(node)):
+        if foreign and (len(foreign) < len(parts) or not is_entry(node)):
             raise TargetError(f"{foreign[0]}: neither a leaf of the base nor part of an adapter")
         if foreign:
             entries.add(path)
@@ -208,11 +208,11 @@ def _combine(base: Mapping[str, Any], adapters: Mapping[str, Any], at: str) -> A
     weight = _weight_beside(base)
     for name, node in adapters.items():
         path = _joined(at, name)
-        if is_update(node) and _is_leaf(base, name):
+        if is_entry(node) and _is_leaf(base, name):
             if "lora" in base:
                 raise TargetError(f"{path}: no place for an adapter: the base has a 'lora' beside the weight already")
             beside[name] = node
-        elif is_update(node):
+        elif is_entry(node):
             if name in base or name in _WEIGHTS or not is_adapter(node):
                 found = "a module" if name in base else "nothing"
                 raise TargetError(f"{path}: no place for an adapter: the base has {found} there, and no weight")

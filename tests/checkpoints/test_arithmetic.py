@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jlora.checkpoints._arithmetic import Change, Weight, _neighbours
+from jlora.adapter import Entry
+from jlora.checkpoints._arithmetic import Weight, _neighbours
 from jlora.contraction import Factorization
 
 
@@ -12,7 +13,7 @@ def test_scaling_is_rounded_once(rng):
     """B times the scaling in float64, rounded to float32; the scaling in float32 would be a second rounding."""
     b = rng.standard_normal((1, 997)).astype(np.float32)
     for scaling in (1 / 3, 16 / 6, 2 / np.sqrt(7)):
-        change = Change({"A": np.ones((1, 1), np.float32), "B": b}, scaling, Factorization("io"))
+        change = Entry({"A": np.ones((1, 1), np.float32), "B": b}, scaling, Factorization("io"))
         weight = Weight((1, 997), np.dtype(np.float32), [change])
         wanted = (b.astype(np.float64) * scaling).astype(np.float32)
         assert not np.array_equal(wanted, b * np.float32(scaling))
@@ -35,7 +36,7 @@ def test_the_audit_counts_numbers_that_round_to_zero():
     """0.25 of the smallest number merges to zero from -0 too, and from nothing else that is nearer than a spacing."""
     dtype = np.dtype(np.float16)
     tiny = float(np.finfo(np.float16).smallest_subnormal)
-    change = Change({"offset": np.array([0.25 * tiny, 0.75 * tiny], np.float32)}, 1.0)
+    change = Entry({"offset": np.array([0.25 * tiny, 0.75 * tiny], np.float32)}, 1.0)
     weight = Weight((2,), dtype, [change])
     base = np.array([0.0, 0.0], dtype)
     merged = weight.merged(base, 0, 2).copy()

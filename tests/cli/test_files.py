@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig, checkpoints, cli
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.cli._progress import progress_line
 from jlora.disk import Checkpoint, file_written_whole, write_tensors
 from jlora.interop.peft import FLAT, is_peft_folder, write_peft
@@ -60,7 +60,7 @@ def tensors(path):
 
 def flat_entries(path):
     """The entries of a folder of adapters as NumPy arrays, by the names of the weights."""
-    adapters = leaves_by_path(checkpoints.read_adapters(path)[0], is_leaf=is_update)
+    adapters = leaves_by_path(checkpoints.read_adapters(path)[0], is_leaf=is_entry)
     return {
         path.replace("/", "."): {part: np.asarray(array) for part, array in entry.items()}
         for path, entry in adapters.items()

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from jlora import load_adapters
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.checkpoints import read_adapters
 from jlora.cli import main
 from jlora.disk import Checkpoint
 from jlora.interop.peft import NESTED, is_peft_folder, read_peft
 from jlora.paths import leaves_by_path
-from jlora.tree import adapted_targets
+from jlora.tree import bind
 
 MINE = """
 import numpy as np
@@ -99,12 +99,12 @@ def tensors(path):
 def deltas(path):
     """The updates of a folder of adapters, in float64, by the names of the checkpoint."""
     adapters, config, _ = read_adapters(path)
-    entries = leaves_by_path(adapters, is_leaf=is_update)
+    entries = leaves_by_path(adapters, is_leaf=is_entry)
     found = {}
     for key, shape in SHAPES.items():
         name = key.replace(".", "/")
         a, b = (np.asarray(entries[name][part], np.float64) for part in "AB")
-        target = adapted_targets(
+        entry = bind(
             {name: np.zeros(shape, np.float32)},
             {name: entries[name]},
             config.replace(
@@ -117,7 +117,7 @@ def deltas(path):
                 alpha=config.alpha_of(name),
             ),
         )[name]
-        found[key] = target.effective_alpha / target.rank * (a @ b).T
+        found[key] = entry.scaling * (a @ b).T
     return found
 
 
@@ -174,7 +174,7 @@ class TestAdapters:
         else:
             params = {name.replace(".", "/"): np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
             adapters, _ = load_adapters(written, params=params)
-        assert len(leaves_by_path(adapters, is_leaf=is_update)) == 2
+        assert len(leaves_by_path(adapters, is_leaf=is_entry)) == 2
 
     @pytest.mark.parametrize(
         "command", ["merge {} run/adapters --out no", "unmerge {} run/adapters --out no", "extract base {} --out no"]

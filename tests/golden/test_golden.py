@@ -12,7 +12,7 @@ import pytest
 
 import jlora
 from jlora import LoraConfig, checkpoints, load_adapters
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.disk import Checkpoint
 from jlora.paths import leaves_by_path
 from jlora.storage import read_metadata
@@ -40,7 +40,7 @@ def shards(folder):
 def test_adapters(version):
     adapters, config = load_adapters(HERE / version / ADAPTERS)
     wanted = expected(version)
-    entries = leaves_by_path(adapters, is_leaf=is_update)
+    entries = leaves_by_path(adapters, is_leaf=is_entry)
     assert entries.keys() == wanted["entries"].keys()
     for path, parts in wanted["entries"].items():
         assert entries[path].keys() == parts.keys()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.interop.peft import FLAT, NESTED, is_peft_folder, read_peft, read_peft_arrays, write_peft
 from jlora.paths import leaves_by_path
 from tests.interop.models import CASES, adapted, base_of, merged_by_peft, nested, save
@@ -119,12 +119,12 @@ def test_params_give_the_structure(name: str, written: dict[str, Any], tmp_path:
     shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, weight.dtype), nested(base))
     adapters, _ = read_peft(folder, NESTED, params=shapes)
     flat, _ = read_peft_arrays(folder, NESTED)
-    leaves = leaves_by_path(adapters, is_leaf=is_update)
+    leaves = leaves_by_path(adapters, is_leaf=is_entry)
     assert set(leaves) == set(flat)
     for path, entry in flat.items():
         assert all(np.array_equal(leaves[path][part], entry[part]) for part in entry)
     empty = jax.tree.map(lambda _: None, nested(base))
-    assert jax.tree.structure(jax.tree.map(lambda _: None, adapters, is_leaf=is_update)) == jax.tree.structure(empty)
+    assert jax.tree.structure(jax.tree.map(lambda _: None, adapters, is_leaf=is_entry)) == jax.tree.structure(empty)
 
 
 def test_a_reduced_dtype_is_kept(written: dict[str, Any], tmp_path: Path) -> None:

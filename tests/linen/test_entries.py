@@ -51,8 +51,9 @@ def test_what_peft_trained_is_applied_whole(name, rng, tmp_path):
     wanted = Model().apply({"params": jlora.merge_params(params, adapters, config)}, x)
     assert np.any(as64(wanted) != as64(Model().apply({"params": params}, x)))
     both = jlora.combine_params(params, adapters)
-    module = LoRA(Model(), config)
+    module = LoRA(Model(), config, strict=True)
     assert_close(module.apply({"params": both}, x), as64(wanted), factor=20)
     grads = jax.grad(lambda both: module.apply({"params": both}, x).var())(both)
     trained = jlora.split_params(grads)[1]
     assert all(np.any(as64(leaf) != 0) for leaf in jax.tree.leaves(trained["up"]))
+    assert all(use.factored for use in module.explain({"params": both}, x).uses)

@@ -13,9 +13,9 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jlora import AdapterError, JloraWarning, LoraConfig, init_lora, lora
-from jlora.adapter import is_update
-from tests.reference import random_array, randomize
+from jlora import AdapterError, JloraWarning, LoraConfig, init_lora, lora, merge_params
+from jlora.adapter import is_entry
+from tests.reference import as64, assert_close, random_array, randomize
 
 CONFIG = LoraConfig(rank=2, alpha=3)
 
@@ -199,7 +199,7 @@ def test_a_second_trace_over_the_same_compiled_function_tells_again(rng):
 def test_other_entries_are_told_of_too(rng, entry):
     params, adapters, x = made(rng)
     adapters["b"] = {part: random_array(rng, shape) for part, shape in entry.items()}
-    assert is_update(adapters["b"])
+    assert is_entry(adapters["b"])
     with pytest.warns(JloraWarning, match="^the adapters of b reach nothing"):
         lora(lambda p, x: x @ p["a"], CONFIG)(params, adapters, x)
 
@@ -277,11 +277,20 @@ def test_every_weight_of_what_is_merged_as_one_is_named(rng, name):
         assert len(caught) == 1
 
 
-def test_a_weight_with_a_magnitude_has_no_dropout_and_that_is_said(rng):
+def test_under_a_magnitude_the_input_of_the_adapter_alone_is_dropped(rng):
     params, adapters, x = made(rng)
-    adapters["b"] |= {"magnitude": random_array(rng, (5,))}
-    with pytest.warns(JloraWarning, match=r"^no dropout for the adapters of b: the weights are merged"):
-        lora(lambda p, x: x @ p["a"] @ p["b"], DROPPING)(params, adapters, x, dropout_key=jax.random.key(0))
+    adapters = {"a": None, "b": adapters["b"] | {"magnitude": random_array(rng, (5,))}}
+    config = DROPPING.replace(target_modules="b")
+    plain = {"a": None, "b": {name: adapters["b"][name] for name in "AB"}}
+    key = jax.random.key(0)
+    found, dropped, merged = (
+        lora(lambda p, x: x @ p["b"], config)(params, tree, x, dropout_key=k)
+        for tree, k in ((adapters, key), (plain, key), (adapters, None))
+    )
+    total = as64(merge_params(params, plain, config)["b"])
+    gain = as64(adapters["b"]["magnitude"]) / np.linalg.norm(total, axis=0)
+    assert_close(found, as64(dropped) * gain)
+    assert not np.allclose(found, merged)
 
 
 def test_a_merge_that_was_chosen_for_its_cost_is_factored_where_there_is_a_key(rng):

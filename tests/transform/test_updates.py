@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import AdapterError, LoraConfig, TargetError, lora, merge_params
+from jlora import AdapterError, CostModel, LoraConfig, TargetError, explain, lora, merge_params
 from jlora.contraction import Factorization
 from tests.marks import some
 from tests.reference import as64, assert_close, random_adapter, random_array
@@ -32,7 +32,7 @@ def entry_for(rng: np.random.Generator, name: str, parts: Any) -> dict[str, Any]
     if "A" in parts:
         entry |= random_adapter(rng, *split.adapter_shapes(shape, 2))
     if "magnitude" in parts:
-        entry["magnitude"] = random_array(rng, split.out_shape(shape))
+        entry["magnitude"] = random_array(rng, split.sizes(shape, "b") + split.sizes(shape, "o"))
     return entry
 
 
@@ -199,27 +199,36 @@ def test_one_call_for_several_adapters_under_vmap(rng):
         assert_close(row, as64(model(merge_params(params, adapters, config), x)), factor=4)
 
 
-def test_strict_refuses_a_magnitude_and_nothing_else(rng):
+def test_strict_takes_every_kind(rng):
     x = random_array(rng, (13, 5))
     for parts in KINDS.values():
         params, adapters = case(rng, query=parts)
         strict = lora(model, patterns(adapters), strict=True)
-        if "magnitude" in parts:
-            message = r"^query: a weight with a magnitude \(DoRA\) cannot be factored; strict=False merges it$"
-            with pytest.raises(AdapterError, match=message):
-                strict(params, adapters, x)
-        else:
-            assert_close(strict(params, adapters, x), as64(lora(model, patterns(adapters))(params, adapters, x)))
+        assert_close(strict(params, adapters, x), as64(lora(model, patterns(adapters))(params, adapters, x)))
 
 
-def test_a_and_b_are_factored_beside_an_offset_and_merged_under_a_magnitude(rng):
-    x = random_array(rng, (13, 5))
-    for parts, factored in ((("A", "offset"), True), (("A", "magnitude"), False)):
-        params, adapters = case(rng, up=parts)
-        jaxpr = jax.make_jaxpr(lora(model, patterns(adapters)))(params, adapters, x)
-        dots = [equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "dot_general"]
-        dense = [equation for equation in dots if equation.outvars[0].aval.shape == (5, 7)]
-        assert bool(dense) != factored
+def test_strict_refuses_a_magnitude_that_meets_some_of_the_axes_that_are_contracted(rng):
+    params, adapters = case(rng, query=("A", "magnitude"))
+    strict = lora(lambda p, x: jnp.einsum("nih,ihd->nd", x, p["query"]), patterns(adapters), strict=True)
+    message = (
+        r"^query: \w+ at .* cannot be factored: it (sums over axes of the weight|contracts some of the axes of a mag)"
+    )
+    with pytest.raises(AdapterError, match=message):
+        strict(params, adapters, random_array(rng, (13, 7, 3)))
+
+
+@pytest.mark.parametrize("parts", [("A",), ("A", "magnitude")], ids=["A+B", "DoRA"])
+def test_no_dense_delta_is_formed_for_the_value_or_the_gradients(rng, parts):
+    params, adapters = case(rng, up=parts)
+    adapted = lora(model, patterns(adapters), cost_model=CostModel(merge_from=float("inf")))
+
+    def loss(adapters: Any) -> Any:
+        return jnp.sum(adapted(params, adapters, random_array(rng, (13, 5))))
+
+    for jaxpr in (jax.make_jaxpr(loss)(adapters), jax.make_jaxpr(jax.grad(loss))(adapters)):
+        products = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        assert len(products) >= 5
+        assert not [eqn for eqn in products if sorted(eqn.outvars[0].aval.shape) == [5, 7]]
 
 
 def test_entries_that_do_not_fit(rng):
@@ -227,3 +236,14 @@ def test_entries_that_do_not_fit(rng):
     adapters["up"]["magnitude"] = jnp.ones(5)
     with pytest.raises(TargetError, match=r"up: magnitude \(5,\) does not fit the weight \(5, 7\): wanted \(7,\)$"):
         lora(model, patterns(adapters))(params, adapters, random_array(rng, (13, 5)))
+
+
+def test_explain_tells_what_a_magnitude_has_to_be_merged_for(rng):
+    params, adapters = case(rng, query=("A", "magnitude"))
+    some, config = (lambda p, x: jnp.einsum("nih,ihd->nd", x, p["query"])), patterns(adapters)
+    args = params, random_array(rng, (13, 7, 3))
+    assert [use.factored for use in explain(some, config, *args).uses] == [True]
+    (use,) = explain(some, config, *args, entries=adapters).uses
+    assert (use.factored, use.why) == (False, "it contracts some of the axes of a magnitude (DoRA)")
+    shapes = jax.eval_shape(lambda: adapters)
+    assert str(explain(some, config, *args, entries=shapes)) == str(explain(some, config, *args, entries=adapters))

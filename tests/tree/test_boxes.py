@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jlora
 from jlora import Factorization, LoraConfig
-from jlora.adapter import boxed_update
+from jlora.adapter import boxed_entry
 from jlora.boxes import box_like, box_named, is_box, unboxed
 from jlora.compose import extract, resize
 from jlora.interop.peft import NESTED, read_peft, write_peft
@@ -173,7 +173,7 @@ def test_every_kind_of_part_has_names(rng):
     box = nn.Partitioned(jnp.ones((3, 5, 2, 7)), ("layers", "embed", "heads", "kv"))
     shapes = {"A": (3, 5, 2), "B": (3, 2, 2, 7), "magnitude": (3, 2, 7), "value": (3, 5, 2, 7), "offset": (3, 5, 2, 7)}
     parts = {name: jnp.ones(shape) for name, shape in shapes.items()}
-    found = boxed_update(box, parts, Factorization("bioo"))
+    found = boxed_entry(box, parts, Factorization("bioo"))
     assert {name: part.names for name, part in found.items()} == {
         "A": ("layers", "embed", None),
         "B": ("layers", None, "heads", "kv"),
@@ -181,7 +181,7 @@ def test_every_kind_of_part_has_names(rng):
         "value": box.names,
         "offset": box.names,
     }
-    assert boxed_update(box, {"value": parts["value"]}, None)["value"].names == box.names
+    assert boxed_entry(box, {"value": parts["value"]}, None)["value"].names == box.names
 
 
 def test_extraction_and_resizing_take_boxes(rng):

@@ -11,10 +11,9 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from jlora import LoraConfig, TargetError, merge_params, unmerge_params
-from jlora.adapter import apply_update
 from jlora.contraction import Factorization
 from jlora.residual import Residual
-from jlora.tree import settle_params, summary
+from jlora.tree import summary
 from tests.reference import as64, assert_close, random_adapter, random_array, x64
 
 SHAPES = {
@@ -44,7 +43,7 @@ def entry_for(rng: np.random.Generator, roles: str, names: Any, dtype: Any = "fl
     if "A" in names:
         entry |= random_adapter(rng, *split.adapter_shapes(shape, 2), dtype)
     if "magnitude" in names:
-        entry["magnitude"] = random_array(rng, split.out_shape(shape), dtype)
+        entry["magnitude"] = random_array(rng, split.sizes(shape, "b") + split.sizes(shape, "o"), dtype)
     return entry
 
 
@@ -170,32 +169,6 @@ def test_without_a_residual_the_base_comes_back_up_to_rounding(rng, roles, names
     jax.tree.map(lambda new, old: assert_close(new, as64(old)), back, params)
 
 
-@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize("roles", SHAPES)
-def test_settling_leaves_a_and_b_to_follow(rng, roles, names):
-    params, adapters, config = case(rng, roles, names, "float32")
-    settled = settle_params(params, adapters, config)
-    assert settled["a"]["bias"] is params["a"]["bias"]
-    if names == ("A",):
-        assert settled is params
-    rest = {
-        name: {"w": None if "magnitude" in names else {part: entry["w"][part] for part in entry["w"] if part in "AB"}}
-        for name, entry in adapters.items()
-    }
-    merged = merge_params(params, adapters, config)
-    for name in "ab":
-        found = settled[name]["w"]
-        if rest[name]["w"]:
-            found = apply_update(found, rest[name]["w"], 1.5, Factorization(roles))
-        assert_close(found, as64(merged[name]["w"]))
-
-
-def test_settling_under_jit(rng):
-    params, adapters, config = case(rng, "io", ("A", "magnitude"), "float32")
-    found = jax.jit(settle_params, static_argnums=2)(params, adapters, config)
-    jax.tree.map(lambda new, old: assert_close(new, as64(old)), found, merge_params(params, adapters, config))
-
-
 def test_the_table_of_all_kinds_of_entries(rng):
     params = {name: random_array(rng, (5, 7)) for name in ("dora", "plain", "saved", "shifted")}
     params["bias"] = random_array(rng, (7,))
@@ -227,7 +200,7 @@ def test_entries_that_do_not_fit_are_told_with_their_paths(rng):
         r"^2 problems:\n  a/w: magnitude \(5,\) does not fit the weight \(5, 7\): wanted \(7,\)\n"
         r"  b/w: offset \(7, 5\) does not fit the weight \(5, 7\): wanted \(5, 7\)$"
     )
-    for call in (merge_params, unmerge_params, settle_params, summary):
+    for call in (merge_params, unmerge_params, summary):
         with pytest.raises(TargetError, match=message):
             call(params, adapters, config)
 
@@ -235,7 +208,7 @@ def test_entries_that_do_not_fit_are_told_with_their_paths(rng):
 def test_weights_that_are_no_floats(rng):
     params, adapters, config = case(rng, "io", ("offset",), "float32")
     params["a"]["w"] = jnp.ones((5, 7), jnp.int8)
-    for call in (merge_params, unmerge_params, settle_params):
+    for call in (merge_params, unmerge_params):
         with pytest.raises(
             TargetError, match=r"^a/w: dtype int8 is not floating; cast or dequantize the weight first$"
         ):

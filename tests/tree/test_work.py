@@ -9,7 +9,7 @@ import pytest
 
 import jlora
 from jlora import ConfigError, LoraConfig, TargetError, paths
-from jlora.tree import adapted_targets, find_targets
+from jlora.tree import bind, find_targets
 from tests.work import assert_linear
 
 KERNEL = jax.ShapeDtypeStruct((3, 5), "float32")
@@ -59,7 +59,7 @@ def test_adapters_of_another_tree() -> None:
     def make(count: int) -> Callable[[], Any]:
         adapters, params = tree(count, ENTRY), tree(count, name="other")
         return lambda: refused(
-            lambda: adapted_targets(params, adapters, LoraConfig(rank=2)), "layer0/kernel: an adapter where params has"
+            lambda: bind(params, adapters, LoraConfig(rank=2)), "layer0/kernel: an adapter where params has"
         )
 
     assert_linear(make, most=5000)
@@ -89,7 +89,7 @@ def test_too_many_globs_are_refused_before_they_are_compared(
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         find_targets(tree(leaves), config)
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        adapted_targets(tree(leaves), tree(leaves, ENTRY), config)
+        bind(tree(leaves), tree(leaves, ENTRY), config)
 
 
 def test_a_glob_that_matches_nothing_is_told_among_thousands_of_paths() -> None:

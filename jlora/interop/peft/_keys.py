@@ -33,7 +33,7 @@ _REGISTERED = (
 
 
 @dataclasses.dataclass
-class Entry:
+class Named:
     """What a file says of one tensor of the model.
 
     Attributes:
@@ -57,13 +57,13 @@ class Entry:
         return "A" in self.parts and self.matched == self.name
 
 
-def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[Entry]:
+def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[Named]:
     """The entries that a file's tensors make up, in the order of the file.
 
     Raises:
       DataError: names that are not PEFT's, of a variant that is not known, or A without B; all are listed.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Named] = {}
     problems = []
     levels, parents = _levels(keys), by_parent(target_parameters)
     for key in keys:
@@ -72,7 +72,7 @@ def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[En
             problems.append(key)
             continue
         name, matched, part = found
-        entry = entries.setdefault(name, Entry(name, matched))
+        entry = entries.setdefault(name, Named(name, matched))
         if part in entry.parts:
             problems.append(f"{key} and {entry.parts[part]} are both the {part} of {name}")
         entry.parts[part] = key

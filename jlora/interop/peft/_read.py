@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapter import check_update
+from jlora.adapter import Entry
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, together
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
-from jlora.interop.peft._keys import Entry, entries_of
+from jlora.interop.peft._keys import Named, entries_of
 from jlora.interop.peft._layout import Arrays, check_numbers, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
 from jlora.interop.peft._targeted import check_fields, check_together
@@ -124,7 +124,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(
-        self, entries: list[Entry], arrays: dict[str, Arrays], params: Any
+        self, entries: list[Named], arrays: dict[str, Arrays], params: Any
     ) -> tuple[dict[str, Arrays], LoraConfig]:
         places = places_of_names(self.mapping, arrays)
         shapes = None if params is None else {p: tuple(leaf.shape) for p, leaf in leaves_by_path(params).items()}
@@ -145,7 +145,7 @@ class _Reader:
         return adapters, self._config(adapters)
 
     def _placed(
-        self, entry: Entry, arrays: Arrays, place: Place, shapes: MappingType[str, tuple[int, ...]] | None
+        self, entry: Named, arrays: Arrays, place: Place, shapes: MappingType[str, tuple[int, ...]] | None
     ) -> Arrays:
         """The parts of one entry in the layout of the tree."""
         if "A" not in arrays:
@@ -167,7 +167,7 @@ class _Reader:
             self.kinds[entry.name] = choice
         return parts
 
-    def _kind(self, entry: Entry, arrays: Arrays, rank: int) -> str:
+    def _kind(self, entry: Named, arrays: Arrays, rank: int) -> str:
         if entry.is_embedding:
             return "embedding"
         if entry.is_parameter:
@@ -215,7 +215,7 @@ class _Reader:
                 self.problems.append(f"{path}: params has no leaf there; {near}")
                 continue
             try:
-                check_update(shapes[path], update, Factorization(self.roles[path]) if "A" in update else None)
+                Entry(update, 1.0, Factorization(self.roles[path]) if "A" in update else None).check(shapes[path])
             except JloraError as error:
                 self.problems.append(f"{path}: {error}")
 

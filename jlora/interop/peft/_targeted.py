@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jlora.errors import DataError, shortened, together
-from jlora.interop.peft._keys import Entry, ends_of
+from jlora.interop.peft._keys import Named, ends_of
 from jlora.interop.peft._regular import Automaton, Budget
 
 _MOST_CHARACTERS, _MOST_STEPS = 20_000, 20_000_000
 _FIRST_NUMBER = re.compile(r"(?<=\.)[^.]*\.(\d+)\.")  # of a list that is no list of the model itself
 
 
-def check_together(data: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+def check_together(data: Mapping[str, Any], entries: Sequence[Named]) -> None:
     """Raises a DataError where a configuration and the entries of its file contradict each other, all told at once."""
     if problems := list(_contradictions(data, entries)):
         raise DataError(together(problems, "the configuration and the tensors do not go together"))
@@ -46,7 +46,7 @@ def check_fields(data: Mapping[str, Any]) -> None:
         raise DataError("layers_to_transform and layers_pattern go with names as target_modules, not with a pattern")
 
 
-def _contradictions(data: Mapping[str, Any], entries: Iterable[Entry]) -> Iterator[str]:
+def _contradictions(data: Mapping[str, Any], entries: Iterable[Named]) -> Iterator[str]:
     """A problem for each entry that PEFT would leave out, or read as something else."""
     targeted = Targeted(data)
     for entry in entries:

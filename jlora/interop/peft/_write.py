@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.adapter import is_update
+from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, together
@@ -199,10 +199,10 @@ class _Writer:
 
 def _entries(adapters: Any) -> dict[str, Arrays]:
     """The entries by path, on the host."""
-    found = leaves_by_path(adapters, is_leaf=is_update)
+    found = leaves_by_path(adapters, is_leaf=is_entry)
     if not found:
         raise DataError("adapters: there is none to write")
-    if wrong := [path for path, entry in found.items() if not is_update(entry)]:
+    if wrong := [path for path, entry in found.items() if not is_entry(entry)]:
         raise DataError(f"{wrong[0] or 'adapters'}: found no adapter {{'A', 'B'}} nor None")
     for path, entry in found.items():
         if problem := next((p for part in entry.values() if (p := unreachable(part))), None):

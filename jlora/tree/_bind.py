@@ -1,0 +1,91 @@
+"""The entries of a tree of adapters, each bound to its weight: the one place that asks the configuration about them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora.adapter import Entry, is_entry
+from jlora.config import LoraConfig
+from jlora.contraction import Factorization, factorization_from_shapes
+from jlora.errors import AdapterError, JloraError
+from jlora.paths import format_nearest, leaves_by_path
+from jlora.tree._targets import (
+    MOST_PROBLEMS,
+    LeftOut,
+    check_config,
+    given_factorization,
+    raise_all,
+    shapes_by_path,
+    survey,
+    unused_patterns,
+)
+
+
+def bind(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Entry]:
+    """The entries at hand by path, with their scaling, and how the axes of their weights split.
+
+    Args:
+      params: the base, arrays or shapes.
+      adapters: entries at the paths of their weights, `None` or nothing elsewhere.
+      config: the configuration that they were made with.
+
+    Raises:
+      TargetError: with every problem at once: an entry where params has no leaf, a leaf that is no entry, an adapter
+        whose rank is not the configuration's, shapes that do not fit, a pattern of the configuration of which there is
+        no entry.
+    """
+    check_config(config)
+    shapes = shapes_by_path(params)
+    config.check_work(len(shapes))
+    problems: list[str] = []
+    entries: dict[str, Entry] = {}
+    found = leaves_by_path(adapters, is_leaf=is_entry)
+    for path, parts in found.items():
+        if not is_entry(parts):
+            problems.append(
+                f"{path or 'adapters'}: found {type(parts).__name__}, wanted an adapter {{'A', 'B'}} or None"
+            )
+        elif path not in shapes:
+            near = format_nearest(path, shapes) if len(problems) < MOST_PROBLEMS else "and no near path was sought"
+            problems.append(f"{path}: an adapter where params has no leaf; {near}")
+        else:
+            try:
+                entry = Entry(parts, config.scaling_of(path), split_of(path, shapes, parts, config))
+                entry.check(shapes[path])
+                entries[path] = entry
+            except JloraError as error:
+                problems.append(f"{path}: {error}")
+    raise_all(problems or _without_effect(params, config, list(found)))
+    return entries
+
+
+def split_of(
+    path: str, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Any], config: LoraConfig
+) -> Factorization | None:
+    """How the axes of the weight at `path` split, by the configuration or by A and B; None where there are none."""
+    if "A" not in parts:
+        return None
+    shape, a_shape, b_shape = shapes[path], jnp.shape(parts["A"]), jnp.shape(parts["B"])
+    rank, given = config.rank_of(path), given_factorization(path, shapes, config)
+    if a_shape[-1:] != (rank,):
+        raise AdapterError(f"A {a_shape} does not have the rank {rank} of the configuration")
+    if given is None:
+        named = path.rpartition("/")[2] in ("kernel", "embedding")  # Flax's (in, out); others may be (out, in)
+        return factorization_from_shapes(shape, a_shape, b_shape, transposed=not named)
+    if (a_shape, b_shape) != (wanted := given.adapter_shapes(shape, rank)):
+        raise AdapterError(
+            f"A {a_shape} and B {b_shape} do not fit the weight {shape} with factorization {given.roles!r}: "
+            f"wanted A {wanted[0]} and B {wanted[1]}"
+        )
+    return given
+
+
+def _without_effect(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:
+    """A problem for every pattern without effect on the entries at hand."""
+
+    def found(left_out: Sequence[LeftOut]) -> list[str]:
+        paths, unadapted = list(shapes_by_path(params)), "without an adapter at hand"
+        return list(unused_patterns(config, paths, adapted, unadapted, left_out=left_out))
+
+    return found(survey(params, config).left_out) if found(()) else []
