@@ -99,10 +99,12 @@ def canonical(batch: int, ins: int, outs: int) -> Factorization:
     return Factorization("b" * batch + "i" * ins + "o" * outs)
 
 
-def split_batch_axes(a_shape: Shape, b_shape: Shape, batch_dims: int | None = None) -> int:
+def split_batch_axes(
+    a_shape: Shape, b_shape: Shape, batch_dims: int | None = None, way_out: str = "pass batch_dims= to say"
+) -> int:
     """The number of leading axes that A and B share as batch axes.
 
-    `batch_dims` states it where the shapes alone can be read in two ways.
+    `batch_dims` states it where the shapes alone can be read in two ways; where it is not given, `way_out` tells how.
     """
     rank = a_shape[-1] if a_shape else 0
     fits = [
@@ -118,7 +120,7 @@ def split_batch_axes(a_shape: Shape, b_shape: Shape, batch_dims: int | None = No
             f"{found} do not fit: wanted A (*batch, *in, r) and B (*batch, r, *out) with the same r and batch axes"
             + ("" if batch_dims is None else f" and {batch_dims} batch axes")
         )
-    raise AdapterError(f"{found} can be read with {' or '.join(map(str, fits))} batch axes; pass batch_dims= to say")
+    raise AdapterError(f"{found} can be read with {' or '.join(map(str, fits))} batch axes; {way_out}")
 
 
 def factorization_from_shapes(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,9 @@ import numpy as np
 from jlora.adapter import is_adapter
 from jlora.boxes import unboxed
 from jlora.config import LoraConfig
-from jlora.contraction import Factorization, split_batch_axes
 from jlora.errors import AdapterError, JloraError, TargetError
 from jlora.paths import leaves_by_path, literal_pattern, path_string
+from jlora.tree import batch_dims_of, given_split
 from jlora.tree._targets import raise_all
 
 
@@ -162,12 +162,8 @@ def _read(path: str, node: Any, config: LoraConfig) -> Factors:
     if not is_adapter(node):
         raise AdapterError(f"found {_described(node)}, wanted a plain adapter {{'A', 'B'}} or None")
     a, b = (_array(name, node[name]) for name in "AB")
-    roles = _given_roles(path, a.shape, b.shape, config)
-    try:
-        n = split_batch_axes(a.shape, b.shape, None if roles is None else roles.count("b"))
-    except AdapterError as error:
-        way_out = f"give the configuration factorizations={{{literal_pattern(path)!r}: 'bio'}} or the like to say"
-        raise AdapterError(str(error).replace("pass batch_dims= to say", way_out)) from None
+    n = batch_dims_of(path, node, config)
+    split = given_split(path, node, config)
     rank, batch, ins, outs = a.shape[-1], a.shape[:n], a.shape[n:-1], b.shape[n + 1 :]
     if rank != config.rank_of(path):
         raise AdapterError(f"A {a.shape} does not have the rank {config.rank_of(path)} of the configuration")
@@ -179,7 +175,7 @@ def _read(path: str, node: Any, config: LoraConfig) -> Factors:
         outs,
         a.dtype,
         b.dtype,
-        roles,
+        None if split is None else split.roles,
     )
 
 
@@ -198,15 +194,3 @@ def _array(name: str, leaf: Any) -> np.ndarray:
     if not np.isfinite(array.astype(np.float64)).all():
         raise AdapterError(f"{name} holds values that are not finite")
     return array
-
-
-def _given_roles(path: str, a_shape: Sequence[int], b_shape: Sequence[int], config: LoraConfig) -> str | None:
-    """The first factorization of the configuration that matches the path."""
-    for pattern, roles in config.matches("factorizations", path):
-        batch, ins, outs = (len(Factorization(roles).axes(role)) for role in "bio")
-        if (len(a_shape), len(b_shape)) != (batch + ins + 1, batch + outs + 1):
-            raise AdapterError(
-                f"A {tuple(a_shape)} and B {tuple(b_shape)} do not fit the factorization {roles!r} given by {pattern!r}"
-            )
-        return str(roles)
-    return None

@@ -17,7 +17,6 @@ from jlora.diagnostics._factors import (
     factors_of,
     is_same,
     largest_difference,
-    roles_of,
     short,
     singular_values,
     triangle,
@@ -193,7 +192,7 @@ class _End:
         self.alpha = config.alpha_of(path)
         self.scaling = config.scaling_of(path)
         if "A" in update:
-            a, b = factors_of(path, update, roles_of(path, update, config))
+            a, b = factors_of(path, update, config)
             self.rank, self.factors = a.shape[2], (a, self.scaling * b)
 
 

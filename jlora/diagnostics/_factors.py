@@ -8,9 +8,10 @@ import numpy as np
 
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
-from jlora.contraction import split_batch_axes
+from jlora.contraction import Factorization
 from jlora.errors import AdapterError, TargetError, listed
-from jlora.paths import leaves_by_path, matched_depths
+from jlora.paths import leaves_by_path
+from jlora.tree import batch_dims_of
 
 Arrays = Mapping[str, Any]
 Factors = tuple[np.ndarray, np.ndarray]
@@ -28,33 +29,17 @@ def entries_of(adapters: Any, what: str = "adapters") -> dict[str, Arrays]:
     return found
 
 
-def roles_of(path: str, update: Arrays, config: LoraConfig) -> str | None:
-    """The factorization that the configuration gives, where A and B fit it."""
-    for pattern, roles in dict(config.factorizations).items():
-        if matched_depths(pattern, path):
-            batch, ins, outs = (roles.count(role) for role in "bio")
-            return (
-                roles if (np.ndim(update["A"]), np.ndim(update["B"])) == (batch + ins + 1, batch + outs + 1) else None
-            )
-    return None
-
-
-def factors_of(path: str, update: Arrays, roles: str | None) -> Factors:
-    """A (n, in, r) and B (n, r, out) of the n matrices of a stack, in float64.
+def factors_of(path: str, update: Arrays, config: LoraConfig, split: Factorization | None = None) -> Factors:
+    """A (n, in, r) and B (n, r, out) of the n matrices of a stack, in float64; `split` is that of the weight, if known.
 
     Raises:
       TargetError: A and B do not fit each other, or in two ways.
     """
-    a_shape, b_shape = tuple(update["A"].shape), tuple(update["B"].shape)
     try:
-        batch = split_batch_axes(a_shape, b_shape, None if roles is None else roles.count("b"))
+        batch = batch_dims_of(path, update, config) if split is None else len(split.axes("b"))
     except AdapterError as error:
-        way_out = (
-            f", or factorizations={{{path!r}: '...'}} in the configuration" if "pass batch_dims=" in str(error) else ""
-        )
-        raise TargetError(
-            f"{path or 'the root'}: {error}".replace("pass batch_dims= to say", "give params") + way_out
-        ) from None
+        raise TargetError(f"{path or 'the root'}: {error}") from None
+    a_shape, b_shape = tuple(update["A"].shape), tuple(update["B"].shape)
     n, rank = math.prod(a_shape[:batch]), a_shape[-1]
     a = host64(update["A"]).reshape(n, math.prod(a_shape[batch:-1]), rank)
     return a, host64(update["B"]).reshape(n, rank, math.prod(b_shape[batch + 1 :]))

@@ -10,6 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jlora.config import LoraConfig
+from jlora.contraction import Factorization
 from jlora.diagnostics._factors import (
     Arrays,
     count,
@@ -18,7 +19,6 @@ from jlora.diagnostics._factors import (
     factors_of,
     is_finite,
     norm_of,
-    roles_of,
     short,
     singular_values,
     sized,
@@ -26,7 +26,7 @@ from jlora.diagnostics._factors import (
 from jlora.diagnostics._warnings import warnings_of
 from jlora.paths import leaves_by_path
 from jlora.tables import html_table, text_table
-from jlora.tree import bind, check_config, count_params
+from jlora.tree import bind, check_config, count_params, given_split
 
 _USED = 1e-6  # of the largest singular value, below which float32 has no digits
 
@@ -195,13 +195,14 @@ def inspect(adapters: Any, config: LoraConfig, *, params: Any = None) -> Inspect
     with threadpool_limits(limits=1, user_api="blas"):  # the QR of small blocks is ten times slower with two threads
         for path, update in updates.items():
             split = bound[path].split if bound else None
-            roles = None if split is None else split.roles
-            entry = _inspected(path, update, config, roles, weights.get(path))
+            entry = _inspected(path, update, config, split, weights.get(path))
             entries.append(dataclasses.replace(entry, share=entry.parameters / total) if total else entry)
     return Inspection(tuple(entries), tuple(warnings_of(entries)), total)
 
 
-def _inspected(path: str, update: Arrays, config: LoraConfig, roles: str | None, weight: Any) -> InspectedEntry:
+def _inspected(
+    path: str, update: Arrays, config: LoraConfig, split: Factorization | None, weight: Any
+) -> InspectedEntry:
     scaling = config.scaling_of(path)
     dtypes = dict.fromkeys(np.dtype(part.dtype).name for part in update.values())
     has_scaling = bool(update.keys() & {"A", "offset"})
@@ -209,7 +210,7 @@ def _inspected(path: str, update: Arrays, config: LoraConfig, roles: str | None,
     fields |= {"largest": None, "effective_rank": None, "used_rank": None, "side": None}
     fields |= {"factorization": "-", "matrices": 1, "zero_a": 0, "zero_b": 0}
     fields |= (
-        _numbers(path, update, config, roles, scaling) if "A" in update else {"norm": _dense(update, scaling, weight)}
+        _numbers(path, update, config, split, scaling) if "A" in update else {"norm": _dense(update, scaling, weight)}
     )
     return InspectedEntry(
         path=path,
@@ -225,16 +226,18 @@ def _inspected(path: str, update: Arrays, config: LoraConfig, roles: str | None,
     )
 
 
-def _numbers(path: str, update: Arrays, config: LoraConfig, roles: str | None, scaling: float) -> dict[str, Any]:
+def _numbers(
+    path: str, update: Arrays, config: LoraConfig, split: Factorization | None, scaling: float
+) -> dict[str, Any]:
     """What A and B say."""
-    roles = roles or roles_of(path, update, config)
-    a, b = factors_of(path, update, roles)
+    a, b = factors_of(path, update, config, split)
+    split = split or given_split(path, update, config)
     with np.errstate(all="ignore"):
         values = abs(scaling) * singular_values((a, b))
         norm = float(np.sqrt(np.sum(values**2)))
     used = (values > _USED * values[:, :1]).sum(1) if values.size else np.zeros(1, int)
     return {
-        "factorization": roles or "-",
+        "factorization": split.roles if split else "-",
         "a_shape": tuple(update["A"].shape),
         "b_shape": tuple(update["B"].shape),
         "rank": a.shape[2],

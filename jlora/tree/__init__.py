@@ -1,6 +1,6 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
-from jlora.tree._bind import bind
+from jlora.tree._bind import batch_dims_of, bind, given_split
 from jlora.tree._params import in_structure, init_lora, merge_params, unmerge_params
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
@@ -24,6 +24,7 @@ __all__ = [
     "Summary",
     "Survey",
     "Target",
+    "batch_dims_of",
     "bind",
     "check_config",
     "check_floating",
@@ -31,6 +32,7 @@ __all__ = [
     "combine_params",
     "count_params",
     "find_targets",
+    "given_split",
     "in_structure",
     "init_lora",
     "is_floating",

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from jlora.adapter import Entry, is_entry
 from jlora.config import LoraConfig
-from jlora.contraction import Factorization, factorization_from_shapes
+from jlora.contraction import Factorization, factorization_from_shapes, split_batch_axes
 from jlora.errors import AdapterError, JloraError
-from jlora.paths import format_nearest, leaves_by_path
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern
 from jlora.tree._targets import (
     MOST_PROBLEMS,
     LeftOut,
@@ -79,6 +79,35 @@ def split_of(
             f"wanted A {wanted[0]} and B {wanted[1]}"
         )
     return given
+
+
+def given_split(path: str, parts: Mapping[str, Any], config: LoraConfig) -> Factorization | None:
+    """The factorization that the configuration gives for A and B, their weight unknown; None where it gives none.
+
+    Raises:
+      AdapterError: A and B have other numbers of axes.
+    """
+    a_shape, b_shape = jnp.shape(parts["A"]), jnp.shape(parts["B"])
+    for pattern, roles in config.matches("factorizations", path):
+        batch, ins, outs = (roles.count(role) for role in "bio")
+        if (len(a_shape), len(b_shape)) != (batch + ins + 1, batch + outs + 1):
+            raise AdapterError(
+                f"A {a_shape} and B {b_shape} do not fit the factorization {roles!r} given by {pattern!r}"
+            )
+        return Factorization(roles)
+    return None
+
+
+def batch_dims_of(path: str, parts: Mapping[str, Any], config: LoraConfig) -> int:
+    """How many batch axes A and B have, their weight unknown: by the configuration, or by their shapes.
+
+    Raises:
+      AdapterError: A and B do not fit each other or the factorization that the configuration gives, or fit in two ways.
+    """
+    split = given_split(path, parts, config)
+    given = None if split is None else len(split.axes("b"))
+    way_out = f"give the configuration factorizations={{{literal_pattern(path)!r}: 'bio'}} or the like to say"
+    return split_batch_axes(jnp.shape(parts["A"]), jnp.shape(parts["B"]), given, way_out)
 
 
 def _without_effect(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:

@@ -106,7 +106,7 @@ def test_values_and_magnitudes(rng):
 def test_the_factorization_of_the_configuration(rng):
     adapter = random_adapter(rng, (3, 5, 3), (3, 3, 7))
     with pytest.raises(
-        TargetError, match=r"w: A \(3, 5, 3\) .* can be read with 0 or 1 batch axes; give params, or fact"
+        TargetError, match=r"w: A \(3, 5, 3\) .* can be read with 0 or 1 batch axes; give the configuration fact"
     ):
         inspect({"w": adapter}, LoraConfig(rank=3))
     for roles, batch in (("bio", 1), ("iioo", 0)):
