@@ -82,6 +82,13 @@ def together(problems: Sequence[str], where: str = "", most: int = 12) -> str:
     return "\n  ".join([f"{head}{len(problems):,} problems:", *problems[:most], *more])
 
 
+def raise_all(problems: Iterable[str], error: type[JloraError], where: str = "") -> None:
+    """Raises one error for all problems, if there are any."""
+    found = list(problems)
+    if found:
+        raise error(together(found, where))
+
+
 def plain(message: str) -> str:
     """A message of bounded length, in which what a terminal would obey is escaped.
 

@@ -13,7 +13,7 @@ from jlora.adapter import Entry
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
-from jlora.errors import DataError, TargetError, listed, together
+from jlora.errors import DataError, TargetError, listed, raise_all
 from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft_arrays
 from jlora.interop.transformers import RENAMED
 from jlora.paths import nearest
@@ -67,7 +67,7 @@ def changes_of(
         problems += _unfit(piece, checkpoint)
         if weight != 1 and {"value", "magnitude"} & set(piece.parts):
             problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
-    _raise_all(problems)
+    raise_all(problems, DataError, "the adapters do not fit the checkpoint")
     tree = {path: jax.ShapeDtypeStruct(_whole_shape(found, shapes), np.float32) for path, found in pieces.items()}
     try:
         bound = bind(tree, entries, config)
@@ -195,8 +195,3 @@ def _unfit(piece: _Piece, checkpoint: Checkpoint) -> Iterable[str]:
         wanted = (piece.parts["B"].shape[1], piece.parts["A"].shape[0])
         if checkpoint.entries[piece.tensor].shape != wanted:
             yield f"{piece.tensor} {checkpoint.entries[piece.tensor].shape}: the experts of {piece.path} want {wanted}"
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        raise DataError(together(problems, "the adapters do not fit the checkpoint"))

@@ -15,7 +15,6 @@ from jlora.compose._factors import (
     is_slot,
     padded,
     read_factors,
-    refuse,
     replaced,
     truncated,
     unit_config,
@@ -23,7 +22,7 @@ from jlora.compose._factors import (
 from jlora.compose._svd import cut, leading_triples
 from jlora.compose._tasks import RULES, SIGNS, Task
 from jlora.config import LoraConfig
-from jlora.errors import AdapterError, ConfigError
+from jlora.errors import AdapterError, ConfigError, raise_all
 from jlora.fields import choice, number, refusal, whole
 from jlora.paths import path_number
 from jlora.tree import check_config
@@ -133,9 +132,10 @@ def combine(
     members = {path: _members(path, parts, read, scales) for found in read for path in found}
     if not members:
         raise AdapterError("parts: none of them holds an adapter")
-    refuse(
-        problem for path, here in members.items() for problem in _problems(path or "the root", here, plan.on_factors)
-    )
+    problems: list[str] = []
+    for path, here in members.items():
+        problems += _problems(path or "the root", here, plan.on_factors)
+    raise_all(problems, AdapterError)
     by_path = {path: _combined(path, here, plan) for path, here in members.items()}
     ranks = {path: int(adapter["A"].shape[-1]) for path, adapter in by_path.items()}
     roles = {path: next(iter(given)) for path, here in members.items() if (given := _roles(here))}

@@ -14,11 +14,10 @@ from jlora.compose._report import Extracted, Extraction
 from jlora.compose._svd import stacked_triples
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.errors import AdapterError, ConfigError
+from jlora.errors import AdapterError, ConfigError, TargetError, raise_all
 from jlora.fields import number, refusal, whole
 from jlora.paths import format_nearest, leaves_by_path, path_number
 from jlora.tree import find_targets, in_structure
-from jlora.tree._targets import raise_all
 
 
 def extract_weight(
@@ -100,7 +99,7 @@ def extract(
     share, seed = _energy(energy), whole("seed", seed, 0, 2**32)
     targets = find_targets(base, config)
     leaves, others = leaves_by_path(base), leaves_by_path(tuned)
-    raise_all(_differences(leaves, others))
+    raise_all(_differences(leaves, others), TargetError)
     changed = {path: _changed(leaf, others[path]) for path, leaf in leaves.items()}
     adapters: dict[str, Any] = {}
     found: list[Extracted] = []

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +13,9 @@ import numpy as np
 from jlora.adapter import is_adapter
 from jlora.boxes import unboxed
 from jlora.config import LoraConfig
-from jlora.errors import AdapterError, JloraError, TargetError
+from jlora.errors import AdapterError, JloraError, raise_all
 from jlora.paths import leaves_by_path, literal_pattern, path_string
 from jlora.tree import batch_dims_of, given_split
-from jlora.tree._targets import raise_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +70,8 @@ def read_factors(adapters: Any, config: LoraConfig, where: str = "") -> dict[str
             found[path] = _read(path, node, config)
         except JloraError as error:
             problems.append(f"{where}{path or 'the root'}: {error}")
-    refuse(problems)
+    raise_all(problems, AdapterError)
     return found
-
-
-def refuse(problems: Iterable[str]) -> None:
-    """Raises one AdapterError for all problems, if there are any."""
-    try:
-        raise_all(problems)
-    except TargetError as error:
-        raise AdapterError(str(error)) from None
 
 
 def replaced(adapters: Any, by_path: Mapping[str, Any]) -> Any:

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.compose._factors import Factors, padded, read_factors, refuse, replaced, truncated
+from jlora.compose._factors import Factors, padded, read_factors, replaced, truncated
 from jlora.config import LoraConfig, Pairs, effective_alpha
+from jlora.errors import AdapterError, raise_all
 from jlora.paths import format_nearest, matched_depths
 from jlora.tree import check_config
 
@@ -48,7 +49,7 @@ def resize(
     check_config(config)
     resized = config.replace(rank=rank, rank_pattern=rank_pattern)
     found = read_factors(adapters, config)
-    refuse(_problems(found, resized))
+    raise_all(_problems(found, resized), AdapterError)
     by_path = {path: _resized(path, factors, config, resized.rank_of(path)) for path, factors in found.items()}
     return replaced(adapters, by_path), resized
 

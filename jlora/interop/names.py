@@ -19,7 +19,7 @@ from flax.core import meta
 
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.errors import DataError, listed, together
+from jlora.errors import DataError, listed, raise_all
 from jlora.interop._readings import preferred, readings_of
 from jlora.paths import format_nearest, literal_pattern, matched_depths
 
@@ -230,8 +230,7 @@ def _converted(
     alphas = {path: _alpha(alpha, path, rank, problems) for path, rank in ranks.items()}
     if not problems and not adapters:
         problems.append(f"no params of {library} LoRA among {len(leaves)} leaves")
-    if problems:
-        raise DataError(together(problems, library))
+    raise_all(problems, DataError, library)
     lora = {keys for each in found for keys in (each.a, each.b)}
     base = {keys: leaf for keys, leaf in leaves.items() if keys not in lora}
     return _nested(base), _nested({keys: adapters.get(keys) for keys in base}), _config(ranks, alphas, roles)

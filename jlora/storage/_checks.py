@@ -8,7 +8,7 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.disk import can_store
-from jlora.errors import AdapterError, ConfigError, together
+from jlora.errors import AdapterError, ConfigError, raise_all
 from jlora.storage._processes import unreachable
 from jlora.storage._structure import Entries
 from jlora.tree import check_patterns
@@ -38,8 +38,7 @@ def check_fit(entries: Entries, config: LoraConfig) -> None:
         for path, update in entries.values()
         for problem in _misfits(path, update, config)
     ]
-    if problems:
-        raise AdapterError(together(problems))
+    raise_all(problems, AdapterError)
     paths = [path for path, _ in entries.values()]
     check_patterns(config.replace(exclude_modules=()), paths, paths)
 
@@ -47,8 +46,7 @@ def check_fit(entries: Entries, config: LoraConfig) -> None:
 def check_arrays(entries: Entries) -> None:
     """Raises an AdapterError with every part of an entry that is no array at hand which a file can hold."""
     problems = [f"{place}: {problem}" for place, part in _parts(entries) if (problem := _array_problem(part))]
-    if problems:
-        raise AdapterError(together(problems))
+    raise_all(problems, AdapterError)
 
 
 def not_finite(entries: Entries) -> list[str]:

@@ -17,7 +17,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from jlora.adapter import is_entry
 from jlora.boxes import unboxed
-from jlora.errors import AdapterError, DataError, shortened, together
+from jlora.errors import AdapterError, DataError, raise_all, shortened
 from jlora.paths import path_string
 
 Keys = tuple[Any, ...]
@@ -56,8 +56,7 @@ def take_apart(adapters: Any) -> tuple[Any, Entries]:
     structure = visit(adapters, ())
     if not entries and not problems:
         problems.append("adapters: found none, wanted an adapter {'A', 'B'} at one path at least")
-    if problems:
-        raise AdapterError(together(problems))
+    raise_all(problems, AdapterError)
     return structure, entries
 
 

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jlora.adapter import Entry, is_entry
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes, split_batch_axes
-from jlora.errors import AdapterError, JloraError
+from jlora.errors import AdapterError, JloraError, TargetError, raise_all
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern
 from jlora.tree._targets import (
     MOST_PROBLEMS,
     LeftOut,
     check_config,
     given_factorization,
-    raise_all,
     shapes_by_path,
     survey,
     unused_patterns,
@@ -56,7 +55,7 @@ def bind(params: Any, adapters: Any, config: LoraConfig) -> dict[str, Entry]:
                 entries[path] = entry
             except JloraError as error:
                 problems.append(f"{path}: {error}")
-    raise_all(problems or _without_effect(params, config, list(found)))
+    raise_all(problems or _without_effect(params, config, list(found)), TargetError)
     return entries
 
 

@@ -9,11 +9,11 @@ import jax
 from jlora.adapter import Entry, boxed_entry, count_lost, init_lora_adapter, range_problem
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.config import LoraConfig, adapter_dtype
-from jlora.errors import AdapterError, DataError, TargetError
+from jlora.errors import AdapterError, DataError, TargetError, raise_all
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
 from jlora.tree._bind import bind, split_of
-from jlora.tree._targets import check_floating, raise_all, shapes_by_path, survey
+from jlora.tree._targets import check_floating, shapes_by_path, survey
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
@@ -178,7 +178,8 @@ class _Ranges:
     def check(self) -> None:
         """Raises a TargetError for every path where numbers were lost."""
         lost = {path: int(count) for path, count in jax.device_get(self._counts).items() if count}
-        raise_all(f"{path}: {range_problem(count, *self._sums[path])}" for path, count in lost.items())
+        problems = [f"{path}: {range_problem(count, *self._sums[path])}" for path, count in lost.items()]
+        raise_all(problems, TargetError)
 
 
 def _concrete(array: Any) -> Any:

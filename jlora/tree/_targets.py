@@ -2,14 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.errors import ConfigError, TargetError, listed, together
+from jlora.errors import ConfigError, TargetError, listed, raise_all
 from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
 from jlora.tree._flax_rules import flax_factorization
 
@@ -58,7 +58,9 @@ class Survey:
 
     def checked(self, *, strict: bool = False) -> "Survey":
         """The survey itself, if there are no problems; with `strict`, if nothing is left out either."""
-        raise_all([*self.problems, *(f"strict, and not adapted: {one}" for one in self.left_out if strict)])
+        raise_all(
+            [*self.problems, *(f"strict, and not adapted: {one}" for one in self.left_out if strict)], TargetError
+        )
         return self
 
 
@@ -147,9 +149,12 @@ def is_floating(leaf: Any) -> bool:
 def check_floating(weights: Mapping[str, Any]) -> None:
     """Raises a TargetError for weights, by path, to which no update can be added."""
     raise_all(
-        f"{path}: dtype {weight.dtype} is not floating; cast or dequantize the weight first"
-        for path, weight in weights.items()
-        if not is_floating(weight)
+        (
+            f"{path}: dtype {weight.dtype} is not floating; cast or dequantize the weight first"
+            for path, weight in weights.items()
+            if not is_floating(weight)
+        ),
+        TargetError,
     )
 
 
@@ -163,7 +168,7 @@ def check_patterns(config: LoraConfig, paths: list[str], adapted: list[str], una
 
     `unadapted` says what a leaf is that a pattern matches and that is not adapted.
     """
-    raise_all(unused_patterns(config, paths, adapted, unadapted))
+    raise_all(unused_patterns(config, paths, adapted, unadapted), TargetError)
 
 
 def _naming_pattern(config: LoraConfig, path: str) -> str | None:
@@ -282,10 +287,3 @@ def unused_patterns(
     for field in _PAIRS:
         for pattern in without(field, targets):
             yield problem(field, pattern, unadapting)
-
-
-def raise_all(found: Iterable[str]) -> None:
-    """Raises one TargetError for all problems, if there are any."""
-    problems = list(found)
-    if problems:
-        raise TargetError(together(problems, most=MOST_PROBLEMS))

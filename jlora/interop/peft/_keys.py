@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from jlora.errors import DataError, listed, together
+from jlora.errors import DataError, listed, raise_all
 
 PREFIX = "base_model.model."
 _BASE = "base_layer."
@@ -82,8 +82,7 @@ def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[Na
         for entry in entries.values()
         if ("A" in entry.parts) != ("B" in entry.parts) or ("magnitude" in entry.parts and "A" not in entry.parts)
     ]
-    if problems:
-        raise DataError(together(problems, "tensors that are no part of a LoRA that jlora knows"))
+    raise_all(problems, DataError, "tensors that are no part of a LoRA that jlora knows")
     return list(entries.values())
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.contraction import split_batch_axes
-from jlora.errors import DataError, together
+from jlora.errors import DataError, raise_all
 from jlora.interop.peft._mapping import Row
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -222,8 +222,7 @@ def check_numbers(at: str | Path, arrays: Mapping[str, Arrays]) -> None:
     What is read and what is written are held to the same. Each array comes to memory on its own.
     """
     found = ((name, part, _problem(part, array)) for name, parts in arrays.items() for part, array in parts.items())
-    if problems := [f"{part} of {name} {problem}" for name, part, problem in found if problem]:
-        raise DataError(together(problems, str(at)))
+    raise_all((f"{part} of {name} {problem}" for name, part, problem in found if problem), DataError, str(at))
 
 
 def _problem(part: str, array: Any) -> str | None:

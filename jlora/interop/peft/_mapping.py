@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import read_mapping
-from jlora.errors import DataError, listed, shortened, together
+from jlora.errors import DataError, listed, raise_all, shortened
 from jlora.paths import nearest
 
 _MOST_SHOWN = 12
@@ -161,7 +161,7 @@ def places_of_names(mapping: Mapping, names: Iterable[str]) -> dict[str, Place]:
         for place in places[:1]:
             by_path.setdefault(place.path, []).append(place)
     problems += _differing_stacks(by_path)
-    _raise_all(problems)
+    raise_all(problems, DataError, "mapping")
     return {name: places[0] for name, places in found.items()}
 
 
@@ -185,7 +185,7 @@ def places_of_paths(mapping: Mapping, paths: Iterable[str]) -> dict[str, list[Pl
     ]
     problems += _differing_stacks(found)
     problems += _unclear({p: places[:1] for p, places in found.items()}, "path", [row.path for row in mapping])
-    _raise_all(problems)
+    raise_all(problems, DataError, "mapping")
     return found
 
 
@@ -267,8 +267,3 @@ def _unclear(found: dict[str, list[Place]], what: str, rows: list[str]) -> list[
         elif len(places) > 1:
             problems.append(f"{key}: {len(places)} rows map it: {listed(place.row.name for place in places)}")
     return problems
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        raise DataError(together(problems, "mapping"))

@@ -14,7 +14,7 @@ from jlora.adapter import Entry
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
-from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, together
+from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, raise_all
 from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._keys import Named, entries_of
 from jlora.interop.peft._layout import Arrays, check_numbers, from_peft, roles_of, to_tree, whole_to_tree
@@ -141,7 +141,7 @@ class _Reader:
         adapters = {path: self._stacked(path, found) for path, found in pieces.items()}
         if shapes is not None:
             self._check(adapters, shapes)
-        self._raise_all()
+        raise_all(self.problems, DataError, str(self.folder))
         return adapters, self._config(adapters)
 
     def _placed(
@@ -240,10 +240,6 @@ class _Reader:
             )
         except (ConfigError, DataError) as error:
             raise DataError(f"{self.folder / CONFIG}: {error}") from None
-
-    def _raise_all(self) -> None:
-        if self.problems:
-            raise DataError(together(self.problems, str(self.folder)))
 
 
 def _on_device(folder: str | Path, path: str, array: np.ndarray[Any, Any]) -> jax.Array:

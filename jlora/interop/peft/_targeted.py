@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jlora.errors import DataError, shortened, together
+from jlora.errors import DataError, raise_all, shortened
 from jlora.interop.peft._keys import Named, ends_of
 from jlora.interop.peft._regular import Automaton, Budget
 
@@ -15,8 +15,7 @@ _FIRST_NUMBER = re.compile(r"(?<=\.)[^.]*\.(\d+)\.")  # of a list that is no lis
 
 def check_together(data: Mapping[str, Any], entries: Sequence[Named]) -> None:
     """Raises a DataError where a configuration and the entries of its file contradict each other, all told at once."""
-    if problems := list(_contradictions(data, entries)):
-        raise DataError(together(problems, "the configuration and the tensors do not go together"))
+    raise_all(_contradictions(data, entries), DataError, "the configuration and the tensors do not go together")
 
 
 def check_fields(data: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
-from jlora.errors import DataError, JloraError, together
+from jlora.errors import DataError, JloraError, raise_all
 from jlora.interop.peft._config import Scales, check_peft_config, extras_of, peft_config
 from jlora.interop.peft._keys import by_parent, ends_of, entries_of, key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
@@ -61,8 +61,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
             writer.add(place, _piece(entries[place.path], place))
         except JloraError as error:
             problems.append(f"{place.path}: {error}")
-    if problems:
-        raise DataError(together(problems, str(path)))
+    raise_all(problems, DataError, str(path))
     tensors, data = writer.tensors(), writer.config()
     try:
         _check_readable(data, tensors)
