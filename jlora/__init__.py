@@ -15,7 +15,7 @@ from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, DataError, JloraError, JloraWarning, TargetError
-from jlora.storage import LoadReport, load_adapters, save_adapters
+from jlora.storage import LoadReport, load_adapters, load_fitting_adapters, save_adapters
 from jlora.transform import Adapted, Explanation, adapt, explain, init_lora, lora, resolve_config
 from jlora.tree import (
     combine_params,
@@ -23,6 +23,7 @@ from jlora.tree import (
     lora_labels,
     lora_mask,
     merge_params,
+    merge_params_with_residual,
     split_params,
     summary,
     unmerge_params,
@@ -52,6 +53,7 @@ __all__ = [
     "init_lora_adapter",
     "is_adapter",
     "load_adapters",
+    "load_fitting_adapters",
     "lora",
     "lora_delta",
     "lora_labels",
@@ -60,6 +62,7 @@ __all__ = [
     "lora_singular_values",
     "merge_lora_weight",
     "merge_params",
+    "merge_params_with_residual",
     "resolve_config",
     "save_adapters",
     "split_params",

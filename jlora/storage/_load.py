@@ -48,10 +48,10 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
         structure in which they were saved.
       sharding: a `jax.sharding.Sharding`, or a tree of them that is a prefix of the adapters; by default the arrays go
         to JAX's default device.
-      strict: whether what does not fit the params is an error. If not, what fits is returned, with the report.
+      strict: True; with False this is `load_fitting_adapters`.
 
     Returns:
-      `(adapters, config)`, of JAX arrays; with `strict=False` `(adapters, config, report)`.
+      `(adapters, config)`, of JAX arrays.
 
     Raises:
       DataError: no such folder, files that are damaged or do not belong together, another kind of folder, values that
@@ -65,8 +65,44 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
     >>> loaded, config = load_adapters(folder.name)
     >>> config, loaded['up']['kernel']['B'].shape
     (LoraConfig(rank=2, target_modules=('up',)), (2, 7))
+    >>> folder.cleanup()
+    """
+    if not strict and params is not None:
+        return load_fitting_adapters(path, params, sharding=sharding)
+    folder = Path(path)
+    stored = _read(folder)
+    _check_narrow(folder, stored.entries)
+    report = LoadReport(tuple(path for path, _ in stored.entries.values()))
+    adapters = stored.adapters
+    if params is not None:
+        adapters, report = _fitting(folder, stored, params)
+    if not report.fits:
+        raise DataError(f"{folder}: {report}")
+    placed = _placed(folder, adapters, sharding)
+    return (placed, stored.config) if strict else (placed, stored.config, report)
+
+
+def load_fitting_adapters(path: str | Path, params: Any, *, sharding: Any = None) -> tuple[Any, LoraConfig, LoadReport]:
+    """The adapters of a folder that fit the params, the configuration, and a report of what does not fit.
+
+    Args:
+      path: the folder.
+      params: arrays or `jax.ShapeDtypeStruct`.
+      sharding: as for `load_adapters`.
+
+    Returns:
+      `(adapters, config, report)`, the adapters in the structure of the params, `None` where there is none.
+
+    Raises:
+      DataError: as `load_adapters`, but for adapters that do not fit the params.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from jlora.storage import save_adapters
+    >>> adapters = {'up': {'kernel': {'A': jnp.ones((5, 2)), 'B': jnp.ones((2, 7))}}}
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> save_adapters(folder.name, adapters, LoraConfig(rank=2, target_modules='up'))
     >>> params = {'up': {'kernel': jax.ShapeDtypeStruct((5, 11), 'float32')}, 'down': jnp.ones((11, 5))}
-    >>> print(load_adapters(folder.name, params=params, strict=False)[2])
+    >>> print(load_fitting_adapters(folder.name, params)[2])
     0 of 1 adapters fit the params
       wrong shape: up/kernel: found A (5, 2), B (2, 7), wanted A (5, 2), B (2, 11) for the weight (5, 11)
     >>> folder.cleanup()
@@ -74,17 +110,16 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
     folder = Path(path)
     stored = _read(folder)
     _check_narrow(folder, stored.entries)
-    adapters = stored.adapters
-    report = LoadReport(tuple(path for path, _ in stored.entries.values()))
-    if params is not None:
-        _check_paths_once(folder, stored.entries)
-        report = compare(stored.entries, stored.config, params)
-        if strict and not report.fits:
-            raise DataError(f"{folder}: {report}")
-        updates = dict(stored.entries.values())
-        adapters = in_structure(params, {path: updates[path] for path in report.matched}, stored.config)
-    placed = _placed(folder, adapters, sharding)
-    return (placed, stored.config) if strict else (placed, stored.config, report)
+    adapters, report = _fitting(folder, stored, params)
+    return _placed(folder, adapters, sharding), stored.config, report
+
+
+def _fitting(folder: Path, stored: _Stored, params: Any) -> tuple[Any, LoadReport]:
+    """What fits the params, in their structure, and the report."""
+    _check_paths_once(folder, stored.entries)
+    report = compare(stored.entries, stored.config, params)
+    entries = dict(stored.entries.values())
+    return in_structure(params, {path: entries[path] for path in report.matched}, stored.config), report
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

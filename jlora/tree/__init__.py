@@ -1,7 +1,7 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
 from jlora.tree._bind import batch_dims_of, bind, given_split
-from jlora.tree._params import in_structure, init_lora, merge_params, unmerge_params
+from jlora.tree._params import in_structure, init_lora, merge_params, merge_params_with_residual, unmerge_params
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
     Known,
@@ -42,6 +42,7 @@ __all__ = [
     "lora_labels",
     "lora_mask",
     "merge_params",
+    "merge_params_with_residual",
     "split_params",
     "summary",
     "survey",

@@ -83,8 +83,7 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
       adapters: adapters at the paths of their weights, `None` or nothing elsewhere. Every pattern of the configuration
         must have one.
       config: the configuration that the adapters were made with; it holds alpha and the scaling.
-      return_residual: whether to return `(merged, residuals)`, with the bits that `unmerge_params` would miss, by path;
-        outside jit only.
+      return_residual: False; with True this is `merge_params_with_residual`.
 
     Returns:
       The structure, shapes and dtypes of `params`; leaves without an adapter are the same array objects. In bf16 and
@@ -100,18 +99,40 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
     >>> merge_params(params, adapters, LoraConfig(rank=1, alpha=2))['kernel'][0].tolist()
     [2.0, 2.0, 2.0]
     """
+    if return_residual:
+        return merge_params_with_residual(params, adapters, config)
+    ranges = _Ranges()
+
+    def merged(path: str, weight: Any, entry: Entry) -> jax.Array:
+        return ranges.looked_at(path, weight, entry.merged(weight), entry)
+
+    tree = _fold(params, adapters, config, merged)
+    ranges.check()
+    return tree
+
+
+def merge_params_with_residual(params: Any, adapters: Any, config: LoraConfig) -> tuple[Any, dict[str, Residual]]:
+    """What `merge_params` returns, and the bits that `unmerge_params` would miss, by path; outside jit only.
+
+    >>> params = {'kernel': jax.numpy.full((2, 3), 0.1, 'bfloat16')}
+    >>> adapters = {'kernel': {'A': jax.numpy.ones((2, 1)), 'B': jax.numpy.ones((1, 3))}}
+    >>> config = LoraConfig(rank=1, alpha=2)
+    >>> merged, residual = merge_params_with_residual(params, adapters, config)
+    >>> base = unmerge_params(merged, adapters, config, residual=residual)
+    >>> bool((base['kernel'] == params['kernel']).all())
+    True
+    """
     residuals: dict[str, Residual] = {}
     ranges = _Ranges()
 
     def merged(path: str, weight: Any, entry: Entry) -> jax.Array:
         result = ranges.looked_at(path, weight, entry.merged(weight), entry)
-        if return_residual:
-            residuals[path] = pack(_concrete(weight), _concrete(entry.unmerged(result)))
+        residuals[path] = pack(_concrete(weight), _concrete(entry.unmerged(result)))
         return result
 
     tree = _fold(params, adapters, config, merged)
     ranges.check()
-    return (tree, residuals) if return_residual else tree
+    return tree, residuals
 
 
 def unmerge_params(
@@ -120,7 +141,7 @@ def unmerge_params(
     """The params with every update taken out, by the arithmetic of `merge_params` backwards.
 
     Rounding to the weights' dtypes loses bits that no subtraction brings back: where the base must return to the bit,
-    keep it, or merge with `return_residual` and pass what that returned as `residual`; outside jit only.
+    keep it, or merge by `merge_params_with_residual` and pass the residual that it returned; outside jit only.
 
     Raises:
       TargetError: adapters, params and configuration do not fit; an update that cannot be taken out without a residual

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import DataError, LoraConfig, TargetError, init_lora, merge_params
-from jlora.storage import LoadReport, Misfit, load_adapters, load_arrays, save_adapters
+from jlora.storage import LoadReport, Misfit, load_adapters, load_arrays, load_fitting_adapters, save_adapters
 from tests.reference import as64, assert_close, random_array, randomize, reference_delta
 from tests.storage.devices import run_with_devices
 from tests.storage.trees import assert_same, entry, random
@@ -42,7 +42,7 @@ def test_adapters_that_fit(tmp_path, rng):
     params, adapters = saved(tmp_path, rng)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     for like in (params, shapes, jax.tree.map(lambda leaf: leaf.astype(jnp.int8), params)):
-        loaded, config, report = load_adapters(tmp_path, params=like, strict=False)
+        loaded, config, report = load_fitting_adapters(tmp_path, like)
         assert_same(loaded, adapters)
         assert config == CONFIG
         assert report.fits
@@ -75,7 +75,7 @@ def test_every_problem_at_once(tmp_path, rng):
         tmp_path, adapters, LoraConfig(rank=2, target_modules=("layers", "em*", "od*"), factorizations={"od*": "iio"})
     )
     params = model(rng)
-    loaded, _, report = load_adapters(tmp_path, params=params, strict=False)
+    loaded, _, report = load_fitting_adapters(tmp_path, params)
     assert report == LoadReport(
         matched=("embed/embedding",),
         missing=("layers/1/kernel", "odd/kernel"),
@@ -108,7 +108,7 @@ def test_params_of_another_model(tmp_path, rng):
     params = {"decoder": {"kernel": jnp.ones((5, 7))}}
     with pytest.raises(DataError, match=r"configuration: .*problems:\n  target_modules: 'layers' matches nothing"):
         load_adapters(tmp_path, params=params)
-    loaded, _, report = load_adapters(tmp_path, params=params, strict=False)
+    loaded, _, report = load_fitting_adapters(tmp_path, params)
     assert loaded == {"decoder": {"kernel": None}}
     assert len(report.unexpected) == 3
     assert "target_modules: 'odd' matches nothing" in report.unfit
@@ -130,7 +130,7 @@ def test_other_parts_of_entries(tmp_path, rng):
     save_adapters(tmp_path, adapters, LoraConfig(rank=2))
     assert_same(load_adapters(tmp_path, params=params)[0], adapters)
     wrong = {"w": {"kernel": jnp.ones((5, 7)), "bias": jnp.ones(3)}}
-    report = load_adapters(tmp_path, params=wrong, strict=False)[2]
+    report = load_fitting_adapters(tmp_path, wrong)[2]
     assert report.wrong_shape == (Misfit("w/bias", "offset (7,)", "parts for the weight (3,)"),)
     adapters["w"]["kernel"]["magnitude"] = random(rng, (5,))
     save_adapters(tmp_path, adapters, LoraConfig(rank=2))
@@ -222,7 +222,7 @@ def test_one_adapter_too_many_is_an_error_where_all_others_fit(tmp_path):
     params = {"up": np.zeros((5, 7), np.float32)}
     with pytest.raises(DataError, match="1 of 2 adapters fit the params\n  unexpected: more"):
         load_adapters(tmp_path, params=params)
-    loaded, _, report = load_adapters(tmp_path, params=params, strict=False)
+    loaded, _, report = load_fitting_adapters(tmp_path, params)
     assert report.unexpected == ("more",)
     assert not report.fits
     assert loaded.keys() == {"up"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from jlora import LoraConfig, TargetError, merge_params, unmerge_params
+from jlora import LoraConfig, TargetError, merge_params, merge_params_with_residual, unmerge_params
 from jlora.contraction import Factorization
 from jlora.residual import Residual
 from jlora.tree import summary
@@ -66,7 +66,7 @@ def assert_same_bits(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_base_comes_back_to_the_bit(rng, dtype, roles, names):
     params, adapters, config = case(rng, roles, names, dtype)
-    merged, residual = merge_params(params, adapters, config, return_residual=True)
+    merged, residual = merge_params_with_residual(params, adapters, config)
     assert_same_bits(merged, merge_params(params, adapters, config))
     assert set(residual) == {"a/w", "b/w"}
     assert merged["a"]["bias"] is params["a"]["bias"]
@@ -80,28 +80,28 @@ def test_every_number_comes_back_to_the_bit(rng):
     params = {"half": jnp.asarray(raw.view(np.float16)), "brain": jnp.asarray(raw.view(ml_dtypes.bfloat16))}
     adapters = {name: random_adapter(rng, (256, 2), (2, 256)) for name in params}
     config = LoraConfig(rank=2, factorizations={"**": "io"})
-    merged, residual = merge_params(params, adapters, config, return_residual=True)
+    merged, residual = merge_params_with_residual(params, adapters, config)
     assert_same_bits(unmerge_params(merged, adapters, config, residual=residual), params)
 
 
 def test_float64(rng):
     with x64():
         params, adapters, config = case(rng, "io", ("A", "magnitude"), "float64")
-        merged, residual = merge_params(params, adapters, config, return_residual=True)
+        merged, residual = merge_params_with_residual(params, adapters, config)
         assert_same_bits(unmerge_params(merged, adapters, config, residual=residual), params)
 
 
 def test_the_place_of_a_weight_is_kept(rng):
     params, adapters, config = case(rng, "io", ("A",), "bfloat16")
     sharding = SingleDeviceSharding(jax.devices()[0])
-    merged, residual = merge_params(jax.device_put(params, sharding), adapters, config, return_residual=True)
+    merged, residual = merge_params_with_residual(jax.device_put(params, sharding), adapters, config)
     assert unmerge_params(merged, adapters, config, residual=residual)["a"]["w"].sharding == merged["a"]["w"].sharding
 
 
 def test_params_of_numpy(rng):
     params, adapters, config = case(rng, "io", ("A",), "bfloat16")
     host = jax.tree.map(np.asarray, params)
-    merged, residual = merge_params(host, adapters, config, return_residual=True)
+    merged, residual = merge_params_with_residual(host, adapters, config)
     back = unmerge_params(jax.tree.map(np.asarray, merged), adapters, config, residual=residual)
     assert_same_bits(back, params)
 
@@ -114,7 +114,7 @@ def test_a_residual_under_a_transform_is_refused(rng, transform):
     tree = {"a": {"w": params["a"]["w"]}}, {"a": {"w": adapters["a"]["w"]}}
 
     def merge(params: Any, adapters: Any) -> Any:
-        return merge_params(params, adapters, config, return_residual=True)
+        return merge_params_with_residual(params, adapters, config)
 
     message = r"^a/w: a residual needs arrays of numbers: call outside jit, grad and vmap\b"
     run = (lambda fn: lambda *args: jax.eval_shape(fn, *args)) if transform is jax.eval_shape else transform
@@ -127,7 +127,7 @@ def test_a_residual_under_a_transform_is_refused(rng, transform):
 
 def test_a_residual_that_lacks_an_entry(rng):
     params, adapters, config = case(rng, "io", ("A",), "bfloat16")
-    merged, residual = merge_params(params, adapters, config, return_residual=True)
+    merged, residual = merge_params_with_residual(params, adapters, config)
     residual.pop("b/w")
     with pytest.raises(TargetError, match=r"^b/w: the residual has no entry for it; pass what merge_params returned"):
         unmerge_params(merged, adapters, config, residual=residual)
@@ -137,7 +137,7 @@ def test_a_residual_that_lacks_an_entry(rng):
 
 def test_a_residual_of_another_merge(rng):
     params, adapters, config = case(rng, "io", ("A",), "bfloat16")
-    merged, residual = merge_params(params, adapters, config, return_residual=True)
+    merged, residual = merge_params_with_residual(params, adapters, config)
     message = r"^a/w: the residual does not lead back to the base: the weight or the adapters are not those that were"
     swapped = {"a/w": residual["b/w"], "b/w": residual["a/w"]}
     with pytest.raises(TargetError, match=message):
