@@ -8,7 +8,7 @@ import numpy as np
 from jlora.compose._factors import Factors, padded, read_factors, replaced, truncated
 from jlora.config import LoraConfig, Pairs, effective_alpha
 from jlora.errors import AdapterError, raise_all
-from jlora.paths import format_nearest, matched_depths
+from jlora.paths import format_nearest, literal_pattern, matched_depths
 from jlora.tree import check_config
 
 
@@ -73,5 +73,5 @@ def _problems(found: Mapping[str, Factors], config: LoraConfig) -> Iterator[str]
         if rank > most:
             yield (
                 f"{path or 'the root'}: rank {rank} is larger than the smaller side {most}; lower it, or give "
-                f"rank_pattern={{{path!r}: {most}}}"
+                f"rank_pattern={{{literal_pattern(path)!r}: {most}}}"
             )

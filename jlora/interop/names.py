@@ -279,7 +279,8 @@ def _adapter(found: _Found, leaves: Leaves, given: Mapping[str, str], *, flatten
         readings = preferred(str(found.weight[-1]), _is_einsum(found), shape, readings)
     if len(readings) > 1:
         raise DataError(
-            f"{text} in one way, but in several: {', '.join(readings)}; pass factorizations={{{path!r}: '...'}}"
+            f"{text} in one way, but in several: {', '.join(readings)}; pass "
+            f"factorizations={{{literal_pattern(path)!r}: '...'}}"
         )
     shapes = Factorization(readings[0]).adapter_shapes(shape, a[-1])
     arrays = (leaves[found.a], leaves[found.b])

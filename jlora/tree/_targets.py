@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import ConfigError, TargetError, listed, raise_all
-from jlora.paths import format_nearest, leaves_by_path, matched_depths, names_leaf
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern, matched_depths, names_leaf
 from jlora.tree._flax_rules import flax_factorization
 
 MOST_PROBLEMS = 12
@@ -198,14 +198,15 @@ def _read(
     assert factorization is not None
     rank, most = config.rank_of(path), factorization.max_rank(shape)
     if rank > most:
-        why = f"rank {rank} is larger than the smaller side {most}; lower it, or give rank_pattern={{{path!r}: {most}}}"
-        return LeftOut(path, shape, why)
+        way_out = f"lower it, or give rank_pattern={{{literal_pattern(path)!r}: {most}}}"
+        return LeftOut(path, shape, f"rank {rank} is larger than the smaller side {most}; {way_out}")
     return Target(path, shape, factorization, rank, config.alpha_of(path))
 
 
 def _way_out(path: str, whole: str | None) -> str:
     """How to say how the axes of a weight split; the function that uses it does not where it uses it as a whole."""
-    letters = f"one letter per axis, b (batch), i (in) or o (out), as factorizations={{{path!r}: 'i...o'}}"
+    pattern = literal_pattern(path)
+    letters = f"one letter per axis, b (batch), i (in) or o (out), as factorizations={{{pattern!r}: 'i...o'}}"
     if whole is not None:
         return f", and is used as a whole in {whole}: give {letters}"
     return f": give the function that uses it (jlora.adapt, or init_lora with fn= and args=), or {letters}"
@@ -218,7 +219,8 @@ def _refusal(path: str, shape: tuple[int, ...], named: str, found: LeftOut | Non
         return f"{at}: {found.why}; or leave it out with exclude_modules"
     if len(shape) < 2:
         return f"{at}, has fewer than two axes: name weights only"
-    return f"{at}, is a bias, a scale or a vector; to adapt it all the same, give factorizations={{{path!r}: '...'}}"
+    given = f"factorizations={{{literal_pattern(path)!r}: '...'}}"
+    return f"{at}, is a bias, a scale or a vector; to adapt it all the same, give {given}"
 
 
 def given_factorization(path: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> Factorization | None:

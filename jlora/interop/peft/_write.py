@@ -16,7 +16,7 @@ from jlora.interop.peft._keys import by_parent, ends_of, entries_of, key_of, par
 from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._targeted import check_fields, check_together
-from jlora.paths import leaves_by_path
+from jlora.paths import leaves_by_path, literal_pattern
 from jlora.storage import folder_to_write, unreachable, write_once
 from jlora.tree import check_config
 
@@ -142,8 +142,9 @@ class _Writer:
         if tree_roles is None:
             if row.transpose is None and row.reshape is None:
                 raise DataError(
-                    f"the axes are not known; give the configuration factorizations={{{place.path!r}: 'oi'}} for a "
-                    "Linear (out, in), 'io' for an embedding or a Conv1D"
+                    "the axes are not known; give the configuration factorizations="
+                    f"{{{literal_pattern(place.path)!r}: 'oi'}} for a Linear (out, in), 'io' for an embedding or a "
+                    "Conv1D"
                 )
             return "oi"
         own = tree_roles[len(row.stack) :]
