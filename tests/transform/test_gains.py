@@ -10,7 +10,9 @@ import pytest
 
 import jlora
 from jlora.contraction import Factorization
+from tests.marks import some
 from tests.reference import x64
+from tests.transform.test_places import PLACES
 from tests.transform.test_primitives import (
     FACTORED,
     MERGED,
@@ -70,7 +72,7 @@ def reference(program: Any) -> Any:
 TOLD = [program for program in PROGRAMS.values() if program.name != "weight norm"]
 
 
-@pytest.mark.parametrize("program", TOLD, ids=str)
+@pytest.mark.parametrize("program", some({program.name: program for program in TOLD}))
 def test_values_and_derivatives_are_those_of_the_formula(rng, program):
     config, wanted_fn = config_of(program), reference(program)
     is_strict = program.factored and program.name not in itertools.chain(*MERGED_FOR_IT.values())
@@ -91,3 +93,17 @@ def test_values_and_derivatives_are_those_of_the_formula(rng, program):
     for dtype, tolerance in SMALL.items():
         wide = jax.tree.map(lambda y: np.asarray(y, np.float64), small[dtype])
         assert_trees_close(wide, wanted["value"], tolerance)
+
+
+CASES = [(place, name) for name in ("matmul", "tied table") for place in PLACES if name in PLACES[place].names]
+
+
+@pytest.mark.parametrize(("place", "name"), some(CASES, 3))
+def test_in_every_place(rng, place, name):
+    place = PLACES[place]
+    program = place.program(PROGRAMS[name])
+    fns = reference(program), jlora.lora(of_params(program.fn), config_of(program), cost_model=FACTORED)
+    with x64():
+        primals, tangents = (with_magnitude(program, arguments(program, rng), rng) for _ in range(2))
+        wanted, found = jax.jit(lambda *args: [derivatives(fn, *args, place.modes) for fn in fns])(primals, tangents)
+    assert_trees_close(found, wanted, program.tolerance)
