@@ -28,6 +28,8 @@ __all__ = [
     "factored_product",
     "factorization_from_shapes",
     "scaled",
+    "spec_of",
+    "spec_of_sharding",
     "split_batch_axes",
 ]
 
@@ -188,6 +190,17 @@ def dense_delta(a: jax.Array, b: jax.Array, factorization: Factorization) -> jax
         return product
     order = [axis for role in "bio" for axis in factorization.axes(role)]
     return product.transpose([order.index(axis) for axis in range(len(roles))])
+
+
+def spec_of(array: Any) -> tuple[Any, ...]:
+    """For each axis of an array those of an explicit mesh that it is split over; None in other meshes."""
+    return spec_of_sharding(getattr(jax.typeof(array), "sharding", None), array.ndim)
+
+
+def spec_of_sharding(sharding: Any, axes: int) -> tuple[Any, ...]:
+    """For each of so many axes those of a mesh that it is split over."""
+    spec = tuple(getattr(sharding, "spec", ()))
+    return (*spec, *[None] * (axes - len(spec)))
 
 
 def contract(

@@ -18,10 +18,11 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.adapter._functions import with_delta
 from jlora.boxes import box_named, unboxed
-from jlora.contraction import Factorization, common_dtype
+from jlora.contraction import Factorization, common_dtype, spec_of
 from jlora.errors import AdapterError
 
 PARTS = ("value", "offset", "A", "B", "magnitude")
@@ -143,10 +144,18 @@ class Entry:
         roles = self.split.roles
         letters = "abcdefghijklmnopqrstuvw"[: len(roles)]
         batch, ins, outs = ("".join(letters[axis] for axis in self.split.axes(role)) for role in "bio")
-        equations = f"{batch}{ins}z,{letters}->{batch}z{outs}", f"{batch}{ins}y,{batch}{ins}z->{batch}yz"
-        down = jnp.einsum(equations[0], a, weight, precision=lax.Precision.HIGHEST)  # A^T W (*batch, r, *out)
-        gram = jnp.einsum(equations[1], a, a, precision=lax.Precision.HIGHEST)  # A^T A (*batch, r, r)
-        own = jnp.einsum(f"{batch}yz,{batch}z{outs}->{batch}y{outs}", gram, b, precision=lax.Precision.HIGHEST)
+        split_over = dict(zip(letters, spec_of(weight), strict=True))  # in a mesh of explicit axes
+
+        def product(operands: str, output: str, *arrays: jax.Array) -> jax.Array:
+            spec = [split_over.get(letter) for letter in output]
+            own_split: dict[str, Any] = {}
+            if any(split_over.values()):
+                own_split["out_sharding"] = NamedSharding(jax.typeof(weight).sharding.mesh, PartitionSpec(*spec))
+            return jnp.einsum(f"{operands}->{output}", *arrays, precision=lax.Precision.HIGHEST, **own_split)
+
+        down = product(f"{batch}{ins}z,{letters}", f"{batch}z{outs}", a, weight)  # A^T W (*batch, r, *out)
+        gram = product(f"{batch}{ins}y,{batch}{ins}z", f"{batch}yz", a, a)  # A^T A (*batch, r, r)
+        own = product(f"{batch}yz,{batch}z{outs}", f"{batch}y{outs}", gram, b)  # A^T A B (*batch, r, *out)
         added = jnp.sum((2 * down + self.scaling * own) * b, len(batch))  # (*batch, *out)
         squares = jnp.sum(weight * weight, self.split.axes("i")) + self.scaling * self.split.out_like(added)
         return _gain(self._magnitude(wide), squares)

@@ -54,14 +54,3 @@ def varied(array: Any, axes: Sequence[str]) -> Any:
     cast: Any = getattr(lax, "pcast", None)
     pvary: Any = getattr(lax, "pvary", None)
     return cast(array, more, to="varying") if cast else pvary(array, more)
-
-
-def spec_of(array: Any) -> tuple[Any, ...]:
-    """For each axis of an array those of an explicit mesh that it is split over; None in other meshes."""
-    return spec_of_sharding(getattr(jax.typeof(array), "sharding", None), array.ndim)
-
-
-def spec_of_sharding(sharding: Any, axes: int) -> tuple[Any, ...]:
-    """For each of so many axes those of a mesh that it is split over."""
-    spec = tuple(getattr(sharding, "spec", ()))
-    return (*spec, *[None] * (axes - len(spec)))

@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.contraction import Factorization, common_dtype
-from jlora.transform._jax import spec_of
+from jlora.contraction import Factorization, common_dtype, spec_of
 
 Shape = tuple[int, ...]
 

@@ -105,7 +105,7 @@ if "out_sharding" in inspect.signature(lax.conv_general_dilated).parameters:  # 
     }
 
 
-def check(mesh: Any, name: str, form: Any) -> None:
+def check(mesh: Any, name: str, form: Any, magnitude: bool) -> None:
     """Value, sharding and gradients are those of the function with the dense update added to its weight."""
     case = CASES[name]
     of_w, of_x = case.split
@@ -123,13 +123,25 @@ def check(mesh: Any, name: str, form: Any) -> None:
         part: put(shape, *map(split.get, axes))
         for part, shape, axes in zip("AB", shapes, (f"{batch}{ins}r", f"{batch}r{outs}"), strict=True)
     }
+    if magnitude:
+        axes = [letters.index(c) for c in batch + outs]
+        adapter["magnitude"] = put([case.weight[n] for n in axes], *(of_w[n] for n in axes))
     config = jlora.LoraConfig(rank=2, alpha=3, target_modules="w", factorizations={"w": case.roles})
     model = jlora.lora(lambda params, x: case.fn(params["w"], x), config, cost_model=form)
 
     def dense(adapter: Any, x: Any) -> Any:
         equation = f"{batch}{ins}r,{batch}r{outs}->{letters}"
         delta = jnp.einsum(equation, adapter["A"], adapter["B"], out_sharding=P(*of_w))
-        return case.fn(w + 1.5 * delta, x)
+        return case.fn(gained(w + 1.5 * delta, adapter), x)
+
+    def gained(total: Any, adapter: Any) -> Any:
+        if not magnitude:
+            return total
+        in_axes = tuple(n for n, role in enumerate(case.roles) if role == "i")
+        norm = lax.stop_gradient(jnp.sqrt(jnp.sum(total**2, in_axes, keepdims=True)))
+        kept = "".join(c for c in letters if c in batch + outs)
+        whole = jnp.einsum(f"{batch}{outs}->{kept}", adapter["magnitude"])
+        return total * jnp.expand_dims(whole, in_axes) / norm
 
     def adapted(adapter: Any, x: Any) -> Any:
         return model({"w": w}, {"w": adapter}, x)
@@ -153,7 +165,8 @@ def check_all(_: Path) -> None:
     with set_mesh(mesh):
         for name in CASES:
             for form in (FACTORED, MERGED):
-                check(mesh, name, form)
+                check(mesh, name, form, magnitude=False)
+            check(mesh, name, FACTORED, magnitude=True)
 
 
 def test_explicit_axes(tmp_path):
