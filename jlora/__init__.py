@@ -18,6 +18,7 @@ from jlora.errors import AdapterError, ConfigError, DataError, JloraError, Jlora
 from jlora.storage import LoadReport, load_adapters, load_fitting_adapters, save_adapters
 from jlora.transform import Adapted, Explanation, adapt, explain, init_lora, lora, resolve_config
 from jlora.tree import (
+    adapter_shardings,
     combine_params,
     count_params,
     lora_labels,
@@ -46,6 +47,7 @@ __all__ = [
     "LoraConfig",
     "TargetError",
     "adapt",
+    "adapter_shardings",
     "combine_params",
     "count_params",
     "explain",

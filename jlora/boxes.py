@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["box_like", "box_named", "is_box", "unboxed"]
+__all__ = ["box_like", "box_named", "is_box", "names_of", "unboxed"]
 
 
 def is_box(node: Any) -> bool:
@@ -38,8 +38,12 @@ def box_named(box: Any, value: Any, axes: Sequence[int | None]) -> Any:
     """
     if not is_box(box) or not isinstance(names := getattr(box, "names", None), tuple | list):
         return value
-    own = tuple(None if axis is None or axis >= len(names) else names[axis] for axis in axes)
-    return dataclasses.replace(box, value=value, names=own)
+    return dataclasses.replace(box, value=value, names=names_of(names, axes))
+
+
+def names_of(names: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...]:
+    """The names of these axes; None for the rank, which is None among them, and beyond the last name."""
+    return tuple(None if axis is None or axis >= len(names) else names[axis] for axis in axes)
 
 
 def _content(box: Any) -> Any:

@@ -15,6 +15,7 @@ from jlora.adapter._functions import (
 )
 from jlora.adapter._layer import LoRALayer
 from jlora.adapter._range import count_lost, range_problem
+from jlora.adapter._sharding import part_sharding
 
 __all__ = [
     "PARTS",
@@ -32,6 +33,7 @@ __all__ = [
     "lora_singular_values",
     "merge_lora_weight",
     "part_axes",
+    "part_sharding",
     "range_problem",
     "tree_lora_delta",
     "unmerge_lora_weight",

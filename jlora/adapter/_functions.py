@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.adapter._range import check_range
+from jlora.adapter._sharding import placed
 from jlora.boxes import unboxed
 from jlora.contraction import (
     Factorization,
@@ -89,8 +90,8 @@ def init_lora_adapter(
 
     Args:
       key: PRNG key.
-      weight: the frozen weight, `(in, out)` or of any shape that `factorization` splits; only its shape and dtype
-        are used.
+      weight: the frozen weight, `(in, out)` or of any shape that `factorization` splits; its shape and dtype are
+        used, and its sharding: A and B lie along its axes as it does, as `jlora.adapter_shardings` says.
       rank: at least 1 and at most the smaller side of the weight.
       init_std: standard deviation of the "gaussian" init.
       dtype: of A and B; the weight's unless given.
@@ -120,7 +121,8 @@ def init_lora_adapter(
         raise AdapterError(f"dtype {dtype} of the adapter of a weight {shape}: wanted a floating dtype; pass dtype=")
     a_shape, b_shape = split.adapter_shapes(shape, rank)
     a = draw_a(key, a_shape, dtype, init=init, std=init_std, batch_dims=split.roles.count("b"))
-    return {"A": a, "B": jnp.zeros(b_shape, dtype)}
+    a_axes, b_axes = split.adapter_axes
+    return {"A": placed(a, weight, a_axes), "B": placed(jnp.zeros(b_shape, dtype), weight, b_axes)}
 
 
 def lora_delta(adapter: Adapter, alpha: Any = 1.0, *, batch_dims: int | None = None) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from jlora.adapter import Entry, part_axes
+from jlora.boxes import names_of
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError
 from jlora.paths import path_string
@@ -180,11 +181,10 @@ def _named(metadata: Mapping[str, Any], axes: Sequence[int | None]) -> dict[str,
     field = next((field for field in _NAMES if metadata.get(field)), None)
     if field is None:
         return {}
-    names = metadata[field]
     own = {other: metadata[other] for other in ("mesh", "sharding_rules", "eager_sharding") if other in metadata}
     if "eager_sharding" in own and own.get("mesh") is None and jax.sharding.get_abstract_mesh().empty:
         own["eager_sharding"] = False  # Flax 0.12 places a variable as it is made, and needs a mesh to do so
-    return own | {field: tuple(None if axis is None or axis >= len(names) else names[axis] for axis in axes)}
+    return own | {field: names_of(metadata[field], axes)}
 
 
 def _split(nodes: Any) -> Any:

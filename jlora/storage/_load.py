@@ -15,7 +15,7 @@ from jlora.storage._checks import check_fit, not_finite
 from jlora.storage._folder import check_seal, opened_folder
 from jlora.storage._report import LoadReport, compare
 from jlora.storage._structure import MOST_LEVELS, Entries, is_name_of, put_together
-from jlora.tree import in_structure
+from jlora.tree import adapter_shardings, in_structure
 
 
 class _Stored(NamedTuple):
@@ -47,7 +47,7 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
         and the adapters come in the structure of the params, `None` where there is none. Without it they come in the
         structure in which they were saved.
       sharding: a `jax.sharding.Sharding`, or a tree of them that is a prefix of the adapters; by default the arrays go
-        to JAX's default device.
+        where params say, as `jlora.adapter_shardings` reads them, and else to JAX's default device.
       strict: True; with False this is `load_fitting_adapters`.
 
     Returns:
@@ -78,7 +78,7 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
         adapters, report = _fitting(folder, stored, params)
     if not report.fits:
         raise DataError(f"{folder}: {report}")
-    placed = _placed(folder, adapters, sharding)
+    placed = _placed(folder, adapters, sharding, params, stored.config)
     return (placed, stored.config) if strict else (placed, stored.config, report)
 
 
@@ -111,7 +111,7 @@ def load_fitting_adapters(path: str | Path, params: Any, *, sharding: Any = None
     stored = _read(folder)
     _check_narrow(folder, stored.entries)
     adapters, report = _fitting(folder, stored, params)
-    return _placed(folder, adapters, sharding), stored.config, report
+    return _placed(folder, adapters, sharding, params, stored.config), stored.config, report
 
 
 def _fitting(folder: Path, stored: _Stored, params: Any) -> tuple[Any, LoadReport]:
@@ -227,7 +227,9 @@ def _check_paths_once(folder: Path, entries: Entries) -> None:
         raise DataError(f"{folder}: {count} adapters have the path {path!r}: load without params")
 
 
-def _placed(folder: Path, adapters: Any, sharding: Any) -> Any:
+def _placed(folder: Path, adapters: Any, sharding: Any, params: Any, config: LoraConfig) -> Any:
+    if sharding is None and params is not None:
+        sharding = adapter_shardings(params, config, adapters=adapters)
     try:
         return jax.device_put(adapters, sharding)
     except (ValueError, TypeError) as error:

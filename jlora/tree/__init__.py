@@ -2,6 +2,7 @@
 
 from jlora.tree._bind import batch_dims_of, bind, given_split
 from jlora.tree._params import in_structure, init_lora, merge_params, merge_params_with_residual, unmerge_params
+from jlora.tree._shardings import adapter_shardings
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
     Known,
@@ -24,6 +25,7 @@ __all__ = [
     "Summary",
     "Survey",
     "Target",
+    "adapter_shardings",
     "batch_dims_of",
     "bind",
     "check_config",
