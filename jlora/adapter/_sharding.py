@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding, reshard
 
 from jlora.boxes import names_of
 
@@ -36,16 +37,22 @@ def part_sharding(weight: Any, axes: Sequence[int | None]) -> Any:
 
 
 def placed(part: jax.Array, weight: Any, axes: Sequence[int | None]) -> jax.Array:
-    """The part where its weight says; what is traced is left to jit, if no mesh of explicit axes says it."""
+    """The part where its weight says; what is traced as far as its trace lets it, or else where jit puts it."""
     sharding = part_sharding(weight, axes)
     if sharding is None:
         return part
-    if isinstance(part, jax.core.Tracer):
-        is_explicit = isinstance(weight, jax.core.Tracer) and any(sharding.spec)
-        in_mesh = is_explicit and not jax.sharding.get_abstract_mesh().empty
-        return jax.sharding.reshard(part, sharding) if in_mesh else part
     is_abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
-    return part if is_abstract else jax.device_put(part, sharding)
+    if not is_abstract and not isinstance(part, jax.core.Tracer):
+        return jax.device_put(part, sharding)
+    if not isinstance(sharding, NamedSharding):
+        return part
+    own, around = set(sharding.mesh.axis_types), set(jax.sharding.get_abstract_mesh().axis_types)
+    is_explicit = is_abstract or own == {AxisType.Explicit}  # a type names explicit axes alone
+    if is_explicit and any(sharding.spec) and AxisType.Explicit in around:
+        return reshard(part, sharding)
+    if own == {AxisType.Auto} and not is_abstract and around <= {AxisType.Auto}:  # shard_map has axes of its own
+        return lax.with_sharding_constraint(part, sharding)
+    return part
 
 
 def _sharding_of(weight: Any) -> Any:
