@@ -10,7 +10,7 @@ import jax
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, TENSORS, TensorFile, parse_json_value
-from jlora.errors import DataError, JloraError, listed, shortened, together
+from jlora.errors import DataError, JloraError, listed, raise_all, shortened
 from jlora.storage._checks import check_fit, not_finite
 from jlora.storage._folder import check_seal, opened_folder
 from jlora.storage._report import LoadReport, compare
@@ -161,8 +161,7 @@ def _read(folder: Path, *, lazy: bool = False) -> _Stored:
         check_fit(entries, config)
     except JloraError as error:
         raise DataError(f"{folder / TENSORS}: {error}") from None
-    if places := not_finite(entries):
-        raise DataError(f"{folder}: {together([f'{place}: holds a NaN or an infinity' for place in places])}")
+    raise_all((f"{place}: holds a NaN or an infinity" for place in not_finite(entries)), DataError, str(folder))
     return _Stored(adapters, entries, config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, dump_json, parse_json
-from jlora.errors import AdapterError, DataError, together
+from jlora.errors import AdapterError, DataError, raise_all
 from jlora.storage._checks import check_arrays, check_fit, not_finite
 from jlora.storage._folder import FORMAT, write_folder
 from jlora.storage._processes import write_once
@@ -51,8 +51,7 @@ def save_adapters(
     structure, entries = take_apart(adapters)
     check_arrays(entries)
     check_fit(entries, config)
-    if places := not_finite(entries):
-        raise AdapterError(together([f"{place}: holds a NaN or an infinity" for place in places]))
+    raise_all((f"{place}: holds a NaN or an infinity" for place in not_finite(entries)), AdapterError)
     tensors = {
         f"{name}/{part}" if name else part: array
         for name, (_, update) in entries.items()

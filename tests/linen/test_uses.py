@@ -14,6 +14,7 @@ from flax.errors import CallCompactUnboundModuleError
 import jlora
 from jlora import AdapterError, combine_params, init_lora, merge_params, split_params
 from jlora.linen import LoRA, LoRADense, LoRADenseAdapter, resolve_config
+from jlora.paths import literal_pattern
 from tests.linen.models import CONFIG, KEY, MODELS, TOKENS, VECTORS, Coder, draw, inputs, merged, same, shapes
 from tests.marks import some
 from tests.reference import as64, assert_close, random_array, randomize
@@ -481,6 +482,22 @@ def test_a_step_has_the_flops_of_jlora_lora(name, rng):
     module, function = (jax.jit(jax.grad(fn)).lower(adapters, base, x).compile() for fn in (by_module, by_function))
     assert module.cost_analysis()["flops"] == function.cost_analysis()["flops"]
     assert operations(module) == operations(function)
+
+
+@pytest.mark.parametrize("name", ["up[0]", "a]b", "x*", "q?", "{c}", "[!a]"])
+def test_a_name_may_hold_what_patterns_are_made_of(rng, name):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(11, name="other")(nn.Dense(7, name=name)(x))
+
+    model, x = Model(), random_array(rng, (3, 5))
+    config = resolve_config(model, CONFIG.replace(target_modules=(literal_pattern(name),)), x)
+    params = model.init(KEY, x)["params"]
+    adapters = randomize(rng, init_lora(KEY, params, config))
+    assert adapters["other"]["kernel"] is None
+    found = LoRA(model, config).apply({"params": combine_params(params, adapters)}, x)
+    assert_close(found, model.apply({"params": merge_params(params, adapters, config)}, x))
 
 
 def operations(compiled):
