@@ -5,6 +5,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
+_COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _COMPILED.append(event))
+
 
 def calls(fn: Callable[[], Any]) -> int:
     """How many functions are called while `fn` is, those in C too."""
@@ -21,6 +26,13 @@ def calls(fn: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+def compilations(fn: Callable[[], Any]) -> int:
+    """How many programs XLA compiles, or reads from a cache of those compiled, while `fn` is called."""
+    _COMPILED.clear()
+    fn()
+    return _COMPILED.count("/jax/core/compile/backend_compile_duration")
 
 
 def assert_linear(make: Callable[[int], Callable[[], Any]], size: int = 150, most: float = 1000.0) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora.fields import number, whole
 from jlora.train._loss import Returned, divided, finished, numerator, read_returned
 from jlora.train._parts import added
+from jlora.train._placed import PlacedStep
 
 Metrics = dict[str, chex.Array]
 Loss = Callable[..., Any]
@@ -96,7 +97,8 @@ def make_train_step(
       seed: of the keys.
 
     Returns:
-      The step. Its state is donated; `metrics` are those of the loss, `loss` and `grad_norm` (before clipping).
+      The step. Its state is donated, and the new one lies on devices as the old one did; `metrics` are those of the
+      loss, `loss` and `grad_norm` (before clipping). `step.lower` is that of `jax.jit`.
 
     Raises:
       ConfigError: while tracing, where the loss returns something else, or metrics of the names `loss` or `grad_norm`.
@@ -158,4 +160,4 @@ def make_train_step(
         trained = optax.apply_updates(state.trained, updates)
         return TrainState(state.step + 1, trained, opt_state, returned.model_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return PlacedStep(step)

@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jlora import DataError
+from jlora import DataError, LoraConfig, init_lora
 from jlora.train import Checkpoints, Mean, Sum, fit, init_state, make_train_step
 from tests.reference import as64, assert_close
 from tests.storage.devices import run_with_devices
+from tests.work import compilations
 
 OPTIMIZER = optax.adam(0.1)
 MOVES = "all-gather|all-to-all|collective-permute"
@@ -61,7 +62,34 @@ def every_device_keeps_its_rows(_: Path) -> None:
             if number == 0:
                 assert_close(metrics["loss"], (mask * (wrong**2).mean(1)).sum() / mask.sum())
             assert int(metrics["examples"]) == mask.sum()
-        assert step._cache_size() == 1
+
+
+def the_state_stays_where_it_is(_: Path) -> None:
+    """Every step leaves each leaf on the devices where it was, so that the second one is the same program."""
+    _, weight, batch = arrays()
+    layouts = {"fsdp": ("data", None), "columns": (None, "model"), "both": ("data", "model"), "none": ()}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+        for name, spec in layouts.items():
+            frozen = {"kernel": placed(weight, mesh, *spec)}
+            adapters = init_lora(jax.random.key(0), frozen, LoraConfig(rank=RANK))
+            three_steps_are_one_program(adapters["kernel"], frozen["kernel"], placed(batch, mesh, "data"), name)
+
+
+def three_steps_are_one_program(adapter: Any, weight: jax.Array, batch: Any, name: str) -> None:
+    step, state = make_train_step(loss, OPTIMIZER), init_state(adapter, OPTIMIZER)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def one_more() -> None:
+        nonlocal state
+        state, _ = step(state, weight, batch)
+
+    compiled = []
+    for _ in range(3):
+        compiled.append(compilations(one_more))
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == places, name
+    assert compiled[0] > 0
+    assert compiled[1:] == [0, 0], name
 
 
 def explicit_parts_that_cannot_be_shared_are_refused(_: Path) -> None:
@@ -132,6 +160,7 @@ def adapters_and_an_optimizer_that_no_init_state_made(folder: Path) -> None:
 def every_case(folder):
     for case in (
         every_device_keeps_its_rows,
+        the_state_stays_where_it_is,
         explicit_parts_that_cannot_be_shared_are_refused,
         resumed_on,
         adapters_and_an_optimizer_that_no_init_state_made,

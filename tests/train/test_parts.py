@@ -12,6 +12,7 @@ import pytest
 from jlora import ConfigError, DataError
 from jlora.train import Mean, Sum, init_state, make_train_step
 from tests.reference import as64, assert_close, random_adapter, random_array
+from tests.work import compilations
 
 N, TIME, IN, OUT, RANK = 12, 3, 5, 7, 2
 
@@ -141,11 +142,17 @@ def minimised(optimizer, accumulate, clip_norm=None, loss=token_loss, steps=5, d
     mask = np.arange(TIME) < np.array([3, 0, 2, 0, 1, 1])[:, None]
     batch = {"x": random_array(rng, (6, TIME, IN)), "y": random_array(rng, (6, TIME, OUT)), "mask": mask, "scale": 0.1}
     step = make_train_step(loss, optimizer, accumulate=accumulate, clip_norm=clip_norm)
-    state, losses = init_state(adapter, optimizer), []
-    for _ in range(steps):
+    state, losses, compiled = init_state(adapter, optimizer), [], []
+
+    def one_more():
+        nonlocal state
         state, metrics = step(state, weight, batch)
         losses.append(float(metrics["loss"]))
-    assert step._cache_size() == 1
+
+    for _ in range(steps):
+        compiled.append(compilations(one_more))
+    assert compiled[0] > 0
+    assert set(compiled[1:]) == {0}
     return state, losses
 
 
