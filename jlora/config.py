@@ -14,7 +14,7 @@ import tomli_w
 from jlora.contraction import Factorization, common_dtype
 from jlora.disk import MOST_CONFIG, parse_json_value, parse_toml, read_bytes, write_whole
 from jlora.errors import AdapterError, ConfigError, DataError, shortened
-from jlora.fields import check_keys, choice, number, refusal, whole
+from jlora.fields import check_keys, choice, integer, number, refusal
 from jlora.paths import PatternIndex
 
 __all__ = ["INITS", "SCALINGS", "LoraConfig", "adapter_dtype", "effective_alpha", "read_mapping", "write_mapping"]
@@ -101,18 +101,18 @@ class LoraConfig:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("rank", whole("rank", self.rank, 1))
+        put("rank", integer("rank", self.rank, 1))
         put("alpha", number("alpha", self.alpha))
         put("dropout", number("dropout", self.dropout, 0.0, 1.0, "0 <= dropout < 1"))
         put("target_modules", _patterns("target_modules", self.target_modules))
         if not self.target_modules:
             raise refusal("target_modules", (), "at least one path pattern, such as '**/attention'")
         put("exclude_modules", _patterns("exclude_modules", self.exclude_modules))
-        put("seed", whole("seed", self.seed, 0, 2**32))
+        put("seed", integer("seed", self.seed, 0, 2**32))
         choice("scaling", self.scaling, SCALINGS)
         choice("init", self.init, INITS)
         put("init_std", number("init_std", self.init_std, 0.0, wanted="a finite number of at least 0"))
-        put("rank_pattern", _pairs("rank_pattern", self.rank_pattern, lambda name, value: whole(name, value, 1)))
+        put("rank_pattern", _pairs("rank_pattern", self.rank_pattern, lambda name, value: integer(name, value, 1)))
         put("alpha_pattern", _pairs("alpha_pattern", self.alpha_pattern, number))
         put("dtype", _dtype_name(self.dtype))
         put("factorizations", _pairs("factorizations", self.factorizations, _roles))

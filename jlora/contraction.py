@@ -81,6 +81,11 @@ class Factorization:
         return array.transpose([order.index(axis) for axis in sorted(order)])
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """The weight's axes in the order batch, in, out."""
+        return (*self.axes("b"), *self.axes("i"), *self.axes("o"))
+
+    @property
     def adapter_axes(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
         """The axes of the weight that the axes of A and of B are; None for the rank."""
         batch, ins, outs = (self.axes(role) for role in "bio")
@@ -93,7 +98,7 @@ class Factorization:
     @property
     def is_canonical(self) -> bool:
         """Whether the weight's axes come in the order batch, in, out."""
-        return self.roles == canonical(*(self.roles.count(role) for role in "bio")).roles
+        return self.order == tuple(range(len(self.roles)))
 
 
 def canonical(batch: int, ins: int, outs: int) -> Factorization:
@@ -179,17 +184,16 @@ def scaled(array: jax.Array, scale: jax.Array | float) -> jax.Array:
 
 def dense_delta(a: jax.Array, b: jax.Array, factorization: Factorization) -> jax.Array:
     """A@B in the order of the weight's axes, unscaled; float32 at least."""
-    roles = factorization.roles
-    n = roles.count("b")
+    n = len(factorization.axes("b"))
     dtype = common_dtype(a.dtype, b.dtype, jnp.float32)
     batch = tuple(range(n))
     product = lax.dot_general(
         a.astype(dtype), b.astype(dtype), (((a.ndim - 1,), (n,)), (batch, batch)), precision=lax.Precision.HIGHEST
-    )
+    )  # (*batch, *in, *out)
     if factorization.is_canonical:
         return product
-    order = [axis for role in "bio" for axis in factorization.axes(role)]
-    return product.transpose([order.index(axis) for axis in range(len(roles))])
+    order = factorization.order
+    return product.transpose([order.index(axis) for axis in range(len(order))])
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:
@@ -236,7 +240,7 @@ def factored_product(
     rest = [d for d in range(batch_dims, x.ndim) if d not in axis]
     order = [*range(batch_dims), *rest, *axis]
     if order != list(range(x.ndim)):
-        x = x.transpose(order)
+        x = x.transpose(order)  # (*batch, *rest, *in)
     batch = x.shape[:batch_dims]
     rest_shape = x.shape[batch_dims : batch_dims + len(rest)]
     out_shape = b.shape[batch_dims + 1 :]
@@ -248,7 +252,7 @@ def factored_product(
     hidden = _last_with(x.reshape(*batch, *rows, ins), down, batch_dims + 1, precision)  # (*batch, *rows, r)
     if scale is not None:
         hidden = scaled(hidden, scale)
-    y = _last_with(hidden, up, batch_dims, precision)
+    y = _last_with(hidden, up, batch_dims, precision)  # (*batch, *rows, out)
     return y.reshape(*batch, *rest_shape, *out_shape)
 
 
@@ -300,20 +304,26 @@ class FactoredEinsum:
         precision: lax.PrecisionLike = None,
     ) -> jax.Array:
         """scale * the einsum of x and A@B, never building A@B; see `factored_product`."""
-        batch, ins, outs = ("".join(self.weight[d] for d in self.factorization.axes(role)) for role in "bio")
+        batch, ins, outs = self._letters("b"), self._letters("i"), self._letters("o")
         rest = "".join(c for c in self.x if c in self.y and c not in batch)
         order = batch + rest + ins
         x = x.sum([d for d, c in enumerate(self.x) if c not in order])
         kept = [c for c in self.x if c in order]
-        x = x.transpose([kept.index(c) for c in order])
+        x = x.transpose([kept.index(c) for c in order])  # (*batch, *rest, *in)
         n, axis = len(batch), range(len(batch + rest), len(order))
         sizes = jnp.broadcast_shapes(x.shape[:n], a.shape[:n])
-        x, a, b = (jnp.broadcast_to(array, sizes + array.shape[n:]) for array in (x, a, b))
-        y = factored_product(x, a, b, axis, n, scale=scale, precision=precision)
+        x = jnp.broadcast_to(x, sizes + x.shape[n:])
+        a = jnp.broadcast_to(a, sizes + a.shape[n:])  # (*batch, *in, r)
+        b = jnp.broadcast_to(b, sizes + b.shape[n:])  # (*batch, r, *out)
+        y = factored_product(x, a, b, axis, n, scale=scale, precision=precision)  # (*batch, *rest, *out)
         letters = batch + rest + outs
         y = y.sum([d for d, c in enumerate(letters) if c not in self.y])
         left = [c for c in letters if c in self.y]
         return y.transpose([left.index(c) for c in self.y])
+
+    def _letters(self, role: str) -> str:
+        """The letters of the weight's axes with this role."""
+        return "".join(self.weight[axis] for axis in self.factorization.axes(role))
 
 
 def factored_einsum(equation: str, x_ndim: int, weight_ndim: int) -> FactoredEinsum:

@@ -10,7 +10,7 @@ import numpy as np
 from jlora.errors import ConfigError, shortened
 from jlora.paths import nearest
 
-__all__ = ["check_keys", "choice", "number", "refusal", "whole"]
+__all__ = ["check_keys", "choice", "integer", "number", "refusal"]
 
 _MOST, _MOST_KEYS = 200, 5  # characters of a value, and unknown keys, that an error shows
 
@@ -30,7 +30,7 @@ def check_keys(found: Iterable[str], known: Sequence[str], where: str) -> None:
         raise ConfigError(f"{where}: unknown key {named}{more}; known keys: {', '.join(known)}")
 
 
-def whole(field: str, value: Any, least: int, below: int | None = None) -> int:
+def integer(field: str, value: Any, least: int, below: int | None = None) -> int:
     """A whole number, a NumPy one too, with least <= value < below."""
     try:
         result = operator.index(value)

@@ -10,7 +10,7 @@ import pytest
 
 from jlora import JloraError, LoraConfig, init_lora, merge_params
 from jlora.compose import resize
-from jlora.interop.names import from_gemma
+from jlora.interop.gemma import from_gemma
 from jlora.interop.peft import write_peft
 
 NAME = "up[0]*"

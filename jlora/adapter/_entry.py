@@ -141,9 +141,10 @@ class Entry:
         wide = common_dtype(base.dtype, jnp.float32)
         parts = (base, self.parts["A"], self.parts["B"])
         weight, a, b = (lax.stop_gradient(jnp.asarray(part)).astype(wide) for part in parts)
-        roles = self.split.roles
-        letters = "abcdefghijklmnopqrstuvw"[: len(roles)]
-        batch, ins, outs = ("".join(letters[axis] for axis in self.split.axes(role)) for role in "bio")
+        letters = "abcdefghijklmnopqrstuvw"[: weight.ndim]
+        batch = "".join(letters[axis] for axis in self.split.axes("b"))
+        ins = "".join(letters[axis] for axis in self.split.axes("i"))
+        outs = "".join(letters[axis] for axis in self.split.axes("o"))
         split_over = dict(zip(letters, spec_of(weight), strict=True))  # in a mesh of explicit axes
 
         def product(operands: str, output: str, *arrays: jax.Array) -> jax.Array:

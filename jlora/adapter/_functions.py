@@ -22,7 +22,7 @@ from jlora.contraction import (
     split_batch_axes,
 )
 from jlora.errors import AdapterError
-from jlora.fields import choice, number, whole
+from jlora.fields import choice, integer, number
 from jlora.paths import path_string
 
 Adapter = Mapping[str, chex.Array]
@@ -110,7 +110,7 @@ def init_lora_adapter(
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
-    rank = whole("rank", rank, 1)
+    rank = integer("rank", rank, 1)
     init_std = number("init_std", init_std, 0.0, wanted="a finite number of at least 0")
     shape = tuple(weight.shape)
     split = _factorization(shape, factorization)

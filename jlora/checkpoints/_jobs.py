@@ -177,7 +177,8 @@ def convert(
 
 
 def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:
-    from jlora.interop.names import from_gemma, from_qwix  # Flax NNX, of which nothing else here has need
+    from jlora.interop.gemma import from_gemma  # both import Flax NNX, of which nothing else here has need
+    from jlora.interop.qwix import from_qwix
 
     checkpoint = Checkpoint(source)
     params = {name: checkpoint.read(name) for name in checkpoint.entries}

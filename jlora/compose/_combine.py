@@ -1,6 +1,7 @@
 """Several adapters of one base as one."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from jlora.compose._svd import cut, leading_triples
 from jlora.compose._tasks import RULES, SIGNS, Task
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, ConfigError, raise_all
-from jlora.fields import choice, number, refusal, whole
+from jlora.fields import choice, integer, number, refusal
 from jlora.paths import path_number
 from jlora.tree import check_config
 
@@ -126,10 +127,11 @@ def combine(
         choice("method", method, METHODS),
         _task(method, density, majority_sign),
         _checked_rank(rank, method),
-        whole("seed", seed, 0, 2**32),
+        integer("seed", seed, 0, 2**32),
     )
     read = [read_factors(adapters, config, f"parts[{i}], ") for i, (adapters, config) in enumerate(parts)]
-    members = {path: _members(path, parts, read, scales) for found in read for path in found}
+    paths = dict.fromkeys(itertools.chain.from_iterable(read))
+    members = {path: _members(path, parts, read, scales) for path in paths}
     if not members:
         raise AdapterError("parts: none of them holds an adapter")
     problems: list[str] = []
@@ -166,7 +168,7 @@ def _checked_rank(rank: Any, method: str) -> int | None:
         return None
     if not method.endswith("svd"):
         raise refusal("rank", rank, f"none with method={method!r}, whose rank follows from the parts; use method='svd'")
-    return whole("rank", rank, 1)
+    return integer("rank", rank, 1)
 
 
 def _task(method: str, density: Any, majority_sign: str) -> Task:
@@ -234,14 +236,17 @@ def _on_deltas(path: str, members: Sequence[_Member], plan: _Plan, rank: int) ->
     """The deltas joined as dense matrices, then the best approximation of their rank."""
     streams = plan.streams(path, members)
     sketch = np.random.default_rng([plan.seed, path_number(path), len(members), 1])
-    wide = _dtype(dtype for m in members for dtype in (m.factors.a_dtype, m.factors.b_dtype, np.dtype(np.float32)))
+    dtypes = [np.dtype(np.float32)]
+    for member in members:
+        dtypes += [member.factors.a_dtype, member.factors.b_dtype]
+    wide = _dtype(dtypes)
     weights = [member.weight for member in members]
     done = []
     for entry in range(len(members[0].factors.a)):
         deltas = [(m.scaling * m.factors.a[entry] @ m.factors.b[entry]).astype(wide)[None] for m in members]
-        joined = plan.task.join(deltas, weights, streams)
-        triples = cut(leading_triples(joined[0], rank, sketch), rank)
-        done.append(balanced(*(array.astype(np.float64) for array in triples)))
+        joined = plan.task.join(deltas, weights, streams)  # (1, in, out)
+        u, s, vh = cut(leading_triples(joined[0], rank, sketch), rank)
+        done.append(balanced(u.astype(np.float64), s.astype(np.float64), vh.astype(np.float64)))
     return padded(np.stack([a for a, _ in done]), np.stack([b for _, b in done]), rank)
 
 
@@ -266,5 +271,8 @@ def _joined(nodes: Sequence[Any], path: str) -> Any:
             f"{path or 'the root'}: the parts are built differently here ({kinds}) and are no dicts to join; bring "
             "them to one structure first"
         )
-    keys = dict.fromkeys(key for node in present for key in node)
-    return {key: _joined([node.get(key) for node in present], f"{path}/{key}".lstrip("/")) for key in keys}
+    joined = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(present)):
+        below = [node.get(key) for node in present]
+        joined[key] = _joined(below, f"{path}/{key}".lstrip("/"))
+    return joined

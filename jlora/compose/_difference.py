@@ -21,26 +21,29 @@ def difference_of(base: Any, tuned: Any, split: Factorization) -> np.ndarray:
             raise AdapterError(f"dtype {leaf.dtype} is not floating; cast or dequantize the weight first")
     wide = np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32
     sizes = [math.prod(split.sizes(leaves[0].shape, role)) for role in "bio"]
-    order = [axis for role in "bio" for axis in split.axes(role)]
-    x, y = (leaf.transpose(order) for leaf in leaves)
-    difference = np.array(y, dtype=wide, order="C")
+    before, after = (leaf.transpose(split.order) for leaf in leaves)  # (*batch, *in, *out)
+    difference = np.array(after, dtype=wide, order="C")
     with np.errstate(invalid="ignore", over="ignore"):
-        np.subtract(difference, x.astype(wide, copy=False), out=difference)
-    return difference.reshape(sizes)
+        np.subtract(difference, before.astype(wide, copy=False), out=difference)
+    return difference.reshape(sizes)  # (n, in, out)
 
 
 def squared_norm(difference: np.ndarray) -> float:
     """||D||_F^2, summed in float64."""
-    return sum(_square(matrix[rows].astype(np.float64)) for matrix in difference for rows in _rows(matrix))
+    total = 0.0
+    for matrix in difference:
+        for rows in _rows(matrix):
+            total += _square(matrix[rows].astype(np.float64))
+    return total
 
 
 def squared_residual(difference: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     """||D - A@B||_F^2 by blocks of rows in float64; as ||D||^2 - sum s^2 it would cancel where it is small."""
-    return sum(
-        _square(matrix[rows].astype(np.float64) - one_a[rows] @ one_b)
-        for matrix, one_a, one_b in zip(difference, a, b, strict=True)
-        for rows in _rows(matrix)
-    )
+    total = 0.0
+    for matrix, one_a, one_b in zip(difference, a, b, strict=True):
+        for rows in _rows(matrix):
+            total += _square(matrix[rows].astype(np.float64) - one_a[rows] @ one_b)
+    return total
 
 
 def _rows(matrix: np.ndarray) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from jlora.compose._svd import stacked_triples
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError, ConfigError, TargetError, raise_all
-from jlora.fields import number, refusal, whole
+from jlora.fields import integer, number, refusal
 from jlora.paths import format_nearest, leaves_by_path, path_number
 from jlora.tree import find_targets, in_structure
 
@@ -65,8 +65,8 @@ def extract_weight(
     split = factorization if isinstance(factorization, Factorization) else Factorization(factorization)
     if rank is None and energy is None:
         raise ConfigError("extract_weight: give rank=, energy=, or both")
-    most = None if rank is None else whole("rank", rank, 1)
-    return _extracted(base, tuned, split, most, _energy(energy), (whole("seed", seed, 0, 2**32),), dtype)
+    most = None if rank is None else integer("rank", rank, 1)
+    return _extracted(base, tuned, split, most, _energy(energy), (integer("seed", seed, 0, 2**32),), dtype)
 
 
 def extract(
@@ -96,7 +96,7 @@ def extract(
     >>> found.rank, adapters['up']['kernel']['A'].shape, report.left_out
     (1, (3, 1), ('up/bias',))
     """
-    share, seed = _energy(energy), whole("seed", seed, 0, 2**32)
+    share, seed = _energy(energy), integer("seed", seed, 0, 2**32)
     targets = find_targets(base, config)
     leaves, others = leaves_by_path(base), leaves_by_path(tuned)
     raise_all(_differences(leaves, others), TargetError)
@@ -174,8 +174,9 @@ def _extracted(
     if not math.isfinite(total):
         raise AdapterError("the difference of tuned and base is not finite")
     triples = stacked_triples(difference, most if rank is None else rank, energy, stream)
-    pairs = [balanced(*(array.astype(np.float64) for array in one)) for one in triples]
-    a, b = np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+    pairs = [balanced(u.astype(np.float64), s.astype(np.float64), vh.astype(np.float64)) for u, s, vh in triples]
+    a = np.stack([one_a for one_a, _ in pairs])  # (n, in, r)
+    b = np.stack([one_b for _, one_b in pairs])  # (n, r, out)
     found, a_shape, b_shape = a.shape[-1], *split.adapter_shapes(shape, a.shape[-1])
     to = _adapter_dtype(dtype, difference.dtype)
     adapter = {"A": rounded("A", a.reshape(a_shape), to), "B": rounded("B", b.reshape(b_shape), to)}

@@ -102,11 +102,13 @@ def _dtypes(entries: Entries) -> Iterator[str]:
         by_dtype.setdefault(entry.dtype, []).append(entry)
     if len(by_dtype) > 1 or any("/" in dtype for dtype in by_dtype):
         groups = sorted(by_dtype.items(), key=lambda item: -len(item[1]))
-        yield "different dtypes: " + "; ".join(
-            f"{dtype} in {count(len(found), 'entry', 'entries')}"
-            + (f" ({listed((e.path or 'the root' for e in found), 3)})" if i else "")
-            for i, (dtype, found) in enumerate(groups)
-        )
+        texts: list[str] = []
+        for dtype, found in groups:
+            text = f"{dtype} in {count(len(found), 'entry', 'entries')}"
+            if texts:  # of the most frequent dtype no entry needs a name
+                text += f" ({listed((entry.path or 'the root' for entry in found), 3)})"
+            texts.append(text)
+        yield f"different dtypes: {'; '.join(texts)}"
 
 
 _CHECKS: tuple[Callable[[Entries], Iterator[str]], ...] = (

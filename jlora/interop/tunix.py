@@ -96,17 +96,12 @@ def gemma3(*, num_heads: int, num_kv_heads: int, head_dim: int, prefix: str = "m
     """
     layer, place = f"{prefix}.layers.{{i}}", "layers/{i}"
     stacks = ("qkv",) if num_heads == num_kv_heads else ("q", "kv")
-    rows = [
-        Row(
-            f"{layer}.self_attn.{name}_proj.weight",
-            f"{place}/attn/{stack}_einsum/w",
-            (0, 2, 1),
-            (num_heads if name == "q" else num_kv_heads, head_dim, -1),
-            ((index, len(stack)),) if len(stack) > 1 else (),
-        )
-        for stack in stacks
-        for index, name in enumerate(stack)
-    ]
+    rows = []
+    for stack in stacks:
+        for index, name in enumerate(stack):
+            source, path = f"{layer}.self_attn.{name}_proj.weight", f"{place}/attn/{stack}_einsum/w"
+            split = (num_heads if name == "q" else num_kv_heads, head_dim, -1)
+            rows.append(Row(source, path, (0, 2, 1), split, ((index, len(stack)),) if len(stack) > 1 else ()))
     rows.append(
         Row(f"{layer}.self_attn.o_proj.weight", f"{place}/attn/attn_vec_einsum/w", (1, 2, 0), (-1, num_heads, head_dim))
     )

@@ -15,7 +15,7 @@ from jlora.adapter import PARTS, draw_a
 from jlora.boxes import box_named, is_box
 from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product, scaled
 from jlora.errors import AdapterError
-from jlora.fields import number, whole
+from jlora.fields import integer, number
 
 Initializer = Callable[..., Any]
 
@@ -65,7 +65,7 @@ class LoRAAdapter(nn.Module):
                 f"found {', '.join(others)} beside A and B, which this layer does not apply; jlora.linen.LoRA does, "
                 "and jlora.lora"
             )
-        rank, most = whole("rank", self.rank, 1), factorization.max_rank(shape)
+        rank, most = integer("rank", self.rank, 1), factorization.max_rank(shape)
         if rank > most:
             raise self._error(f"rank {rank} is larger than the smaller side {most} of {tuple(shape)}")
         a_shape, b_shape = factorization.adapter_shapes(shape, rank)

@@ -12,7 +12,7 @@ import optax
 from jlora.config import LoraConfig, field_names, read_mapping, write_mapping
 from jlora.disk import parse_toml
 from jlora.errors import ConfigError
-from jlora.fields import check_keys, choice, number, refusal, whole
+from jlora.fields import check_keys, choice, integer, number, refusal
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
@@ -82,7 +82,7 @@ class OptimizerConfig:
         number("optimizer.learning_rate", self.learning_rate, 0.0, wanted="a finite number of at least 0")
         number("optimizer.weight_decay", self.weight_decay, 0.0, wanted="a finite number of at least 0")
         number("optimizer.clip_norm", self.clip_norm, 0.0, wanted="a finite number of at least 0")
-        whole("optimizer.warmup_steps", self.warmup_steps, 0)
+        integer("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.weight_decay and self.name in ("adam", "sgd"):
             raise refusal("optimizer.weight_decay", self.weight_decay, f"0, as {self.name} has none; adamw and lion do")
 
@@ -115,8 +115,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every"):
-            whole(f"train.{name}", getattr(self, name), 1)
-        whole("train.seed", self.seed, 0)
+            integer(f"train.{name}", getattr(self, name), 1)
+        integer("train.seed", self.seed, 0)
         if self.batch_size % self.accumulate:
             raise refusal("train.accumulate", self.accumulate, f"a divisor of batch_size = {self.batch_size}")
 

@@ -155,19 +155,11 @@ def report(folder: Path, results: list[Result], changed_state: list[str], consol
     write_curve(folder / "curve.png", MetricsLog.read_file(folder / "metrics.jsonl"))
     metrics = [name for name in results[0].metrics if name != "loss"] or ["loss"]
     header = ("on the test set", *metrics, "trained parameters", "optimizer state", "seconds")
-    table = [
-        (
-            result.name,
-            *(
-                f"{result.metrics[name]:.1%}" if name == "accuracy" else f"{result.metrics[name]:.4g}"
-                for name in metrics
-            ),
-            f"{result.parameters:,}",
-            f"{result.optimizer_bytes:,} B",
-            f"{result.seconds:.1f}",
-        )
-        for result in results
-    ]
+    table = []
+    for result in results:
+        values = [f"{result.metrics[name]:{'.1%' if name == 'accuracy' else '.4g'}}" for name in metrics]
+        costs = (f"{result.parameters:,}", f"{result.optimizer_bytes:,} B", f"{result.seconds:.1f}")
+        table.append((result.name, *values, *costs))
     console.out(text_table(header, table), highlight=False)
     console.out(f"written to {folder}: {listed(sorted(path.name for path in folder.iterdir()), 20)}", highlight=False)
     if changed_state:

@@ -16,7 +16,7 @@ import optax
 from rich.console import Console
 
 from jlora.errors import DataError
-from jlora.fields import refusal, whole
+from jlora.fields import integer, refusal
 from jlora.paths import leaves_by_path
 from jlora.recipes._losses import cross_entropy
 from jlora.train import Batches, Examples, fit, init_state, make_train_step
@@ -82,7 +82,7 @@ def data(rotate: int = 90, invert: bool = True) -> tuple[Examples, Examples]:
     """
     from sklearn.datasets import load_digits
 
-    if whole("data.rotate", rotate, -360) % 90:
+    if integer("data.rotate", rotate, -360) % 90:
         raise refusal("data.rotate", rotate, "a multiple of 90")
     if not isinstance(invert, bool):
         raise refusal("data.invert", invert, "true or false")
@@ -119,8 +119,8 @@ def model(
     """
     sizes = {"width": width, "depth": depth, "heads": heads, "hidden": hidden, "patch": patch}
     for name, value in (*sizes.items(), ("steps", steps)):
-        whole(f"model.{name}", value, 1)
-    whole("model.seed", seed, 0, 2**32)
+        integer(f"model.{name}", value, 1)
+    integer("model.seed", seed, 0, 2**32)
     if width % heads:
         raise refusal("model.heads", heads, f"a divisor of width = {width}")
     if _SIDE % patch:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jlora.errors import DataError
-from jlora.fields import whole
+from jlora.fields import integer
 
 Examples = Mapping[str, np.ndarray]
 
@@ -34,8 +34,8 @@ class Batches:
     seed: int
 
     def __post_init__(self) -> None:
-        whole("batch_size", self.size, 1)
-        whole("seed", self.seed, 0)
+        integer("batch_size", self.size, 1)
+        integer("seed", self.seed, 0)
         if count_examples(self.examples) < self.size:
             raise DataError(f"{count_examples(self.examples)} examples are fewer than a batch of {self.size}")
 

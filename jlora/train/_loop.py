@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from jlora.errors import DataError
-from jlora.fields import whole
+from jlora.fields import integer
 from jlora.train._checkpoint import Checkpoints
 from jlora.train._log import Logger
 from jlora.train._progress import progress_bar
@@ -61,7 +61,7 @@ def fit(
         saved.
     """
     for name, every in (("log_every", log_every), ("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-        whole(name, every, 1)
+        integer(name, every, 1)
     done = int(state.step)
     _check_folder(checkpoints, done)
     source = batches if callable(batches) else _Following(batches)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.fields import number, whole
+from jlora.fields import integer, number
 from jlora.train._loss import Returned, divided, finished, numerator, read_returned
 from jlora.train._parts import added
 from jlora.train._placed import PlacedStep
@@ -114,7 +114,7 @@ def make_train_step(
     >>> float(metrics['loss']), int(metrics['examples'])
     (1.0, 3)
     """
-    accumulate = whole("accumulate", accumulate, 1)
+    accumulate = integer("accumulate", accumulate, 1)
     clip = optax.identity()
     if clip_norm is not None:
         clip = optax.clip_by_global_norm(number("clip_norm", clip_norm, _TINY, wanted="a number above 0, or None"))

@@ -14,7 +14,9 @@ from flax.core import freeze, meta
 
 import jlora
 from jlora import DataError
-from jlora.interop.names import from_gemma, from_qwix, nest
+from jlora.interop._beside import nest
+from jlora.interop.gemma import from_gemma
+from jlora.interop.qwix import from_qwix
 from jlora.paths import leaves_by_path
 from tests.reference import as64, assert_close, random_array, randomize
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from jlora.contraction import Factorization, canonical
 
 
-def readings_of(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], flattened: bool) -> Iterator[str]:
-    """The factorizations of a weight that a and b fit; with `flattened`, in axes and out axes may be one axis each.
+def possible_factorizations(
+    shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], flattened: bool
+) -> Iterator[str]:
+    """Every factorization of a weight that a and b fit; with `flattened`, in axes and out axes may be one axis each.
 
     Readings that differ in axes of size 1 alone are the same update; the first of them stands for all.
     """
