@@ -154,7 +154,7 @@ def test_the_configuration_names_every_module(tmp_path: Path) -> None:
     assert data["target_modules"] == [f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)]
     experts = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")]
     assert data["target_parameters"] == experts
-    assert (data["r"], data["lora_alpha"], data["use_rslora"]) == (3, 7, False)
+    assert (data["r"], data["lora_alpha"], data.get("use_rslora", False)) == (3, 7, False)
     assert set(data["rank_pattern"].values()) == {2}
     assert set(data["alpha_pattern"].values()) == {2.5}
 

@@ -68,6 +68,28 @@ def test_layers_to_transform(layers: Any, read: bool, tmp_path: Path, rng: Rng) 
 
 
 @pytest.mark.parametrize(
+    ("lists", "layers", "read"),
+    [
+        ("layers", 1, True),
+        ("layers", 0, False),  # the number of an expert
+        ("experts", 0, True),
+        (["h", "m.layers"], [1], True),
+        (["h"], [1], False),
+        (["layer."], [1], True),
+        (["lay.*"], [7], True),  # a pattern, which is not checked
+    ],
+)
+def test_layers_pattern(lists: Any, layers: Any, read: bool, tmp_path: Path, rng: Rng) -> None:
+    fields = {"target_modules": ["q"], "layers_to_transform": layers, "layers_pattern": lists}
+    folder = write_folder(tmp_path / "a", pair(rng, "m.layers.1.experts.0.q", 3, 5), **fields)
+    if read:
+        assert set(read_peft(folder)[0]) == {"m.layers.1.experts.0.q.weight"}
+    else:
+        with pytest.raises(DataError, match=r"experts.0.q has A and B, and is in none of layers_to_transform$"):
+            read_peft(folder)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"target_modules": 5}, "target_modules = 5: wanted names of modules, or a regular expression"),
@@ -91,7 +113,7 @@ def test_other_modules_than_those_that_were_read_are_named(tmp_path: Path, rng: 
     fields = {"target_modules": ["q"], "layers_to_transform": [1], "exclude_modules": ["k"]}
     adapters, config = read_peft(write_folder(tmp_path / "a", pair(rng, "m.layers.1.q", 3, 5), **fields))
     others = {f"m.layers.{name}.weight": entry for entry in adapters.values() for name in ("0.k", "1.q")}
-    write_peft(tmp_path / "b", others, config.replace(target_modules="**"))
+    write_peft(tmp_path / "b", others, config.replace(target_modules="**", factorizations={"**": "oi"}))
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["target_modules"] == [
         "m.layers.0.k",
         "m.layers.1.q",

@@ -1,15 +1,14 @@
-"""PEFT's `adapter_config.json` as a LoraConfig, and back."""
+"""PEFT's `adapter_config.json` as a LoraConfig, and what the LoraConfig keeps of it."""
 
+import dataclasses
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.disk import parse_json
 from jlora.errors import ConfigError, DataError, shortened
 from jlora.interop.peft._patterns import Patterns, budget_of_patterns
-from jlora.interop.peft._targeted import Targeted
 
 EXTRA = "peft"
 """The name under which a configuration keeps what PEFT's file said."""
@@ -27,24 +26,6 @@ _VARIANTS = {
 }
 _PORTABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _TRANSPOSED_EXPERTS = ("gpt_oss", "gptoss", "aria", "openai_privacy_filter")
-_NEW: dict[str, Any] = {
-    "alpha_pattern": {},
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "lora_bias": False,
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "rank_pattern": {},
-    "target_parameters": None,
-    "task_type": None,
-    "use_dora": False,
-}
 
 
 def check_peft_config(data: Mapping[str, Any]) -> None:
@@ -109,89 +90,32 @@ class Scales:
         return self._alphas.value_of(module, self.alpha)
 
 
-def extras_of(config: LoraConfig) -> dict[str, Any]:
-    """What `LoraConfig.extras` keeps of the file that a configuration was read from: its `config`, and `kinds`."""
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What `LoraConfig.extras` keeps of the file that a configuration was read from.
+
+    Attributes:
+      config: PEFT's configuration, None where there was no file.
+      kinds: the name of an entry -> its kind, where this is not what its axes say.
+      digest: of the names and parts of all entries.
+    """
+
+    config: dict[str, Any] | None = None
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    digest: str | None = None
+
+    def to_extras(self) -> dict[str, str]:
+        """The entry of `LoraConfig.extras`."""
+        return {EXTRA: json.dumps(dataclasses.asdict(self), sort_keys=True)}
+
+
+def kept_of(config: LoraConfig) -> Kept:
+    """What a configuration keeps of a file of PEFT's."""
     text = dict(config.extras).get(EXTRA)
     if text is None:
-        return {"config": None, "kinds": {}}
+        return Kept()
     try:
         data = parse_json(text.encode("utf-8"))
-        return {"config": dict(data["config"]), "kinds": dict(data["kinds"])}
+        return Kept(dict(data["config"]), dict(data["kinds"]), data.get("digest"))
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"extras[{EXTRA!r}] is not what jlora.interop.peft keeps there; take it out") from None
-
-
-def peft_config(
-    config: LoraConfig,
-    modules: Mapping[str, str],
-    parameters: Iterable[str],
-    *,
-    conv1d: bool,
-    dora: bool,
-    lora_bias: bool,
-    whole: Iterable[str],
-) -> dict[str, Any]:
-    """PEFT's configuration.
-
-    Args:
-      config: ours; what it kept of a file of PEFT's is written back wherever it still says the same.
-      modules: PEFT's module, or the parameter -> the path of its adapter.
-      parameters: those of them that are parameters.
-      conv1d, dora, lora_bias: whether there are weights (in, out), magnitudes, offsets.
-      whole: modules that are saved as a whole.
-    """
-    kept = extras_of(config)["config"]
-    data = dict(_NEW if kept is None else kept)
-    scaling = config.scaling == "rslora"
-    scales = Scales(data)
-    same = (
-        kept is not None
-        and bool(data.get("use_rslora")) == scaling
-        and all(
-            scales.rank_of(module) == config.rank_of(path) and scales.alpha_of(module) == config.alpha_of(path)
-            for module, path in modules.items()
-        )
-    )
-    if not same:
-        data |= {"r": config.rank, "lora_alpha": _number(config.alpha), "use_rslora": scaling}
-        data["rank_pattern"] = {
-            _exactly(module): config.rank_of(path)
-            for module, path in modules.items()
-            if config.rank_of(path) != config.rank
-        }
-        data["alpha_pattern"] = {
-            _exactly(module): _number(config.alpha_of(path))
-            for module, path in modules.items()
-            if config.alpha_of(path) != config.alpha
-        }
-    if kept is None or config.dropout != (data.get("lora_dropout") or 0.0):
-        data["lora_dropout"] = config.dropout
-    named = set(parameters)
-    layers = sorted(module for module in modules if module not in named)
-    if kept is None:
-        beside = {"dropout": config.dropout, "Conv1D": conv1d, "DoRA": dora, "the bias of a B": lora_bias}
-        if named and (found := [name for name, value in beside.items() if value]):
-            raise DataError(
-                f"{sorted(named)[0]} is a parameter, beside which PEFT does not have {found[0]}: write two folders"
-            )
-        data |= {"fan_in_fan_out": conv1d, "use_dora": dora, "lora_bias": lora_bias}
-        data["target_modules"] = layers
-        data["target_parameters"] = sorted(named) or None
-        data["modules_to_save"] = sorted(set(whole)) or None
-        return data
-    data |= {
-        key: value for key, value in (("use_dora", dora), ("lora_bias", lora_bias)) if bool(data.get(key)) != value
-    }
-    targeted = Targeted(data)
-    if any(targeted.why_not(module) for module in layers):  # others than those of the file that was read
-        data |= {"target_modules": layers, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    return data
-
-
-def _exactly(module: str) -> str:
-    """The pattern that matches this module alone; without the anchor "q" would match "layers.0.q" too."""
-    return f"^{re.escape(module)}"
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value

@@ -1,6 +1,5 @@
 """PEFT's files as adapters and a configuration."""
 
-import json
 import math
 from collections.abc import Mapping as MappingType
 from pathlib import Path
@@ -15,11 +14,12 @@ from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, raise_all
-from jlora.interop.peft._config import EXTRA, Scales, check_peft_config, has_transposed_experts
+from jlora.interop.peft._config import Kept, Scales, check_peft_config, has_transposed_experts
+from jlora.interop.peft._derive import digest_of
 from jlora.interop.peft._keys import Named, entries_of
 from jlora.interop.peft._layout import Arrays, check_numbers, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
-from jlora.interop.peft._targeted import check_fields, check_together
+from jlora.interop.peft._targeted import Saved, check_fields, check_together
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest
 from jlora.storage import is_adapters_folder
 from jlora.tree import in_structure
@@ -118,7 +118,9 @@ class _Reader:
             self.scales = Scales(data)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None
+        self.saved = Saved(data.get("modules_to_save") or ())
         self.kinds: dict[str, str] = {}
+        self.digest = ""
         self.roles: dict[str, str] = {}
         self.matched: dict[str, str] = {}
         self.problems: list[str] = []
@@ -127,6 +129,7 @@ class _Reader:
         self, entries: list[Named], arrays: dict[str, Arrays], params: Any
     ) -> tuple[dict[str, Arrays], LoraConfig]:
         places = places_of_names(self.mapping, arrays)
+        self.digest = digest_of(arrays)
         shapes = None if params is None else {p: tuple(leaf.shape) for p, leaf in leaves_by_path(params).items()}
         pieces: dict[str, list[tuple[Place, Arrays]]] = {}
         for entry in entries:
@@ -149,6 +152,8 @@ class _Reader:
     ) -> Arrays:
         """The parts of one entry in the layout of the tree."""
         if "A" not in arrays:
+            if not (entry.name.endswith(".bias") or self.saved.holds(entry.matched)):
+                self.kinds[entry.name] = "base"
             return whole_to_tree(arrays, place.row)
         rank = self.scales.rank_of(entry.matched)
         kind = self._kind(entry, arrays, rank)
@@ -236,7 +241,7 @@ class _Reader:
                 rank_pattern={literal_pattern(p): ranks[p] for p in scaled if ranks[p] != self.scales.rank},
                 alpha_pattern={literal_pattern(p): alphas[p] for p in scaled if alphas[p] != self.scales.alpha},
                 factorizations={literal_pattern(path): self.roles[path] for path in targets},
-                extras={EXTRA: json.dumps({"config": self.data, "kinds": self.kinds}, sort_keys=True)},
+                extras=Kept(dict(self.data), self.kinds, self.digest).to_extras(),
             )
         except (ConfigError, DataError) as error:
             raise DataError(f"{self.folder / CONFIG}: {error}") from None

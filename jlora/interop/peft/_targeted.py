@@ -71,8 +71,9 @@ class Targeted:
     def __init__(self, data: Mapping[str, Any]) -> None:
         budget = Budget(_MOST_STEPS, lambda: DataError(f"target_modules take more than {_MOST_STEPS:,} steps to match"))
         layers = data.get("layers_to_transform")
-        self._layers = None if layers in (None, []) or data.get("layers_pattern") else _frozen(layers)
-        self._saved = _Saved(data.get("modules_to_save") or ())
+        self._layers = None if layers in (None, []) else _frozen(layers)
+        self._lists = _lists_of(data.get("layers_pattern") or ())
+        self._saved = Saved(data.get("modules_to_save") or ())
         self._names, self._left_out = (_Names(data.get(key), budget) for key in ("target_modules", "exclude_modules"))
 
     def why_not(self, module: str) -> str:
@@ -83,13 +84,16 @@ class Targeted:
 
     def _is_in_layers(self, module: str) -> bool:
         """Whether the layers that are adapted are all, or the module is in one of them, or is named as a whole."""
-        if self._layers is None or self._names.has(module):
+        if self._layers is None or self._lists is None or self._names.has(module):
             return True
-        found = _FIRST_NUMBER.search(module)
+        if self._lists:
+            found = next((found for pattern in self._lists if (found := pattern.search(module))), None)
+        else:
+            found = _FIRST_NUMBER.search(module)
         return found is not None and int(found[1]) in self._layers
 
 
-class _Saved:
+class Saved:
     """Names of modules that are saved as a whole, with all that is in them."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -128,6 +132,14 @@ class _Names:
     def has(self, module: str) -> bool:
         """Whether the whole name is one of those given."""
         return self._names is not None and module in self._names
+
+
+def _lists_of(given: Any) -> list[re.Pattern[str]] | None:
+    """What finds the number of a layer behind the name of its list; None for names that are patterns, not checked."""
+    names = [given] if isinstance(given, str) else list(given)
+    if not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        return None
+    return [re.compile(rf"(?:^|\.){name}\.(\d+)\.") for name in names]
 
 
 def _frozen(layers: Any) -> frozenset[int]:

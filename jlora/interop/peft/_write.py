@@ -11,7 +11,8 @@ from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import Pair, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, raise_all
-from jlora.interop.peft._config import Scales, check_peft_config, extras_of, peft_config
+from jlora.interop.peft._config import Scales, check_peft_config, kept_of
+from jlora.interop.peft._derive import Contents, digest_of, peft_config
 from jlora.interop.peft._keys import by_parent, ends_of, entries_of, key_of, parameters_of
 from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
@@ -62,8 +63,9 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         except JloraError as error:
             problems.append(f"{place.path}: {error}")
     raise_all(problems, DataError, str(path))
-    tensors, data = writer.tensors(), writer.config()
+    tensors = writer.tensors()
     try:
+        data = writer.config()
         _check_readable(data, tensors)
     except DataError as error:
         raise DataError(f"{path}: PEFT would read something else, or nothing: {error}") from None
@@ -93,8 +95,7 @@ class _Writer:
     def __init__(self, configuration: LoraConfig, adapted: set[str]) -> None:
         self.configuration = configuration
         self.adapted_modules = {name.rpartition(".")[0] for name in adapted}
-        self.known_kinds = extras_of(configuration)["kinds"]
-        self.kept = extras_of(configuration)["config"] or {}
+        self.kept = kept_of(configuration)
         self.entries: dict[str, tuple[str, str, Arrays]] = {}
 
     def add(self, place: Place, entry: Arrays) -> None:
@@ -110,10 +111,8 @@ class _Writer:
     def _kind(self, place: Place, entry: Arrays) -> str:
         if "A" not in entry:
             return "whole"
-        if place.name in self.known_kinds:
-            return str(self.known_kinds[place.name])
-        if self.kept:
-            return "linear"
+        if place.name in self.kept.kinds:
+            return str(self.kept.kinds[place.name])
         roles = self._roles(place)
         module, _, last = place.name.rpartition(".")
         if last != "weight":
@@ -169,25 +168,25 @@ class _Writer:
         """PEFT's configuration."""
         parameters = self._parameters()
         named = set(parameters)
-        adapted = {
-            name if name in named else name.rpartition(".")[0]: path
-            for name, (path, kind, _) in self.entries.items()
-            if kind != "whole"
-        }
         parts = [set(parts) for _, _, parts in self.entries.values()]
-        whole = [name for name, (_, _, parts) in self.entries.items() if "value" in parts and "A" not in parts]
-        return peft_config(
-            self.configuration,
-            adapted,
-            parameters,
+        contents = Contents(
+            adapted={
+                name if name in named else name.rpartition(".")[0]: path
+                for name, (path, kind, _) in self.entries.items()
+                if kind != "whole"
+            },
+            parameters=parameters,
+            whole=[name for name, (_, kind, own) in self.entries.items() if kind == "whole" and "value" in own],
+            base=frozenset(name for name, kind in self.kept.kinds.items() if kind == "base"),
+            digest=digest_of({name: own for name, (_, _, own) in self.entries.items()}),
             conv1d=any(kind == "conv1d" for _, kind, _ in self.entries.values()),
             dora=any("magnitude" in names for names in parts),
             lora_bias=any("offset" in names for names in parts),
-            whole=[name.rpartition(".")[0] for name in whole],
         )
+        return peft_config(self.configuration, contents, self.kept)
 
     def _parameters(self) -> list[str]:
-        targets = set(self.kept.get("target_parameters") or [])
+        targets = set((self.kept.config or {}).get("target_parameters") or [])
         return [
             name
             for name, (_, kind, _) in self.entries.items()
