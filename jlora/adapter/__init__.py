@@ -1,6 +1,6 @@
 """One adapter: pure functions on `{'A': (*batch, *in, r), 'B': (*batch, r, *out)}`, and a layer that wraps them."""
 
-from jlora.adapter._entry import PARTS, Entry, boxed_entry, is_entry, part_axes
+from jlora.adapter._entry import PARTS, Entry, boxed_entry, is_entry, matrices_of, part_axes
 from jlora.adapter._functions import (
     Adapter,
     draw_a,
@@ -31,6 +31,7 @@ __all__ = [
     "lora_delta",
     "lora_linear",
     "lora_singular_values",
+    "matrices_of",
     "merge_lora_weight",
     "part_axes",
     "part_sharding",

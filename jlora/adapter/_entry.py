@@ -12,11 +12,13 @@ in a box, and how it is placed on a mesh.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -52,6 +54,16 @@ def part_axes(ndim: int, split: Factorization | None) -> dict[str, Axes]:
     a_axes, b_axes = split.adapter_axes
     magnitude = tuple(axis for axis in b_axes if axis is not None)
     return {"value": every, "offset": every, "A": a_axes, "B": b_axes, "magnitude": magnitude}
+
+
+def matrices_of(parts: Mapping[str, Any], batch_dims: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (n, in, r) and B (n, r, out) on the host in float64: the batch axes joined to one, and the in and out axes."""
+    a_shape, b_shape = tuple(parts["A"].shape), tuple(parts["B"].shape)
+    n, rank = math.prod(a_shape[:batch_dims]), a_shape[-1]
+    ins, outs = math.prod(a_shape[batch_dims:-1]), math.prod(b_shape[batch_dims + 1 :])
+    with np.errstate(all="ignore"):
+        a, b = (np.asarray(parts[name]).astype(np.float64) for name in "AB")
+    return a.reshape(n, ins, rank), b.reshape(n, rank, outs)
 
 
 def boxed_entry(weight: Any, parts: Mapping[str, Any], split: Factorization | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapter import is_adapter
+from jlora.adapter import is_adapter, matrices_of
 from jlora.boxes import unboxed
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, JloraError, raise_all
@@ -155,15 +155,14 @@ def _read(path: str, node: Any, config: LoraConfig) -> Factors:
     a, b = (_array(name, node[name]) for name in "AB")
     n = batch_dims_of(path, node, config)
     split = given_split(path, node, config)
-    rank, batch, ins, outs = a.shape[-1], a.shape[:n], a.shape[n:-1], b.shape[n + 1 :]
+    rank = a.shape[-1]
     if rank != config.rank_of(path):
         raise AdapterError(f"A {a.shape} does not have the rank {config.rank_of(path)} of the configuration")
     return Factors(
-        a.reshape(-1, math.prod(ins), rank).astype(np.float64),
-        b.reshape(-1, rank, math.prod(outs)).astype(np.float64),
-        batch,
-        ins,
-        outs,
+        *matrices_of({"A": a, "B": b}, n),
+        a.shape[:n],
+        a.shape[n:-1],
+        b.shape[n + 1 :],
         a.dtype,
         b.dtype,
         None if split is None else split.roles,

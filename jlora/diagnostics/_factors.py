@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.adapter import is_entry
+from jlora.adapter import is_entry, matrices_of
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError, TargetError, listed
@@ -39,16 +39,7 @@ def factors_of(path: str, update: Arrays, config: LoraConfig, split: Factorizati
         batch = batch_dims_of(path, update, config) if split is None else len(split.axes("b"))
     except AdapterError as error:
         raise TargetError(f"{path or 'the root'}: {error}") from None
-    a_shape, b_shape = tuple(update["A"].shape), tuple(update["B"].shape)
-    n, rank = math.prod(a_shape[:batch]), a_shape[-1]
-    a = host64(update["A"]).reshape(n, math.prod(a_shape[batch:-1]), rank)
-    return a, host64(update["B"]).reshape(n, rank, math.prod(b_shape[batch + 1 :]))
-
-
-def host64(array: Any) -> np.ndarray:
-    """Any array as float64 on the host."""
-    with np.errstate(all="ignore"):
-        return np.asarray(array).astype(np.float64)
+    return matrices_of(update, batch)
 
 
 def singular_values(factors: Factors) -> np.ndarray:
@@ -109,7 +100,8 @@ def norm_of(array: Any, other: Any = None) -> float:
 
 def is_finite(array: Any) -> bool:
     """Whether an array holds neither NaN nor infinity."""
-    return all(np.isfinite(block).all() for block in _differences(array, None))
+    with np.errstate(all="ignore"):
+        return all(np.isfinite(block).all() for block in _differences(array, None))
 
 
 def largest_difference(left: Any, right: Any) -> float:
@@ -124,8 +116,8 @@ def _differences(left: Any, right: Any) -> Iterator[np.ndarray]:
     flat = np.asarray(left).reshape(-1)
     other = None if right is None else np.asarray(right).reshape(-1)
     for start in range(0, flat.size, _BLOCK):
-        block = host64(flat[start : start + _BLOCK])
-        yield block if other is None else block - host64(other[start : start + _BLOCK])
+        block = flat[start : start + _BLOCK].astype(np.float64)
+        yield block if other is None else block - other[start : start + _BLOCK].astype(np.float64)
 
 
 def is_same(left: Any, right: Any) -> bool:
