@@ -73,7 +73,9 @@ def peft_config(config: LoraConfig, contents: Contents, kept: Kept) -> dict[str,
         data["init_lora_weights"] = True  # how A and B began says nothing of these any more
     if (data.get("lora_dropout") or 0.0) != config.dropout or kept.config is None:
         data["lora_dropout"] = config.dropout
-    return data if data == kept.config else without_defaults(data)
+    if data == kept.config:
+        return data
+    return without_defaults(data | {"peft_version": _version(contents, kept.config or {})})
 
 
 def _check_beside(config: LoraConfig, contents: Contents) -> None:
@@ -104,6 +106,13 @@ def _selection(contents: Contents, data: Mapping[str, Any]) -> dict[str, Any]:
         "target_parameters": sorted(named) or None,
         "use_dora": contents.dora,
     }
+
+
+def _version(contents: Contents, before: Mapping[str, Any]) -> str | None:
+    """Whose layout the experts of parameters are in: PEFT 0.20 changed it; nothing else here depends on the version."""
+    if not contents.parameters:
+        return None
+    return before.get("peft_version") if before.get("target_parameters") else "0.20.0"
 
 
 def _saved(contents: Contents, before: Sequence[str]) -> list[str]:
