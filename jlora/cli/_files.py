@@ -1,14 +1,41 @@
 """The commands on files: arguments to the functions of `jlora.checkpoints`, which have the same names."""
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
+import argparse
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jlora.cli._done import DIFFERENT, DONE, REFUSED, Done, add_output_options, plain_fields
 from jlora.cli._progress import progress_line
+from jlora.errors import JloraError, listed, plain, shortened
+from jlora.tables import text_table
+
+if TYPE_CHECKING:
+    from jlora.config import LoraConfig
+    from jlora.diagnostics import Inspection
+
+_LINE = 80  # characters of an error in a table
 
 _ADAPTERS = "a folder of adapters, jlora's own or PEFT's"
 _TABLE = "a .toml or .json file with tables [[row]]"
 _CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
+
+
+_FIELDS = {  # of the object that --json prints; the docstrings of the classes tell what each is
+    "merge": "those of jlora.checkpoints.Merged",
+    "unmerge": "those of jlora.checkpoints.Unmerged",
+    "extract": '"out", "error_left" and those of jlora.compose.Extraction',
+    "resize": '"out" and "config"',
+    "combine": '"out" and "config"',
+    "convert": '"out" and "config"',
+    "inspect": (
+        'those of jlora.diagnostics.Inspection, "norm" and "parameters"; of several folders a list "inspected" of such '
+        'objects, each with "adapters", the folder, and an "error" in place of the rest where it cannot be read'
+    ),
+    "diff": '"is_identical", "counts" and those of jlora.diagnostics.Difference (adapters) or CheckpointDifference',
+}
 
 
 def add_file_commands(commands: Any) -> None:
@@ -23,14 +50,17 @@ def add_file_commands(commands: Any) -> None:
     _diff(_command(commands, "diff", _run_diff, "how two adapters or two checkpoints differ"))
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Done], help_: str
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_,
         description=f"{help_[0].upper()}{help_[1:]}. In Python: jlora.checkpoints.{name}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    add_output_options(parser, _FIELDS[name])
+    parser.set_defaults(run=run, command=name)
     return parser
 
 
@@ -113,7 +143,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapters", help=_ADAPTERS)
+    parser.add_argument("adapters", nargs="+", help=f"{_ADAPTERS}; several give a line each")
     parser.add_argument("--base", metavar="CHECKPOINT", help="to compare with: sizes of the updates, shares")
 
 
@@ -122,10 +152,10 @@ def _diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("right", help="another of the same kind")
 
 
-def _run_merge(arguments: argparse.Namespace) -> int:
+def _run_merge(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with progress_line("merge") as show:
+    with _progress("merge", arguments) as show:
         done = checkpoints.merge(
             arguments.checkpoint,
             arguments.adapters,
@@ -136,14 +166,13 @@ def _run_merge(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             on_progress=show,
         )
-    print(done)
-    return 0
+    return Done(str(done), plain_fields(done))
 
 
-def _run_unmerge(arguments: argparse.Namespace) -> int:
+def _run_unmerge(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with progress_line("unmerge") as show:
+    with _progress("unmerge", arguments) as show:
         done = checkpoints.unmerge(
             arguments.checkpoint,
             arguments.adapters,
@@ -153,14 +182,13 @@ def _run_unmerge(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             on_progress=show,
         )
-    print(done)
-    return 0
+    return Done(str(done), plain_fields(done))
 
 
-def _run_extract(arguments: argparse.Namespace) -> int:
+def _run_extract(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with progress_line("extract") as show:
+    with _progress("extract", arguments) as show:
         report = checkpoints.extract(
             arguments.base,
             arguments.tuned,
@@ -174,22 +202,23 @@ def _run_extract(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             on_progress=show,
         )
-    print(f"{report}\nwritten to {arguments.out}")
-    return 0
+    fields = {"out": arguments.out, "error_left": report.error, **plain_fields(report)}
+    return Done(f"{report}\nwritten to {arguments.out}", fields)
 
 
-def _run_resize(arguments: argparse.Namespace) -> int:
+def _run_resize(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    checkpoints.resize(arguments.adapters, arguments.out, arguments.rank, form=arguments.format, force=arguments.force)
-    print(f"adapters of rank {arguments.rank} written to {arguments.out}")
-    return 0
+    config = checkpoints.resize(
+        arguments.adapters, arguments.out, arguments.rank, form=arguments.format, force=arguments.force
+    )
+    return _written(f"adapters of rank {arguments.rank} written to {arguments.out}", arguments, config)
 
 
-def _run_combine(arguments: argparse.Namespace) -> int:
+def _run_combine(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    checkpoints.combine(
+    config = checkpoints.combine(
         arguments.adapters,
         arguments.out,
         arguments.weights,
@@ -201,14 +230,14 @@ def _run_combine(arguments: argparse.Namespace) -> int:
         form=arguments.format,
         force=arguments.force,
     )
-    print(f"{len(arguments.adapters)} adapters combined by {arguments.method}, written to {arguments.out}")
-    return 0
+    text = f"{len(arguments.adapters)} adapters combined by {arguments.method}, written to {arguments.out}"
+    return _written(text, arguments, config)
 
 
-def _run_convert(arguments: argparse.Namespace) -> int:
+def _run_convert(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    checkpoints.convert(
+    config = checkpoints.convert(
         arguments.source,
         arguments.out,
         arguments.to,
@@ -217,24 +246,68 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         alpha=arguments.alpha,
         force=arguments.force,
     )
-    print(f"written to {arguments.out}")
-    return 0
+    return _written(f"written to {arguments.out}", arguments, config)
 
 
-def _run_inspect(arguments: argparse.Namespace) -> int:
+def _written(text: str, arguments: argparse.Namespace, config: LoraConfig) -> Done:
+    return Done(text, {"out": arguments.out, "config": config.to_dict()})
+
+
+def _run_inspect(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    print(checkpoints.inspect(arguments.adapters, base=arguments.base))
-    return 0
+    if len(arguments.adapters) > 1:
+        return _inspected_each(arguments.adapters, arguments.base)
+    found = checkpoints.inspect(arguments.adapters[0], base=arguments.base)
+    return Done(str(found), _inspection_fields(found))
 
 
-def _run_diff(arguments: argparse.Namespace) -> int:
+def _inspected_each(folders: Sequence[str], base: str | None) -> Done:
+    """A line for each folder; one that cannot be read has its error there, and does not hide the others."""
     from jlora import checkpoints
 
-    with progress_line("diff") as show:
-        difference = checkpoints.diff(arguments.left, arguments.right, on_progress=show)
-    print(difference)
-    return 0
+    rows, found, refused = [], [], False
+    for folder in folders:
+        try:
+            inspection = checkpoints.inspect(folder, base=base)
+        except (JloraError, OSError) as error:
+            refused = True
+            text = plain(str(error))
+            rows.append((plain(folder), "", "", "", "", shortened(text, _LINE)))
+            found.append({"adapters": folder, "error": text})
+        else:
+            ranks = sorted({entry.rank for entry in inspection.entries if entry.rank is not None})
+            rows.append(
+                (
+                    plain(folder),
+                    f"{len(inspection.entries):,}",
+                    ", ".join(map(str, ranks)),
+                    f"{inspection.parameters:,}",
+                    f"{inspection.norm:.3g}",
+                    listed(inspection.warnings, 1),
+                )
+            )
+            found.append({"adapters": folder, **_inspection_fields(inspection)})
+    table = text_table(("adapters", "entries", "rank", "parameters", "update", "what looks wrong"), rows, left=1)
+    return Done(table, {"inspected": found}, REFUSED if refused else DONE)
+
+
+def _inspection_fields(found: Inspection) -> dict[str, Any]:
+    return {**plain_fields(found), "norm": found.norm, "parameters": found.parameters}
+
+
+def _run_diff(arguments: argparse.Namespace) -> Done:
+    from jlora import checkpoints
+
+    with _progress("diff", arguments) as show:
+        found = checkpoints.diff(arguments.left, arguments.right, on_progress=show)
+    fields = {"is_identical": found.is_identical, "counts": found.counts(), **plain_fields(found)}
+    return Done(str(found), fields, DONE if found.is_identical else DIFFERENT)
+
+
+def _progress(what: str, arguments: argparse.Namespace) -> Any:
+    """The progress line on the terminal, which --json and --quiet leave out."""
+    return contextlib.nullcontext() if arguments.json or arguments.quiet else progress_line(what)
 
 
 def _mapping(path: str | None) -> Any:

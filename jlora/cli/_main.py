@@ -1,10 +1,13 @@
 """Arguments, exit codes and messages of the command `jlora`."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from jlora.cli._done import REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
 from jlora.cli._files import add_file_commands
 from jlora.cli._signals import exit_code, say, stopped_by_signals
 from jlora.errors import ConfigError, JloraError, plain
@@ -49,15 +52,17 @@ step at hand the rate is the one that the new values give there, so that a cosin
 again. Everything else has to stay as it was.
 
 Ctrl-C, SIGTERM and SIGHUP save after the step at hand, and say how to go on; a second one stops at once. Those that are
-ignored, as under nohup, stay so. Exit codes: 0 done, 2 something in the call or its files is wrong, 130 interrupted by
-Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
+ignored, as under nohup, stay so.
 """
+
+_INTERRUPTED = "interrupted; the same command goes on where it can, or starts anew"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments and returns its exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = _parser("--json" in words)
+    arguments, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest and not hasattr(arguments, "overrides"):
@@ -66,25 +71,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest  # argparse leaves those that stand behind an option
     try:
         with stopped_by_signals():
-            return arguments.run(arguments)
+            done = arguments.run(arguments)
+            _show(arguments, done)
+            return done.code
     except JloraError as error:
-        say(f"jlora: {error}")
+        return _refused(arguments, str(error))
     except OSError as error:
-        say(f"jlora: {plain(str(error))}")
+        return _refused(arguments, plain(str(error)))
     except ModuleNotFoundError as error:
         if error.name not in ("orbax", "sklearn", "matplotlib"):
             raise
-        say(f"jlora: {error.name} is not installed: pip install 'jlora[train]'")
+        return _refused(arguments, f"{error.name} is not installed: pip install 'jlora[train]'")
+    except StoppedError as error:
+        say("")
+        return _refused(arguments, str(error), error.code)
     except KeyboardInterrupt as error:
-        say("\njlora: interrupted; the same command goes on where it can, or starts anew")
-        return exit_code(error)
-    return 2
+        say("")
+        return _refused(arguments, _INTERRUPTED, exit_code(error))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _show(arguments: argparse.Namespace, done: Done) -> None:
+    if arguments.json:
+        print(json_object(arguments.command, done.code, done.fields))
+    elif done.text and not arguments.quiet:
+        print(done.text)
+
+
+def _refused(arguments: argparse.Namespace, message: str, code: int = REFUSED) -> int:
+    """Says on standard error what is wrong, and in the object of --json as well."""
+    say(f"jlora: {message}")
+    if arguments.json:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            print(json_object(arguments.command, code, {"error": message}), flush=True)
+    return code
+
+
+def _parser(is_json: bool) -> argparse.ArgumentParser:
     from jlora import __version__
 
-    parser = argparse.ArgumentParser(prog="jlora", description="Low-rank adaptation (LoRA) for JAX.")
+    class Parser(argparse.ArgumentParser):
+        """A parser whose errors are an object too where --json is among the words."""
+
+        def error(self, message: str) -> NoReturn:
+            if is_json:
+                print(json_object(None, REFUSED, {"error": message}))
+            super().error(message)
+
+    parser = Parser(prog="jlora", description="Low-rank adaptation (LoRA) for JAX.")
     parser.add_argument("--version", action="version", version=f"jlora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train = commands.add_parser(
@@ -106,12 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
     train.add_argument("--extend", action="store_true", help="go on with more steps, or another rate or schedule")
     again.add_argument("--force", action="store_true", help="replace the run that the output folder holds")
-    train.set_defaults(run=_train)
+    add_output_options(train, '"out" and "results", for each way of adapting the fields of jlora.recipes.Result')
+    train.set_defaults(run=_train, command="train")
     add_file_commands(commands)
     return parser
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace) -> Done:
+    from rich.console import Console
+
     from jlora.recipes import JobConfig, run_job
     from jlora.train import Interrupted
 
@@ -119,13 +155,13 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.extend and arguments.force:
         raise ConfigError("--extend goes on with the run that --force replaces: give one of them")
     job = JobConfig.read(arguments.config, arguments.overrides)
+    console = Console(quiet=arguments.quiet or arguments.json)
     try:
-        run_job(job, resume=arguments.resume, extend=arguments.extend, force=arguments.force)
+        results = run_job(job, resume=arguments.resume, extend=arguments.extend, force=arguments.force, console=console)
     except Interrupted as error:
         again = shlex.join(["jlora", "train", arguments.config, *arguments.overrides, "--resume"])
-        say(f"\njlora: {error}; go on with: {again}")
-        return exit_code(error)
+        raise StoppedError(f"{error}; go on with: {again}", exit_code(error)) from None
     except KeyboardInterrupt as error:
-        say("\njlora: interrupted before the run began; give the same command again")
-        return exit_code(error)
-    return 0
+        message = "interrupted before the run began; give the same command again"
+        raise StoppedError(message, exit_code(error)) from None
+    return Done("", {"out": job.output.folder, "results": plain_fields(results)})

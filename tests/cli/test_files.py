@@ -245,7 +245,7 @@ def test_inspect_and_diff(folder, capsys):
     save_adapters("untrained", zero, CONFIG)
     assert "untrained" in run(capsys, "inspect", "untrained")[1]
     code, out, _ = run(capsys, "diff", "base", "tuned")
-    assert code == 0
+    assert code == 1
     assert "2 changed" in out
 
 

@@ -135,7 +135,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def integer(folder):
+def whole(folder):
     """A run that was not interrupted."""
     assert call("train", "job.toml", "output.folder=whole") == 0
     return folder / "whole"

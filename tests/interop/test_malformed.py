@@ -60,7 +60,7 @@ FILES = {"empty": "", "list": "[]", "null": "null", "cut": "{", "text": '"a"', "
 
 
 @pytest.fixture(scope="module")
-def integer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """The base, and the configuration and the tensors of an adapter that PEFT made for it."""
     base, live = adapted(CASE)
     folder = save(CASE, live, tmp_path_factory.mktemp("peft"))

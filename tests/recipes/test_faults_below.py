@@ -68,7 +68,7 @@ def writers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def integer(tmp_path_factory):
+def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(folder)
     return folder, read(folder)
