@@ -1,5 +1,6 @@
 """Settings of every test: the CPU, programs compiled once in a run, and property tests that are the same each time."""
 
+import collections
 import gc
 import os
 import signal
@@ -27,6 +28,25 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # which a job in 
 hypothesis.settings.register_profile("jlora", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("jlora")
 gc.set_threshold(100_000, 50)  # the programs that JAX keeps are many objects to look through again and again
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of the cases of each test the first and every N-th after it"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after those that are slow are out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --every: a version of JAX that is not the newest for this Python meets every test, not every case."""
+    every, seen, left_out = config.getoption("every"), collections.Counter[str](), []
+    chosen = []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left_out if seen[test] % every else chosen).append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -35,7 +35,7 @@ def assert_close(found: Any, wanted: np.ndarray, dtype: Any = None, factor: floa
 def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = "float32", std: float = 1.0) -> Any:
     """Normal numbers, rounded by NumPy: JAX would compile a program for every shape."""
     numbers = np.asarray(std * rng.standard_normal(shape)).astype(jnp.dtype(dtype))
-    return jnp.asarray(numbers)
+    return jax.device_put(numbers)
 
 
 def random_adapter(

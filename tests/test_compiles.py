@@ -21,7 +21,7 @@ def python(*arguments: str, flags: str = "") -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize(("cases", "flags"), [(80, FAST), pytest.param(120, "", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("cases", "flags"), [(80, FAST), pytest.param(70, "", marks=pytest.mark.slow)])
 def test_every_small_product_is_compiled(cases, flags):
     run = python("-m", "tests.compiles", "--cases", str(cases), "--seed", str(cases), flags=flags)
     last = run.stdout.strip().rpartition("\n")[2]

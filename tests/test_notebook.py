@@ -31,11 +31,11 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-@pytest.mark.parametrize(("steps", "wanted"), [(60, 30), pytest.param(120, 50, marks=pytest.mark.slow)], scope="module")
-def test_the_adapted_model_is_better_than_the_base(executed, wanted):
+@pytest.mark.parametrize("steps", [60], scope="module")
+def test_the_adapted_model_is_better_than_the_base(executed):
     before, after = map(float, re.search(r"([\d.]+)% before, ([\d.]+)% after", printed(executed)).groups())
     assert before < 20
-    assert after > wanted
+    assert after > 30
 
 
 @pytest.mark.parametrize("steps", [60], scope="module")

@@ -14,7 +14,7 @@ from tests.checkpoints.make import bits, peft_parts, random, write_checkpoint, w
 from tests.faults_below import KINDS, Writers
 
 GENERATIONS = (1, 2, 3)
-STRIDES = [pytest.param(23, id="some"), pytest.param(7, id="many", marks=pytest.mark.slow)]
+STRIDES = [pytest.param(23, id="some"), pytest.param(13, id="many", marks=pytest.mark.slow)]
 SOME = ("killed after", "ENOSPC", "SIGINT")
 FAULTS = [pytest.param(kind, marks=() if kind in SOME else pytest.mark.slow) for kind in KINDS]
 

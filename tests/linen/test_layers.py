@@ -228,7 +228,7 @@ def test_output_keeps_the_dtype_of_the_bases(case, numbers, rng):
     assert_close(found, case.reference(params, x), factor=2)
 
 
-@every_case
+@some_cases
 def test_gradients_of_a_and_b_are_those_through_the_merged_weight(case, rng):
     x, layer = case.x(rng), case.layer()
     params = case.draw(rng, layer, x)
@@ -252,7 +252,7 @@ def test_gradients_of_a_and_b_are_those_through_the_merged_weight(case, rng):
 # ---------------------------------------------------------------- the base is as it was
 
 
-@every_case
+@some_cases
 def test_a_new_layer_has_the_bases_params_and_bitwise_its_output(case, rng, key):
     init = {"embedding_init" if case.weight == "embedding" else "kernel_init": of_key}
     x, base = case.x(rng), case.base(**init)

@@ -9,7 +9,7 @@ import pytest
 from jlora.train import Checkpoints, MetricsLog
 from tests.faults_below import KINDS, Writers
 
-STRIDES = [pytest.param(31, id="some"), pytest.param(7, id="many", marks=pytest.mark.slow)]
+STRIDES = [pytest.param(31, id="some"), pytest.param(11, id="many", marks=pytest.mark.slow)]
 SOME = ("killed after", "ENOSPC")
 FAULTS = [pytest.param(kind, marks=() if kind in SOME else pytest.mark.slow) for kind in KINDS]
 
