@@ -1,4 +1,4 @@
-"""Adapters on the disk: extracted from checkpoints, resized, combined, converted."""
+"""Adapters on the disk: read, written, resized, combined, converted."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,17 +6,14 @@ from typing import Any
 
 from jlora import compose
 from jlora.adapter import is_entry
-from jlora.checkpoints._lazy import lazy_tree
-from jlora.checkpoints._rewrite import Progress
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
 from jlora.fields import choice
-from jlora.interop.peft import FLAT, NESTED, is_peft_folder, names_embedding, read_peft_arrays, write_peft
+from jlora.interop.peft import FLAT, NESTED, is_peft_folder, read_peft_arrays, write_peft
 from jlora.interop.peft import Mapping as Table
-from jlora.paths import PatternIndex, leaves_by_path, literal_pattern, nest
+from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_adapters, save_adapters
-from jlora.tree import find_targets, is_targeted
 
 FORMATS = ("own", "peft")
 NAMES = ("gemma", "qwix")
@@ -42,65 +39,6 @@ def write_adapters(
         save_adapters(folder, adapters, config)
     else:
         write_peft(folder, adapters, config, _table(adapters) if mapping is None else mapping)
-
-
-def extract(
-    base: str | Path,
-    tuned: str | Path,
-    out: str | Path,
-    *,
-    rank: int = 16,
-    energy: float | None = None,
-    target_modules: str | Sequence[str] = "**",
-    exclude_modules: str | Sequence[str] = (),
-    factorizations: Mapping[str, str] | None = None,
-    form: str = "own",
-    seed: int = 0,
-    force: bool = False,
-    on_progress: Progress | None = None,
-) -> compose.Extraction:
-    """The best adapters of the difference of two checkpoints, written to a folder; see `jlora.compose.extract`.
-
-    One weight at a time is in memory. Paths are the tensors' names with slashes for dots.
-
-    Args:
-      base, tuned: checkpoints with the same tensors.
-      out: the folder to write.
-      rank: of each adapter, at most; less where a weight has a smaller side.
-      energy: where given, each weight has the smallest rank that keeps this share of its squared Frobenius norm.
-      target_modules, exclude_modules: patterns on the paths; the weights that changed.
-      factorizations: pattern -> letters, over what names and shapes say: "oi" for a `weight` of two axes, "io" for an
-        embedding, "oi..." for a convolution, "boi" for experts in one array.
-      form: "own" or "peft".
-      seed: of the random sketches.
-      force: whether to replace `out` where it is there.
-      on_progress: called with (bytes read, bytes in all).
-
-    Returns:
-      The table of what is kept of each weight.
-
-    Raises:
-      DataError, TargetError, AdapterError: checkpoints that cannot be read or do not fit each other, nothing changed.
-    """
-    checkpoints = Checkpoint(base), Checkpoint(tuned)
-    total = 2 * sum(entry.stop - entry.start for found in checkpoints for entry in found.entries.values())
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        if on_progress is not None:
-            on_progress(done, total)
-
-    before, after = (lazy_tree(found, advance) for found in checkpoints)
-    config = LoraConfig(
-        rank=rank, alpha=rank, target_modules=_listed(target_modules), exclude_modules=_listed(exclude_modules)
-    )
-    config = _with_factorizations(config, before, dict(factorizations or {}))
-    adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed)
-    entries = {path: entry for path, entry in adapters.items() if entry is not None}
-    write_adapters(out, nest(entries), config, form, force=force)
-    return report
 
 
 def resize(
@@ -191,34 +129,6 @@ def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[A
     return adapters, config
 
 
-def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
 def _table(adapters: Any) -> Table:
     """The mapping for paths that are the names, with or without slashes for dots."""
     return NESTED if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_entry)) else FLAT
-
-
-def _with_factorizations(config: LoraConfig, tree: Mapping[str, Any], given: Mapping[str, str]) -> LoraConfig:
-    """The configuration with what names and shapes of Hugging Face say, and ranks that fit the smaller sides."""
-    patterns = PatternIndex(given.items())
-    roles = {
-        literal_pattern(path): found
-        for path, leaf in tree.items()
-        if is_targeted(config, path) and not patterns.matches(path) and (found := _roles(path, leaf.ndim))
-    }
-    full = config.replace(factorizations={**given, **roles})
-    targets = find_targets(tree, full.replace(rank=1)).values()
-    sides = {target.path: target.factorization.max_rank(target.shape) for target in targets}
-    return full.replace(rank_pattern={literal_pattern(p): side for p, side in sides.items() if side < config.rank})
-
-
-def _roles(path: str, ndim: int) -> str | None:
-    """The roles of the axes of a Hugging Face tensor; None for what is no weight, or is named as Flax does."""
-    module, _, name = path.rpartition("/")
-    if name == "weight" and ndim >= 2:
-        return "io" if ndim == 2 and names_embedding(module.rpartition("/")[2]) else "o" + "i" * (ndim - 1)
-    if ndim == 3 and module.endswith("experts"):
-        return "boi"
-    return None

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from jlora.adapter import Entry
+from jlora.checkpoints._memory import settings_of
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
 from jlora.errors import DataError, TargetError, listed, raise_all
 from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft_arrays
-from jlora.interop.transformers import RENAMED
+from jlora.interop.transformers import RENAMED, facts_of
 from jlora.paths import nearest
 from jlora.storage import load_arrays
 from jlora.tree import bind
@@ -58,7 +59,7 @@ def changes_of(
         entries that fit several parts of the checkpoint.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    pieces = _pieces(entries, shapes, (*mapping, *RENAMED))
+    pieces = _pieces(entries, shapes, (*mapping, *facts_of(settings_of(checkpoint)).renamed, *RENAMED))
     problems = _missing(entries, pieces, shapes)
     taken: dict[str, str] = {}
     for piece in (piece for found in pieces.values() for piece in found):

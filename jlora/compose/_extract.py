@@ -116,7 +116,8 @@ def extract(
     if not found:
         raise AdapterError("none of the targeted weights changed: base and tuned are the same there")
     ranks = {one.path: one.rank for one in found}
-    roles = {path: targets[path].factorization.roles for path in ranks if targets[path].factorization.roles != "io"}
+    roles = {path: targets[path].factorization.roles for path in ranks}
+    roles = {path: own for path, own in roles.items() if own != "io" or any(config.matches("factorizations", path))}
     report = Extraction(
         tuple(found),
         tuple(path for path in targets if path not in adapters),

@@ -1,11 +1,27 @@
-"""Names of Hugging Face models in memory, and in their checkpoints, where transformers 5 renames on the way.
+"""What transformers makes of a checkpoint: names in memory that are others than on the disk, and axes.
 
-Adapters carry the names that modules have in memory, checkpoints those that they were published with. The rows are what
-models saved by transformers 5.23 show; experts that are one array in memory and many tensors on the disk are another
-matter, and are taken apart where adapters are merged.
+Adapters carry the names that modules have in memory, checkpoints those that they were published with. The table beside
+this file has them by the model type and the class that config.json names; `tests/interop/make_names.py` takes it from
+transformers itself. `RENAMED` has the rows for checkpoints whose config.json does not lie beside them.
 """
 
-from jlora.interop.peft import Row
+import dataclasses
+import functools
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.interop.peft import Row, paths_of_name
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 _ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 _MLP = {"fc1": "intermediate.dense", "fc2": "output.dense"}
@@ -42,3 +58,83 @@ RENAMED: tuple[Row, ...] = (
     Row("{m*}.mlp.experts.{e}", "{m*}.block_sparse_moe.experts.{e}"),
 )
 """Rows of a name in memory and the name on the disk; one that leads to no tensor says nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is not as one would expect in a model of transformers.
+
+    Attributes:
+      renamed: rows of a name in memory and the name on the disk; the first that matches counts.
+      stacked: experts that are one array in memory: its name, and the names on the disk, {e} the number of the expert;
+        the rows of several names follow one another.
+      converted: names on the disk whose tensors are others in memory.
+      tied: a weight in memory, and the embedding that it is where the checkpoint has none of its own.
+      conv1d, embedding: the last part of the names of such modules.
+      transposed: the ends of the names of parameters (experts, in, out).
+      parameters: the ends of the names of weights that PEFT adapts as parameters alone, not with their modules.
+    """
+
+    renamed: tuple[Row, ...] = ()
+    stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    converted: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    conv1d: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+    def in_memory(self, disk: str) -> str:
+        """The name in memory of a tensor that has this name on the disk."""
+        found = paths_of_name(_reversed(self.renamed), disk)
+        return found[0] if found else disk
+
+
+def facts_of(config: Mapping[str, Any]) -> Facts:
+    """The facts of the model that a config.json names; none where the table does not have it."""
+    table, models = _table()
+    classes = config.get("architectures")
+    own = models.get(str(config.get("model_type")), {})
+    number = own.get(str(classes[0])) if isinstance(classes, list) and classes else None
+    return Facts() if number is None else table[number]
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type of the model that a config.json names."""
+    classes = config.get("architectures")
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
+    if name.endswith("ForConditionalGeneration"):
+        is_of_text = bool(config.get("is_encoder_decoder")) and "num_mel_bins" not in config
+        return "SEQ_2_SEQ_LM" if is_of_text else None
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def pattern_of(template: str) -> re.Pattern[str]:
+    """What matches the names of a template, a group for the number {e} of an expert, one for each other number."""
+    parts = re.split(r"\{(\w)\}", template)
+    inner = [f"(?P<{part}>\\d+)" if place % 2 else re.escape(part) for place, part in enumerate(parts)]
+    return re.compile("".join(inner))
+
+
+@functools.cache
+def _reversed(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return tuple(Row(row.path, row.name) for row in rows)
+
+
+@functools.cache
+def _table() -> tuple[list[Facts], dict[str, dict[str, int]]]:
+    text = importlib.resources.files("jlora.interop").joinpath("transformers.json").read_text("utf-8")
+    data = json.loads(text)
+    return [_facts(own) for own in data["facts"]], data["models"]
+
+
+def _facts(own: Mapping[str, Any]) -> Facts:
+    given = {key: tuple(value) for key, value in own.items()}
+    return Facts(
+        **given
+        | {
+            "renamed": tuple(Row(memory, disk) for memory, disk in own.get("renamed", ())),
+            "stacked": tuple((memory, tuple(disk)) for memory, disk in own.get("stacked", ())),
+            "tied": tuple((tied, source) for tied, source in own.get("tied", ())),
+        }
+    )

@@ -21,6 +21,9 @@ _NEW: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": None,
 }
+LAYOUT = "0.20.0"
+"""The PEFT that brought the layout in which experts are written."""
+
 _SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -45,6 +48,32 @@ class Contents:
     conv1d: bool
     dora: bool
     lora_bias: bool
+
+
+def of_model(
+    config: LoraConfig,
+    *,
+    base_model_name_or_path: str | None,
+    task_type: str | None,
+    kinds: Mapping[str, str],
+    target_parameters: Sequence[str],
+) -> LoraConfig:
+    """A configuration that tells `write_peft` of the model.
+
+    Args:
+      config: of the adapters.
+      base_model_name_or_path: the model's name, or its folder.
+      task_type: PEFT's.
+      kinds: the name of a weight -> its kind, where its axes and its name do not say it.
+      target_parameters: the ends of the names of weights whose modules PEFT does not adapt.
+    """
+    data = _NEW | {
+        "base_model_name_or_path": base_model_name_or_path,
+        "peft_version": LAYOUT,
+        "target_parameters": list(target_parameters),
+        "task_type": task_type,
+    }
+    return config.replace(extras={**dict(config.extras), **Kept(data, kinds).to_extras()})
 
 
 def digest_of(entries: Mapping[str, Iterable[str]]) -> str:
@@ -112,7 +141,7 @@ def _version(contents: Contents, before: Mapping[str, Any]) -> str | None:
     """Whose layout the experts of parameters are in: PEFT 0.20 changed it; nothing else here depends on the version."""
     if not contents.parameters:
         return None
-    return before.get("peft_version") if before.get("target_parameters") else "0.20.0"
+    return before.get("peft_version") if before.get("target_parameters") else LAYOUT
 
 
 def _saved(contents: Contents, before: Sequence[str]) -> list[str]:

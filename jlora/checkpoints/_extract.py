@@ -1,0 +1,139 @@
+"""Adapters of a checkpoint and its fine-tuned copy."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora import compose
+from jlora.checkpoints._jobs import write_adapters
+from jlora.checkpoints._lazy import lazy_tree
+from jlora.checkpoints._memory import in_memory, is_converted, kind_in_memory, roles_of, settings_of
+from jlora.checkpoints._rewrite import Progress
+from jlora.config import LoraConfig
+from jlora.disk import Checkpoint
+from jlora.interop.peft import of_model
+from jlora.interop.transformers import Facts, facts_of, task_of
+from jlora.paths import PatternIndex, literal_pattern, nest
+from jlora.tree import find_targets, is_targeted
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int = 16,
+    energy: float | None = None,
+    target_modules: str | Sequence[str] = "**",
+    exclude_modules: str | Sequence[str] = (),
+    factorizations: Mapping[str, str] | None = None,
+    form: str = "own",
+    seed: int = 0,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> compose.Extraction:
+    """The best adapters of the difference of two checkpoints, written to a folder; see `jlora.compose.extract`.
+
+    One weight at a time is in memory. Paths are the tensors' names with slashes for dots. For the format "peft" they
+    are the names that transformers gives them in memory, as config.json says, and so are the axes: experts that the
+    disk has one by one are one array, and a head that is tied to the embedding has an adapter of its own beside it.
+
+    Args:
+      base, tuned: checkpoints with the same tensors; the folder or the name of the base is written down for PEFT.
+      out: the folder to write.
+      rank: of each adapter, at most; less where a weight has a smaller side.
+      energy: where given, each weight has the smallest rank that keeps this share of its squared Frobenius norm.
+      target_modules, exclude_modules: patterns on the paths; the weights that changed.
+      factorizations: pattern -> letters, over what names and shapes say: "oi" for a `weight` of two axes, "io" for an
+        embedding, "oi..." for a convolution, "boi" for experts in one array.
+      form: "own" or "peft".
+      seed: of the random sketches.
+      force: whether to replace `out` where it is there.
+      on_progress: called with (bytes read, bytes in all).
+
+    Returns:
+      The table of what is kept of each weight.
+
+    Raises:
+      DataError, TargetError, AdapterError: checkpoints that cannot be read or do not fit each other, nothing changed.
+    """
+    checkpoints = Checkpoint(base), Checkpoint(tuned)
+    total = 2 * sum(entry.stop - entry.start for found in checkpoints for entry in found.entries.values())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        if on_progress is not None:
+            on_progress(done, total)
+
+    settings = [settings_of(found) for found in checkpoints]
+    facts = facts_of(settings[0])
+    before, after = (lazy_tree(found, advance) for found in checkpoints)
+    if form == "peft":
+        before, after = in_memory(before, facts), in_memory(after, facts_of(settings[1]))
+    others = [literal_pattern(path) for path in before if is_converted(path.replace("/", "."), facts)]
+    config = LoraConfig(
+        rank=rank,
+        alpha=rank,
+        target_modules=_listed(target_modules),
+        exclude_modules=(*_listed(exclude_modules), *(others if form == "peft" else ())),
+    )
+    config = _with_factorizations(config, before, dict(factorizations or {}), facts)
+    adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed)
+    entries = {path: entry for path, entry in adapters.items() if entry is not None}
+    if form == "peft":
+        config = _for_peft(config, list(entries), checkpoints[0], settings[0], facts)
+    write_adapters(out, nest(entries), config, form, force=force)
+    return report
+
+
+def _for_peft(
+    config: LoraConfig, paths: Sequence[str], base: Checkpoint, settings: Mapping[str, Any], facts: Facts
+) -> LoraConfig:
+    """The configuration, with what PEFT is told of the model."""
+    kinds = {path.replace("/", "."): kind for path in paths if (kind := kind_in_memory(path, facts))}
+    task = task_of(settings)
+    # PEFT saves such heads as a whole, and would leave out adapters of them.
+    if task in _HEADS and any(segment in _HEADS[task] for path in paths for segment in path.split("/")):
+        task = None
+    return of_model(
+        config,
+        base_model_name_or_path=_name_of(base.folder),
+        task_type=task,
+        kinds=kinds,
+        target_parameters=facts.parameters,
+    )
+
+
+def _name_of(folder: Path) -> str:
+    """The name on the Hub of what lies in its cache, else the folder."""
+    match = re.search(r"models--([^/]+)/snapshots/[^/]+/?$", folder.as_posix())
+    return match[1].replace("--", "/") if match else str(folder)
+
+
+def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _with_factorizations(
+    config: LoraConfig, tree: Mapping[str, Any], given: Mapping[str, str], facts: Facts
+) -> LoraConfig:
+    """The configuration with what names and shapes of Hugging Face say, and ranks that fit the smaller sides."""
+    patterns = PatternIndex(given.items())
+    roles = {
+        literal_pattern(path): found
+        for path, leaf in tree.items()
+        if is_targeted(config, path) and not patterns.matches(path) and (found := roles_of(path, leaf.ndim, facts))
+    }
+    full = config.replace(factorizations={**given, **roles})
+    targets = find_targets(tree, full.replace(rank=1)).values()
+    sides = {target.path: target.factorization.max_rank(target.shape) for target in targets}
+    return full.replace(rank_pattern={literal_pattern(p): side for p, side in sides.items() if side < config.rank})

@@ -1,0 +1,171 @@
+"""What is extracted from a fine-tuned checkpoint, in PEFT: the model of transformers says what the tuned one does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jlora.cli import main
+from jlora.disk import Checkpoint
+from tests.interop.models import (
+    LLAMA,
+    Case,
+    base_of,
+    bert,
+    gemma3,
+    gpt2,
+    llama,
+    mixtral,
+    peft,
+    quiet,
+    torch,
+    transformers,
+    vit,
+)
+
+SMALL = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = LLAMA | {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+IMAGE = SMALL | {"image_size": 8, "patch_size": 4}
+
+
+def gpt_oss() -> Any:
+    # Square experts, on which nothing but the model says which axis is which.
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 12, "hidden_size": 12}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**TEXT | experts))
+
+
+def gemma3_images() -> Any:
+    config = transformers.Gemma3Config(
+        text_config=TEXT | {"model_type": "gemma3_text"},
+        vision_config=IMAGE | {"model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def dinov2() -> Any:
+    return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**IMAGE, num_labels=3))
+
+
+def qwen2_vl() -> Any:
+    vision = {"depth": 1, "embed_dim": 8, "hidden_size": 12, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    )
+
+
+def llava() -> Any:
+    config = transformers.LlavaConfig(
+        text_config=TEXT | {"model_type": "llama"},
+        vision_config=IMAGE | {"model_type": "clip_vision_model"},
+        image_token_index=5,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 37, "d_model": 12, "d_kv": 6, "d_ff": 20, "num_layers": 2, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
+def whisper() -> Any:
+    sizes = {"vocab_size": 37, "d_model": 12, "num_mel_bins": 5, "max_source_positions": 8, "max_target_positions": 16}
+    heads = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**sizes, **heads, **tokens, encoder_ffn_dim=20, decoder_ffn_dim=20)
+    )
+
+
+# The model, and PEFT's task.
+FAMILIES: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "llama": (lambda: llama(tie_word_embeddings=False), "CAUSAL_LM"),
+    "llama tied": (lambda: llama(tie_word_embeddings=True), "CAUSAL_LM"),
+    "gpt2": (gpt2, "CAUSAL_LM"),
+    "gpt_oss": (gpt_oss, "CAUSAL_LM"),
+    "gemma3 text": (gemma3, "CAUSAL_LM"),
+    "gemma3": (gemma3_images, None),
+    "dinov2": (dinov2, None),
+    "qwen2_vl": (qwen2_vl, None),
+    "llava": (llava, None),
+    "mixtral": (mixtral, "CAUSAL_LM"),
+    "bert": (bert, None),  # whose head is adapted, which PEFT would save as a whole
+    "t5": (t5, "SEQ_2_SEQ_LM"),
+    "whisper": (whisper, None),
+    "vit": (vit, None),
+}
+
+
+def logits(model: Any) -> np.ndarray:
+    rng = torch.Generator().manual_seed(1)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tokens = torch.randint(6, 13, (2, 9), generator=rng)
+    given: dict[str, Any] = {"input_ids": tokens}
+    if base.main_input_name == "pixel_values":
+        given = {"pixel_values": torch.randn(2, 3, 8, 8, generator=rng)}
+    elif base.main_input_name == "input_features":
+        given = {"input_features": torch.randn(2, 5, 16, generator=rng), "decoder_input_ids": tokens}
+    elif base.config.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens
+    elif base.config.model_type in ("gemma3", "llava"):
+        tokens[:, :4] = 5  # the image's
+        given["pixel_values"] = torch.randn(2, 3, 8, 8, generator=rng)
+    with torch.no_grad(), quiet():
+        return model(**given).logits.numpy()
+
+
+def tuned(model: Any) -> None:
+    """Other numbers in what PEFT can change: its convolutions are none for Whisper, which asks for their strides."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad and value.ndim > 1 and ".conv" not in name and name.endswith((".weight", "_proj")):
+                value.add_(0.2 * torch.randn(value.shape))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_extracted_is_the_tuned_model_in_peft(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, task = FAMILIES[family]
+    base = base_of(Case(make, {}))
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        before = logits(base)
+        tuned(base)
+        wanted = logits(base)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
+    assert main([*command, "--format", "peft", "--rank", "64"]) == 0, capsys.readouterr().err
+    with quiet():
+        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
+        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    assert np.abs(wanted - before).max() > 1e-2 * np.abs(before).max()
+    np.testing.assert_allclose(logits(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+    data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (data["base_model_name_or_path"], data["task_type"]) == (str(tmp_path / "base"), task)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "dinov2", "qwen2_vl", "llava", "mixtral", "vit"])
+def test_merging_finds_the_tensors_of_what_was_extracted(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_of(Case(FAMILIES[family][0], {}))
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        tuned(base)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    folders = [str(tmp_path / name) for name in ("base", "tuned", "adapter", "merged")]
+    # Two adapters of one tensor that is tied; a Linear among the Conv1D.
+    left_out = {"gemma3": ["embed_tokens", "lm_head"], "gpt2": ["lm_head"]}.get(family, [])
+    options = ["--format", "peft", "--rank", "64", *(part for name in left_out for part in ("--exclude", f"**/{name}"))]
+    assert main(["extract", *folders[:2], "--out", folders[2], *options]) == 0, capsys.readouterr().err
+    assert main(["merge", folders[0], folders[2], "--out", folders[3]]) == 0, capsys.readouterr().err
+    merged, wanted = Checkpoint(folders[3]), Checkpoint(folders[1])
+    for name in wanted.entries:
+        if not any(part in name for part in left_out):
+            np.testing.assert_allclose(merged.read(name), wanted.read(name), rtol=0, atol=1e-4, err_msg=name)
