@@ -1,7 +1,7 @@
 """Adapters of a checkpoint and its fine-tuned copy."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +79,38 @@ def extract(
     before, after = (lazy_tree(found, advance) for found in checkpoints)
     if form == "peft":
         before, after = in_memory(before, facts), in_memory(after, facts_of(settings[1]))
-    others = [literal_pattern(path) for path in before if is_converted(path.replace("/", "."), facts)]
+    given = dict(factorizations or {})
+    left_out = list(_not_for_peft(before, facts, PatternIndex(given.items()))) if form == "peft" else []
     config = LoraConfig(
         rank=rank,
         alpha=rank,
         target_modules=_listed(target_modules),
-        exclude_modules=(*_listed(exclude_modules), *(others if form == "peft" else ())),
+        exclude_modules=(*_listed(exclude_modules), *map(literal_pattern, left_out)),
     )
-    config = _with_factorizations(config, before, dict(factorizations or {}), facts)
+    config = _with_factorizations(config, before, given, facts)
     adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed)
     entries = {path: entry for path, entry in adapters.items() if entry is not None}
     if form == "peft":
         config = _for_peft(config, list(entries), checkpoints[0], settings[0], facts)
     write_adapters(out, nest(entries), config, form, force=force)
     return report
+
+
+def _not_for_peft(tree: Mapping[str, Any], facts: Facts, given: PatternIndex) -> Iterator[str]:
+    """The paths of tensors that have no place in PEFT's files: of other numbers in memory, or of axes nobody knows."""
+    for path, leaf in tree.items():
+        if leaf.ndim > 1 and not given.matches(path):
+            has_no_axes = roles_of(path, leaf.ndim, facts) is None or _holds_others(path, tree)
+            if has_no_axes or is_converted(path.replace("/", "."), facts):
+                yield path
+
+
+def _holds_others(path: str, tree: Mapping[str, Any]) -> bool:
+    """Whether a matrix by its own name is in a module that holds others, whose names PEFT changes as it wraps it."""
+    module, _, name = path.rpartition("/")
+    if name == "weight" or tree[path].ndim > 2:
+        return False
+    return any(other.startswith(f"{module}/") and tree[other].ndim > 1 for other in tree if other != path)
 
 
 def _for_peft(

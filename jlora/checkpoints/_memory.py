@@ -53,6 +53,8 @@ def roles_of(path: str, ndim: int, facts: Facts) -> str | None:
             return "oi" if ndim == 2 else None
         is_turned = last in facts.conv1d or last in facts.embedding or names_embedding(last)
         return "io" if ndim == 2 and is_turned else "o" + "i" * (ndim - 1)
+    if ndim == 2 and module and name.endswith("_weight"):  # a parameter by its own name, such as in_proj_weight
+        return "oi"
     if ndim == 3 and module.endswith("experts"):
         return "bio" if f"{last}.{name}" in facts.transposed else "boi"
     return None

@@ -123,7 +123,8 @@ def tuned(model: Any) -> None:
     """Other numbers in what PEFT can change: its convolutions are none for Whisper, which asks for their strides."""
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if value.requires_grad and value.ndim > 1 and ".conv" not in name and name.endswith((".weight", "_proj")):
+            is_matrix = value.ndim > 1 and name.endswith((".weight", "_proj", "projection_weight"))
+            if value.requires_grad and is_matrix and ".conv" not in name:
                 value.add_(0.2 * torch.randn(value.shape))
 
 
@@ -169,3 +170,24 @@ def test_merging_finds_the_tensors_of_what_was_extracted(
     for name in wanted.entries:
         if not any(part in name for part in left_out):
             np.testing.assert_allclose(merged.read(name), wanted.read(name), rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3", "vit"])
+def test_what_has_no_place_in_pefts_files_is_told(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full fine-tune changes biases, norms, tokens and arrays whose axes nobody knows."""
+    base = base_of(Case(FAMILIES[family][0], {}))
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        with torch.no_grad():
+            for value in base.parameters():
+                value.add_(0.1)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    folders = [str(tmp_path / name) for name in ("base", "tuned", "adapter")]
+    assert main(["extract", *folders[:2], "--out", folders[2], "--format", "peft", "--rank", "2"]) == 0
+    told = {"gpt_oss": "gate_up_proj_bias", "gemma3": "input_layernorm", "vit": "embeddings/cls_token"}[family]
+    assert told in capsys.readouterr().out.partition("changed, but not adapted")[2]
+    with quiet():
+        model = type(base).from_pretrained(folders[0])
+        peft.PeftModel.from_pretrained(model, folders[2])  # warns, which is an error here, of what it does not find
