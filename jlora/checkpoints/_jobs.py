@@ -10,7 +10,7 @@ from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
 from jlora.fields import choice
-from jlora.interop.peft import FLAT, NESTED, is_peft_folder, read_peft_arrays, write_peft
+from jlora.interop.peft import FLAT, NESTED, is_peft_folder, read_peft_arrays, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
 from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_adapters, save_adapters
@@ -79,6 +79,7 @@ def combine(
         if others and not own & others:
             raise DataError(f"{path}: no weight in common with the others: {min(own)}, but {min(others)} there")
     combined, config = compose.combine([(tree, config) for tree, config, _ in read], weights, method=method, **options)
+    config = with_kinds_of(config, [own for _, own, _ in read])
     write_adapters(out, combined, config, form or read[0][2], force=force)
     return config
 

@@ -11,8 +11,9 @@ import pytest
 
 import jlora
 from jlora import compose
+from jlora.checkpoints import combine, convert
 from jlora.interop.peft import read_peft, write_peft
-from tests.interop.files import Rng, pair, write_folder
+from tests.interop.files import Rng, embedding_pair, pair, write_folder
 from tests.interop.models import load_file, peft, quiet, randomized, torch
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -182,3 +183,22 @@ def test_a_parameter_goes_with_no_dropout_that_was_read(tmp_path: Path, rng: Rng
     config = config.replace(factorizations=dict(config.factorizations) | {"m.0.w": "boi"})
     with pytest.raises(jlora.DataError, match=r"m\.0\.w is a parameter, beside which PEFT does not have dropout"):
         write_peft(tmp_path / "b", entries | {"m.0.w": factors(rng, 2, (2,))}, config)
+
+
+@pytest.mark.parametrize("first", ["peft", "own"])
+def test_combined_weights_are_of_the_kinds_of_their_files(first: str, tmp_path: Path, rng: Rng) -> None:
+    """An embedding by no such name, and the weight of a module that PEFT adapts as a parameter: in the second alone."""
+    q, router = pair(rng, "m.q", 3, 5), pair(rng, "m.gate", 3, 5)
+    one = write_folder(tmp_path / "a", q, target_modules=["q"])
+    if first == "own":
+        convert(one, tmp_path / "own", "own")
+        one = tmp_path / "own"
+    more = {"target_modules": ["q", "words"], "target_parameters": ["gate.weight"], "peft_version": "0.20.0"}
+    other = write_folder(tmp_path / "b", q | router | embedding_pair(rng, "words", 11, 5), **more)
+    combine([one, other], tmp_path / "c", method="cat", form="peft")
+    data, tensors = json.loads((tmp_path / "c" / CONFIG).read_text()), load_file(tmp_path / "c" / TENSORS)
+    assert data["target_modules"] == ["m.q", "words"]
+    assert (data["target_parameters"], data["peft_version"]) == (["m.gate.weight"], "0.20.0")
+    assert tensors["base_model.model.words.lora_embedding_A"].shape == (2, 11)
+    assert tensors["base_model.model.m.q.lora_A.weight"].shape == (4, 5)
+    assert read_peft(tmp_path / "c")[0].keys() == {"m.q.weight", "m.gate.weight", "words.weight"}

@@ -1,6 +1,6 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
-from jlora.interop.peft._derive import of_model
+from jlora.interop.peft._derive import of_model, with_kinds_of
 from jlora.interop.peft._keys import names_embedding
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
 from jlora.interop.peft._read import is_peft_folder, read_peft, read_peft_arrays
@@ -18,5 +18,6 @@ __all__ = [
     "read_peft",
     "read_peft_arrays",
     "read_rows",
+    "with_kinds_of",
     "write_peft",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.errors import DataError
-from jlora.interop.peft._config import Kept, Scales
+from jlora.interop.peft._config import Kept, Scales, kept_of
 from jlora.interop.peft._keys import ends_of
 from jlora.interop.peft._targeted import Saved
 
@@ -74,6 +74,25 @@ def of_model(
         "task_type": task_type,
     }
     return config.replace(extras={**dict(config.extras), **Kept(data, kinds).to_extras()})
+
+
+def with_kinds_of(config: LoraConfig, others: Iterable[LoraConfig]) -> LoraConfig:
+    """A configuration that keeps of what kind the weights are in the files of others too, for adapters of all."""
+    kept = kept_of(config)
+    kinds, parameters = dict(kept.kinds), dict.fromkeys((kept.config or {}).get("target_parameters") or ())
+    version = (kept.config or {}).get("peft_version") if parameters else None
+    for other in map(kept_of, others):
+        kinds = {**other.kinds, **kinds}
+        more = (other.config or {}).get("target_parameters") or ()
+        if more and not parameters:
+            version = (other.config or {}).get("peft_version")
+        parameters |= dict.fromkeys(more)
+    if not kinds and not parameters:
+        return config
+    data = dict(_NEW if kept.config is None else kept.config)
+    if parameters:
+        data |= {"target_parameters": list(parameters), "peft_version": version}
+    return config.replace(extras={**dict(config.extras), **Kept(data, kinds, kept.digest).to_extras()})
 
 
 def digest_of(entries: Mapping[str, Iterable[str]]) -> str:
