@@ -13,6 +13,7 @@ import jax
 
 from jlora.boxes import is_box, unboxed
 from jlora.errors import TargetError
+from jlora.lazy import is_lazy
 
 __all__ = [
     "PatternIndex",
@@ -39,7 +40,7 @@ def path_number(path: str) -> int:
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a pytree by their path, in the order of the tree; of a box, as `nn.Partitioned`, what lies in it.
+    """The leaves of a pytree by their path, in the order of the tree; of a box what lies in it; a lazy base is one.
 
     Raises:
       TargetError: two leaves have the same path, as `{'a/b': x, 'a': {'b': y}}`.
@@ -47,7 +48,7 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     leaves: dict[str, Any] = {}
 
     def stop(node: Any) -> bool:
-        return is_box(node) or (is_leaf is not None and is_leaf(node))
+        return is_box(node) or is_lazy(node) or (is_leaf is not None and is_leaf(node))
 
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
         path = path_string(key_path)

@@ -68,7 +68,7 @@ def matrices_of(parts: Mapping[str, Any], batch_dims: int) -> tuple[np.ndarray, 
 
 def boxed_entry(weight: Any, parts: Mapping[str, Any], split: Factorization | None) -> dict[str, Any]:
     """The entry of a weight in a box with its parts in such boxes, which name the axes that they have of the weight."""
-    axes = part_axes(unboxed(weight).ndim, split)
+    axes = part_axes(len(unboxed(weight).shape), split)
     return {name: box_named(weight, part, axes[name]) for name, part in parts.items()}
 
 

@@ -3,6 +3,7 @@
 `register` says what a primitive of your own does to a weight.
 """
 
+from jlora.lazy import LazyBase
 from jlora.transform._adapt import Adapted, adapt
 from jlora.transform._explain import Explanation, explain
 from jlora.transform._lora import lora
@@ -12,6 +13,7 @@ from jlora.transform._uses import check_args, init_lora, resolve_config, survey_
 __all__ = [
     "Adapted",
     "Explanation",
+    "LazyBase",
     "Moves",
     "Multiplies",
     "adapt",

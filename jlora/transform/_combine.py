@@ -20,6 +20,7 @@ from jax import lax
 
 from jlora.contraction import common_dtype
 from jlora.transform._jax import varied, varying_axes
+from jlora.transform._lazy import dense, densified
 from jlora.transform._structure import broadcast_in_dim
 from jlora.transform._weight import Factor, Plain, Shape, Weight, base_of, is_marked, is_weight, of_params
 
@@ -79,7 +80,7 @@ def stack(operands: Sequence[Any], shape: Shape, *, axis: int) -> Parts:
     kept = [other for other in range(len(shape)) if other != axis]
 
     def expanded(operand: Any) -> Any:
-        value = jnp.expand_dims(base_of(operand), axis)
+        value = jnp.expand_dims(dense(base_of(operand)), axis)
         if not is_weight(operand):
             return Plain(value)
         return operand.with_parts(value, broadcast_in_dim(operand, shape=value.shape, broadcast_dimensions=kept) or ())
@@ -126,6 +127,7 @@ def common_frame(operands: Sequence[Any]) -> Weight | None:
 
 def fitted(operand: Weight | Plain, frame: Weight) -> Weight:
     """The same weight with the paths, the axes, the rank and the dtypes of the frame; a gain that it lacks is one."""
+    operand = densified(operand)
     arrays = [jnp.zeros(factor.array.shape, factor.array.dtype) for factor in frame.factors]
     arrays += [jnp.ones(gain.array.shape, gain.array.dtype) for gain in frame.gains]
     if isinstance(operand, Weight) and not frame.probe:
@@ -164,7 +166,7 @@ def _spread(weight: Weight, shape: Shape) -> Weight:
         return weight
     places = range(len(shape))
     factors = broadcast_in_dim(weight, shape=shape, broadcast_dimensions=places)
-    return dataclasses.replace(weight, value=jnp.broadcast_to(weight.value, shape), factors=tuple(factors or ()))
+    return dataclasses.replace(weight, value=jnp.broadcast_to(dense(weight.value), shape), factors=tuple(factors or ()))
 
 
 def _negated(operand: Any) -> Any:

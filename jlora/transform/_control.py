@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec, Sharding
 
 from jlora.transform import _combine as combine
 from jlora.transform._compiled import evaluate_compiled
-from jlora.transform._jax import bind, mapped_axes, opened, scan_counts, scan_options, varied, varying_axes
+from jlora.transform._jax import mapped_axes, opened, scan_counts, scan_options, varied, varying_axes
+from jlora.transform._lazy import bind, densified, element, is_followed, packed
 from jlora.transform._run import Run
-from jlora.transform._weight import Factor, Weight, bare, base_of, is_marked, is_weight, of_params
+from jlora.transform._weight import Factor, Plain, Weight, bare, base_of, is_marked, is_weight, of_params
 
 
 def jit(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -35,8 +36,8 @@ RETURNED = "a function with a derivative of its own returns a weight with a magn
 
 
 def _placed(value: Any, sharding: Any) -> Any:
-    if not isinstance(sharding, Sharding):
-        return value
+    if not isinstance(sharding, Sharding) or is_followed(base_of(value)):
+        return value  # the packed arrays of a lazy base lie where they lie
     if is_weight(value):
         arrays = [part.array for part in value.parts]
         return value.with_arrays(lax.with_sharding_constraint(value.value, sharding), arrays)
@@ -71,6 +72,7 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
     def function(*leaves: Any) -> Any:
         outputs = []
         for output in inner.evaluate(program, treedef.unflatten(leaves)):
+            output = densified(output)
             has_gain = is_weight(output) and output.gains  # which would multiply the derivative, too
             outputs.append(inner.merge(eqn, output, RETURNED) if has_gain else bare(output))
         return outputs
@@ -186,12 +188,12 @@ def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     def step(carried: Any, scanned: Any) -> Any:
         number, slices = scanned
         inner = run.inner(eqn, None if key is None else jax.random.fold_in(key, number), length)
-        elements = [_element(*pair) if is_weight(pair[0]) else pair[1] for pair in zip(stacks, slices, strict=True)]
+        elements = [_element(*pair) for pair in zip(stacks, slices, strict=True)]
         outputs = inner.evaluate(body, [*consts, *loop.joined(carried), *elements])
         count = len(carry)
         return loop.changing(outputs[:count]), _arrays(run, eqn, outputs[count:])
 
-    slices = [_scanned(stack) if is_weight(stack) else stack for stack in stacks]
+    slices = list(map(_scanned, stacks))
     steps = None if key is None else jnp.arange(length, dtype=jnp.uint32)
     carried, outputs = lax.scan(
         step, loop.initial, (steps, slices), length, params["reverse"], params["unroll"], **scan_options(params)
@@ -199,21 +201,29 @@ def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     return [*loop.joined(carried), *outputs]
 
 
-def _scanned(weight: Weight) -> list[jax.Array]:
-    """The arrays of a stacked weight that are scanned."""
-    return [weight.value, *(part.array for part in weight.parts if 0 in part.axes)]
+def _scanned(stack: Any) -> Any:
+    """What is scanned of a stacked weight, or of any other value."""
+    if not is_weight(stack):
+        return packed(stack.value) if isinstance(stack, Plain) else packed(stack)
+    return [packed(stack.value), *(part.array for part in stack.parts if 0 in part.axes)]
 
 
-def _element(weight: Weight, arrays: Sequence[jax.Array]) -> Weight:
-    """One element of a stacked weight, from one of each of `_scanned`."""
-    value, *rest = arrays
+def _element(stack: Any, taken: Any) -> Any:
+    """One element of a stack, from one of `_scanned`."""
+    if isinstance(stack, Plain):
+        return Plain(element(stack.value, taken))
+    return _element_of_weight(stack, taken) if is_weight(stack) else element(stack, taken)
+
+
+def _element_of_weight(weight: Weight, taken: Sequence[Any]) -> Weight:
+    value, *rest = taken
     remaining: Iterator[jax.Array] = iter(rest)
 
-    def element(factor: Factor) -> Factor:
+    def one(factor: Factor) -> Factor:
         array = next(remaining) if 0 in factor.axes else factor.array
         return factor.changed(array, [axis - 1 for axis in factor.axes if axis])
 
-    return weight.with_parts(value, list(map(element, weight.parts)))
+    return weight.with_parts(element(weight.value, value), list(map(one, weight.parts)))
 
 
 class _Carry:
@@ -238,12 +248,13 @@ class _Carry:
 
 
 def _arrays(run: Run, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    return run.merge_all(eqn, values, "the program returns or carries the weight itself")
+    return run.merge_outputs(eqn, values, "the program returns or carries the weight itself")
 
 
 def shard_map(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Every factor is split over the mesh as the axes of the weight that it has."""
     params = eqn.params
+    inputs = densified(list(inputs))
 
     def program(key: Any, inputs: Any) -> Any:
         return _arrays(run, eqn, run.inner(eqn, key).evaluate(params["jaxpr"], inputs))

@@ -32,7 +32,7 @@ class Explanation:
     Attributes:
       config: the configuration, with every factorization written out.
       uses: of every target, in the order of the program; targets that the function does not use have none.
-      base_bytes: path -> the bytes of the weight.
+      base_bytes: path -> the bytes of the weight; of a lazy base, of what it packs.
       adapter_bytes: path -> the bytes of A and B.
       left_out: the weights that a pattern spans and that are not adapted, each with the reason.
     """
@@ -131,7 +131,7 @@ def explain(
     return Explanation(
         resolved,
         tuple(uses),
-        {path: _bytes(shapes[path]) for path in found},
+        {path: sum(map(_bytes, jax.tree.leaves(shapes[path]))) for path in found},
         {path: sum(map(_bytes, entry.values())) for path, entry in found.items()},
         left_out,
     )

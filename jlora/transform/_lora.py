@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from jlora.adapter import Entry
 from jlora.config import LoraConfig
+from jlora.contraction import Factorization
 from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, JloraWarning, listed
 from jlora.paths import leaves_by_path
 from jlora.transform._keywords import check_keywords, name_of
+from jlora.transform._lazy import element, followed, is_followed, packed, used
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings
@@ -97,15 +100,31 @@ def adapted_weights(params: Any, entries: Mapping[str, Entry]) -> dict[str, Weig
     check_floating({path: leaves[path] for path in entries})
     weights: dict[str, Weight | Plain] = {}
     for path, entry in entries.items():
-        weight = jnp.asarray(leaves[path])
-        base = entry.base(weight) if entry.parts.keys() & {"value", "offset"} else weight
-        value = base.astype(weight.dtype)
+        leaf = followed(leaves[path], path)
+        weight = leaf if is_followed(leaf) else jnp.asarray(leaf)
+        base = used(entry.base, weight) if entry.parts.keys() & {"value", "offset"} else weight
+        value = base if is_followed(base) else base.astype(weight.dtype)
         if entry.split is None:
             weights[path] = Plain(value)
         else:
             a, b = (jnp.asarray(entry.parts[name]) for name in "AB")
-            weights[path] = adapted(path, value, a, b, entry.split, entry.scaling, entry.gain(base))
+            weights[path] = adapted(path, value, a, b, entry.split, entry.scaling, _gain(entry, base))
     return weights
+
+
+def _gain(entry: Entry, base: Any) -> Any:
+    """The gain of an entry; that of a stack of lazy bases one by one, so that only one of them is dense at a time."""
+    if "magnitude" not in entry.parts or entry.split is None:
+        return None
+    if not is_followed(base) or not base.front or entry.split.roles[0] != "b":
+        return used(entry.gain, base)
+    split = Factorization(entry.split.roles[1:])
+
+    def of_one(one: Any) -> Any:
+        taken, parts = one
+        return used(Entry(parts, entry.scaling, split).gain, element(base, taken))
+
+    return lax.map(of_one, (packed(base), dict(entry.parts)))
 
 
 def _check_keyword(fn: Callable[..., Any], keyword: Any) -> None:

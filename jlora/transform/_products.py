@@ -105,7 +105,7 @@ def dot_general(
 ) -> Product | str:
     """Any batch, contracting and free axes, the weight on either side."""
     whole = _letters(weight, x, dimension_numbers, weight_first)
-    explicit = out_sharding is not None or any(spec_of(x)) or any(spec_of(weight.value))
+    explicit = out_sharding is not None or any(spec_of(x)) or any(weight.spec)
     flatten = flatten and not explicit and len(whole.rest) > 1 and whole.rest in whole.x
     dot = whole.joined() if flatten else whole
     order = matching(weight, dot.roles)
@@ -276,7 +276,7 @@ def conv_general_dilated(
     order = matching(weight, roles)
     if order is None and not weight.probe:
         return "the features of the convolution are not the out axis of the adapter"
-    explicit = out_sharding is not None or any(spec_of(x)) or any(spec_of(weight.value))
+    explicit = out_sharding is not None or any(spec_of(x)) or any(weight.spec)
     if explicit and groups > 1:
         return "a convolution with groups in a mesh of explicit axes"
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from jlora.boxes import box_like, is_box, unboxed
+from jlora.lazy import is_lazy
 from jlora.paths import path_string
+from jlora.transform._lazy import followed
 from jlora.transform._liveness import live_inputs
 from jlora.transform._run import Run
 from jlora.transform._weight import Plain, Weight
@@ -20,41 +22,46 @@ class Program:
 
     Attributes:
       jaxpr: the closed jaxpr.
-      leaves: its inputs, arrays or shapes.
+      leaves: its inputs, arrays or shapes; among those of params lazy bases.
       paths: of the leaves in params; None for those of the other arguments.
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> None:
-        boxed, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs), is_leaf=is_box)
-        treedef: Any = tree
-        leaves = [(key_path, unboxed(leaf)) for key_path, leaf in boxed]
-        traced = [number for number, (_, leaf) in enumerate(leaves) if is_array(leaf)]
+        of_params, first_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda n: is_box(n) or is_lazy(n))
+        others, second_tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_box)
+        params_tree: Any = first_tree
+        others_tree: Any = second_tree
+        boxed = [*of_params, *others]
+        leaves = [unboxed(leaf) for _, leaf in boxed]
+        lazy = {number for number, leaf in enumerate(leaves[: len(of_params)]) if is_lazy(leaf)}
+        traced = [number for number, leaf in enumerate(leaves) if number in lazy or is_array(leaf)]
 
         def flat(*arrays: Any) -> list[Any]:
             values = [leaf for _, leaf in boxed]
             for number, array in zip(traced, arrays, strict=True):
                 values[number] = box_like(values[number], array)
-            own_params, own_args, own_kwargs = treedef.unflatten(values)
+            own_params = params_tree.unflatten(values[: len(of_params)])
+            own_args, own_kwargs = others_tree.unflatten(values[len(of_params) :])
             outputs, out_tree = jax.tree.flatten(fn(own_params, *own_args, **own_kwargs))
             self._out_tree: Any = out_tree
             self._outside = [None if is_array(output) else output for output in outputs]
             return [output for output in outputs if is_array(output)]
 
-        self.leaves = [leaves[number][1] for number in traced]
-        self.paths = [self._path(leaves[number][0]) for number in traced]
-        self.jaxpr = jax.make_jaxpr(flat)(*self.leaves)
-
-    @staticmethod
-    def _path(key_path: Any) -> str | None:
-        argument, *rest = key_path
-        return path_string(rest) if argument.idx == 0 else None
+        paths = [path_string(key_path) for key_path, _ in of_params]
+        self.leaves = [leaves[number] for number in traced]
+        self.paths = [paths[number] if number < len(paths) else None for number in traced]
+        shapes = [
+            jax.ShapeDtypeStruct(leaves[number].shape, leaves[number].dtype) if number in lazy else leaves[number]
+            for number in traced
+        ]
+        self.jaxpr = jax.make_jaxpr(flat)(*shapes)
 
     def evaluate(self, run: Run, weights: Mapping[Any, Weight | Plain], leaves: Sequence[Any]) -> list[Any]:
         """The outputs of the jaxpr for these leaves, with the weights in place of those at their paths."""
         inputs = []
         for path, leaf in zip(self.paths, leaves, strict=True):
-            inputs.append(leaf if path is None else weights.get(path, Plain(leaf)))
-        return run.merge_all(None, run.evaluate(self.jaxpr, inputs), "it is the weight itself")
+            inputs.append(leaf if path is None else weights.get(path) or Plain(followed(leaf, path)))
+        return run.merge_outputs(None, run.evaluate(self.jaxpr, inputs), "it is the weight itself")
 
     def read(self) -> set[str]:
         """The paths of the params on which the outputs, or an effect, depend."""

@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jlora.contraction import factored_einsum
 from jlora.errors import AdapterError, ConfigError
 from jlora.transform import _products as products
-from jlora.transform._jax import bind
+from jlora.transform._lazy import bind, is_followed
 from jlora.transform._liveness import live_inputs
 from jlora.transform._primitives import name_of_primitive
 from jlora.transform._registry import add_rule
@@ -140,7 +140,8 @@ def _wrong(eqn: JaxprEqn, what: str) -> AdapterError:
 def _moved(found: Moves, run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """The value from the primitive, the factors from what the function of the rule does to the weight."""
     values = list(map(base_of, inputs))
-    program = jax.make_jaxpr(lambda *operands: jax.tree.leaves(found.like(*operands)))(*values)
+    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) if is_followed(value) else value for value in values]
+    program = jax.make_jaxpr(lambda *operands: jax.tree.leaves(found.like(*operands)))(*shapes)
     avals: Any = [var.aval for var in eqn.outvars]
     of_like, wanted = ([aval.shape for aval in group] for group in (program.out_avals, avals))
     if of_like != wanted:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.contraction import common_dtype
 from jlora.transform import _structure as structure
-from jlora.transform._jax import bind
+from jlora.transform._lazy import bind, used
 from jlora.transform._products import Product, Update, cost, known
 from jlora.transform._run import Rule, Run, lookup_roles
 from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
@@ -158,12 +158,13 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
             adapter_flops=size.merged if merge else size.factored,
         )
         if weight.probe:
-            return [base(x, weight.value)]
+            return [used(base, x, weight.value)]
         of_x, of_y = gained
         x, own = _scaled(x, of_x), weight.without_gains()
         if merge:
-            return [_scaled(_merged(base, product.update, x, own, keep=choice.keeps(size.rows, size.outs)), of_y)]
-        output = base(x, own.value)
+            merged = functools.partial(_merged, base, product.update, keep=choice.keeps(size.rows, size.outs))
+            return [_scaled(used(merged, x, own), of_y)]
+        output = used(base, x, own.value)
         return [_scaled(output + _updated(product.update, run.dropped(x, own.path), own).astype(output.dtype), of_y)]
 
     return apply

@@ -13,10 +13,13 @@ from jax.extend.core import JaxprEqn, Literal, Primitive, Var
 from jlora.cost import CostModel
 from jlora.errors import AdapterError
 from jlora.paths import path_number
-from jlora.transform._jax import bind, opened, varying_axes
+from jlora.transform._jax import opened, varying_axes
+from jlora.transform._lazy import Lazy, bind, densified, is_followed
 from jlora.transform._primitives import name_of_primitive, primitive_of_jax
 from jlora.transform._weight import Plain, Weight, bare, is_marked, is_weight, of_params
 from jlora.transform._whole import UNKNOWN, WHOLE
+
+_PROGRAMS = frozenset(["cond", "custom_jvp_call", "custom_vjp_call", "jit", "remat2", "scan", "shard_map", "while"])
 
 Rule = Callable[["Run", JaxprEqn, Sequence[Any]], Sequence[Any]]
 
@@ -38,6 +41,10 @@ class Registry:
         if primitive in self.registered:
             return self.registered[primitive]
         return self.of_jax.get(primitive.name) if primitive_of_jax(primitive.name) is primitive else None
+
+    def enters(self, primitive: Primitive) -> bool:
+        """Whether the rule of a primitive evaluates a program that it holds."""
+        return name_of_primitive(primitive) in _PROGRAMS and primitive not in self.registered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +154,12 @@ class Run:
     def _outputs(self, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+            rules = self.settings.rules
             if not any(map(is_weight, inputs)):
-                return bind(eqn, list(map(bare, inputs)))
-            rule = self.settings.rules.rule_of(eqn.primitive)
+                values = list(map(bare, inputs))
+                if not any(map(is_followed, values)) or not rules.enters(eqn.primitive):
+                    return bind(eqn, values)
+            rule = rules.rule_of(eqn.primitive)
             if rule is not None:
                 return rule(self, eqn, inputs)
             return bind(eqn, self.merge_all(eqn, inputs, WHOLE.get(name_of_primitive(eqn.primitive), UNKNOWN)))
@@ -159,8 +169,12 @@ class Run:
         merged = {id(value): self.merge(eqn, value, why) for value in inputs if is_weight(value)}
         return [merged.get(id(value), bare(value)) for value in inputs]
 
-    def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> jax.Array:
-        """The merged weight, for an equation that takes it as a whole."""
+    def merge_outputs(self, eqn: JaxprEqn | None, outputs: Sequence[Any], why: str) -> list[Any]:
+        """What leaves a program as arrays: every weight is merged, and every lazy base dense."""
+        return list(densified(self.merge_all(eqn, outputs, why)))
+
+    def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> Any:
+        """The merged weight, for an equation that takes it as a whole; of a lazy base it is a lazy base again."""
         if self.settings.strict and not weight.probe:
             place = (
                 f"{name_of_primitive(eqn.primitive)} at {self.source_of(eqn)}" if eqn else "the output of the function"
@@ -176,6 +190,8 @@ class Run:
         roles = lookup_roles(weight) if weight.looked_up else whole
         flops = 2.0 * weight.rank * weight.value.size
         self.record(eqn, weight, roles=roles, factored=False, why=why, adapter_flops=flops)
+        if is_followed(weight.value):
+            return Lazy(weight, weight.shape, weight.value.dtype, front=0)
         return weight.merged()
 
     def path_of(self, weight: Weight) -> str:

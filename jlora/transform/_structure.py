@@ -106,7 +106,8 @@ def tile(weight: Weight, *, reps: Sequence[int]) -> Parts:
 def unstack(weight: Weight, *, axis: int, **_: Any) -> Sequence[Sequence[Factor]]:
     """The parts of every element."""
     size = weight.shape[axis]
-    one = lax.index_in_dim(weight.value, 0, axis)
+    sizes = [1 if other == axis else size for other, size in enumerate(weight.shape)]
+    one: Any = jax.ShapeDtypeStruct(sizes, weight.dtype)
     found = split(weight, sizes=[1] * size, axis=axis)
     elements = [squeeze(weight.with_parts(one, parts), dimensions=[axis]) for parts in found]
     return [element for element in elements if element is not None]

@@ -12,6 +12,7 @@ from jlora.cost import CostModel
 from jlora.errors import ConfigError
 from jlora.paths import literal_pattern, names_leaf
 from jlora.transform._keywords import check_keywords
+from jlora.transform._lazy import followed
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings, Use
@@ -142,8 +143,8 @@ def _probed(fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, 
     def evaluated(*arrays: jax.Array) -> Any:
         probes = {}
         for path, array in zip(program.paths, arrays, strict=True):
-            if path is not None and is_targeted(config, path) and array.ndim > 1 and is_floating(array):
-                probes[path] = probe(path, array)
+            if path is not None and is_targeted(config, path) and len(array.shape) > 1 and is_floating(array):
+                probes[path] = probe(path, followed(array, path))
         probed.extend(probes)
         return program.evaluate(run, probes, arrays)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.contraction import Factorization, common_dtype, spec_of
+from jlora.transform._lazy import dense, is_followed
 
 Shape = tuple[int, ...]
 
@@ -98,7 +99,7 @@ class Weight:
     """
 
     paths: tuple[str, ...]
-    value: jax.Array
+    value: Any  # an array, or a lazy base
     factors: tuple[Factor, ...]
     gains: tuple[Factor, ...] = ()
     probe: bool = False
@@ -112,6 +113,10 @@ class Weight:
     @property
     def shape(self) -> Shape:
         return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
 
     @property
     def rank(self) -> int:
@@ -137,6 +142,11 @@ class Weight:
         """Whether this is a probe of which rows were looked up."""
         return self.probe and any(factor.looked_up for factor in self.factors)
 
+    @property
+    def spec(self) -> tuple[Any, ...]:
+        """For each axis those of an explicit mesh that the value is split over."""
+        return () if is_followed(self.value) else spec_of(self.value)
+
     def own(self, factor: Factor) -> tuple[int, ...]:
         """The axes of this factor that not every factor has."""
         return tuple(axis for axis in factor.axes if axis not in self.shared)
@@ -153,6 +163,10 @@ class Weight:
     def with_arrays(self, value: jax.Array, arrays: Sequence[jax.Array]) -> "Weight":
         """The same weight with another value and other arrays in its parts."""
         return self.with_parts(value, [part.changed(array) for part, array in zip(self.parts, arrays, strict=True)])
+
+    def dense(self) -> jax.Array:
+        """The merged weight: what the weight is as a lazy base."""
+        return self.merged()
 
     def without_gains(self) -> "Weight":
         return dataclasses.replace(self, gains=())
@@ -190,6 +204,8 @@ class Weight:
 
     def merged(self) -> jax.Array:
         """The value with the update added, times the gains: in float32 at least, rounded once."""
+        if is_followed(self.value):
+            return dataclasses.replace(self, value=dense(self.value)).merged()
         if self.probe:
             return self.value
         delta = self.delta()

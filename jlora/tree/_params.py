@@ -10,6 +10,7 @@ from jlora.adapter import Entry, boxed_entry, count_lost, init_lora_adapter, ran
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.config import LoraConfig, adapter_dtype
 from jlora.errors import AdapterError, DataError, TargetError, raise_all
+from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
 from jlora.tree._bind import bind, split_of
@@ -58,7 +59,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
         )
         return boxed_entry(weight, adapter, target.factorization)
 
-    return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=_is_leaf)
 
 
 def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) -> Any:
@@ -72,7 +73,7 @@ def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) ->
             return entry
         return boxed_entry(weight, entry, split_of(path, shapes, entry, config))
 
-    return jax.tree_util.tree_map_with_path(entry_at, params, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(entry_at, params, is_leaf=_is_leaf)
 
 
 def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:
@@ -86,7 +87,8 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
       return_residual: False; with True this is `merge_params_with_residual`.
 
     Returns:
-      The structure, shapes and dtypes of `params`; leaves without an adapter are the same array objects. In bf16 and
+      The structure, shapes and dtypes of `params`; leaves without an adapter are the same objects, and a lazy base
+      with one becomes a dense array. In bf16 and
       fp16 the sum is formed in float32 and rounded once.
 
     Raises:
@@ -176,12 +178,13 @@ def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., An
         if path not in entries:
             return weight
         try:
-            result = fold(path, unboxed(weight), entries[path])
+            array = unboxed(weight)
+            result = fold(path, array.dense() if is_lazy(array) else array, entries[path])
         except (AdapterError, DataError) as error:
             raise TargetError(f"{path}: {error}") from None
         return box_like(weight, result)
 
-    return jax.tree_util.tree_map_with_path(folded, params, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(folded, params, is_leaf=_is_leaf)
 
 
 class _Ranges:
@@ -201,6 +204,10 @@ class _Ranges:
         lost = {path: int(count) for path, count in jax.device_get(self._counts).items() if count}
         problems = [f"{path}: {range_problem(count, *self._sums[path])}" for path, count in lost.items()]
         raise_all(problems, TargetError)
+
+
+def _is_leaf(node: Any) -> bool:
+    return is_box(node) or is_lazy(node)
 
 
 def _concrete(array: Any) -> Any:

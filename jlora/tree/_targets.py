@@ -143,7 +143,7 @@ def shapes_by_path(params: Any) -> dict[str, tuple[int, ...]]:
 
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf can be adapted: its dtype is a floating one."""
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jnp.issubdtype(jnp.result_type(getattr(leaf, "dtype", leaf)), jnp.floating)
 
 
 def check_floating(weights: Mapping[str, Any]) -> None:

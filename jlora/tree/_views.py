@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jlora.adapter import is_adapter, is_entry
 from jlora.errors import JloraWarning, TargetError, listed
+from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_string
 
 _WEIGHTS = ("kernel", "embedding")
@@ -249,4 +250,5 @@ def count_params(tree: Any) -> int:
     >>> count_params({'kernel': jnp.ones((5, 7)), 'bias': jnp.ones(7), 'lora': None})
     42
     """
-    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree) if not callable(leaf))
+    leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_lazy) if not callable(leaf)]
+    return sum(math.prod(leaf.shape if is_lazy(leaf) else jnp.shape(leaf)) for leaf in leaves)
