@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from jlora.cli._done import REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
 from jlora.cli._files import add_file_commands
-from jlora.cli._signals import exit_code, say, stopped_by_signals
+from jlora.cli._signals import exit_code, say, stopped_by_signals, warnings_in_a_line
 from jlora.errors import ConfigError, JloraError, plain
 
 _TRAIN = """\
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest  # argparse leaves those that stand behind an option
     try:
-        with stopped_by_signals():
+        with stopped_by_signals(), warnings_in_a_line():
             done = arguments.run(arguments)
             _show(arguments, done)
             return done.code

@@ -1,11 +1,15 @@
-"""What a command does when it is asked to stop: by Ctrl-C, or as a machine or a terminal is taken away."""
+"""What a command says on standard error, and what it does when it is asked to stop."""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
+from typing import Any
+
+from jlora.errors import JloraWarning, plain
 
 
 @contextlib.contextmanager
@@ -25,6 +29,24 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for one in changed:
             signal.signal(one, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """A JloraWarning is a line on standard error, as an error is; those of others are shown as ever."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, JloraWarning):
+            say(f"jlora: warning: {plain(str(message))}")
+        else:
+            shown(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def exit_code(error: KeyboardInterrupt) -> int:

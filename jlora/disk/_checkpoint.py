@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.disk._formats import found_instead
 from jlora.disk._open import changed, identity, reason
 from jlora.disk._safetensors import TensorEntry, TensorFile
 from jlora.disk._small import read_json
@@ -102,6 +103,8 @@ def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
     if "model.safetensors" in found:
         found = ["model.safetensors"]
     if len(found) != 1:
+        if not found and (instead := found_instead(path, ".safetensors")):
+            raise DataError(f"{path}: no safetensors file; {instead}")
         what = f"{len(found)} safetensors files and no {INDEX}" if found else "no safetensors file"
         raise DataError(f"{path}: {what}: wanted a checkpoint: one file, or several with an index")
     return path, found, None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jlora.disk._atomic import file_written_whole, remove_leftovers, sync_folder, write_whole
+from jlora.disk._formats import found_instead
 from jlora.disk._open import open_to_read, read_all, read_bytes, reason
 from jlora.disk._safetensors import TensorFile
 from jlora.errors import DataError
@@ -139,9 +140,10 @@ class Pair:
                 if before == after == after | found:
                     return text, file
                 file.close()
-        except DataError:
+        except DataError as error:
             if before == self._seen():
-                raise
+                instead = "" if os.path.lexists(self.tensors) else found_instead(self.folder, TENSORS)
+                raise DataError(f"{error}; {instead}" if instead else str(error)) from None
         return None
 
     def _restless(self) -> DataError:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import ml_dtypes
 import numpy as np
 
+from jlora.disk._formats import START, format_of
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import changed, identity, open_to_read, reason
 from jlora.disk._small import parse_json
@@ -176,7 +177,10 @@ class TensorFile:
         self.read_into(0, first)
         length = int.from_bytes(first.tobytes(), "little")
         if length > min(size - 8, _MOST_HEADER):
-            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}: cut short, or another format")
+            start = np.empty(min(size, START), np.uint8)
+            self.read_into(0, start)
+            what = f"a header of {length:,} bytes in a file of {size:,}: cut short, or another format"
+            raise ValueError(format_of(start.tobytes()) or what)
         text = np.empty(length, np.uint8)
         self.read_into(8, text)
         data = parse_json(text.tobytes())

@@ -5,6 +5,7 @@ before a parser recurses. A key that stands twice is an error, half of a surroga
 checked by those who use them.
 """
 
+import codecs
 import itertools
 import json
 import re
@@ -79,6 +80,8 @@ def parse_json(text: bytes, *, constants: bool = False) -> dict[str, Any]:
 
 def parse_json_value(text: bytes, *, constants: bool = False, levels: int = MOST_LEVELS) -> Any:
     """What a JSON text says, which may be any value."""
+    if text.startswith(codecs.BOM_UTF8):
+        raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
     plain = text.decode("utf-8")
     _check_nesting(re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", text, flags=re.S).translate(None, _UNMARKED)), levels)
     try:

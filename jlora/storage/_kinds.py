@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jlora.disk import CONFIG, TENSORS, Pair, parse_json
+from jlora.disk import CONFIG, TENSORS, Pair, found_instead, parse_json
 from jlora.errors import listed
 from jlora.paths import nearest
 
@@ -29,6 +29,8 @@ def what_it_is(folder: Path) -> str:
         return "this is a checkpoint of a model, not a folder of adapters"
     if inside := [path.name for path in _listed(folder) if os.path.isfile(path / TENSORS)]:
         return f"holds no adapters itself, but {listed(inside, 3)} in it does"
+    if instead := found_instead(folder, TENSORS):
+        return f"holds no adapters itself; {instead}"
     return f"holds no adapters: wanted {CONFIG} and {TENSORS}, as save_adapters writes them"
 
 

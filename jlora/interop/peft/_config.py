@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.config import LoraConfig
-from jlora.disk import parse_json
+from jlora.disk import CONFIG, parse_json
 from jlora.errors import ConfigError, DataError, shortened
 from jlora.interop.peft._patterns import Patterns, budget_of_patterns
 
@@ -32,7 +32,9 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
     """Raises a DataError for what is no LoRA, or a variant that is no sum of A@B."""
     kind = data.get("peft_type")
     if "peft_type" not in data:
-        raise DataError("no folder of PEFT's, which names its peft_type; jlora's own are read by load_adapters")
+        raise DataError(
+            f"{CONFIG} has no peft_type, which is \"LORA\" in PEFT's; jlora's own are read by load_adapters"
+        )
     if kind != "LORA":
         raise DataError(f"peft_type {shortened(kind)}: jlora reads LORA")
     for key, name in _VARIANTS.items():

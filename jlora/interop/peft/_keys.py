@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jlora.errors import DataError, listed, raise_all
+from jlora.interop.peft._wrappers import PREFIX, without_wrappers
 
-PREFIX = "base_model.model."
 _BASE = "base_layer."
 _SUFFIXES = {
     ".lora_A.weight": "A",
@@ -58,16 +58,17 @@ class Named:
 
 
 def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[Named]:
-    """The entries that a file's tensors make up, in the order of the file.
+    """The entries that a file's tensors make up, in the order of the file; names are read without their wrappers.
 
     Raises:
       DataError: names that are not PEFT's, of a variant that is not known, or A without B; all are listed.
     """
     entries: dict[str, Named] = {}
     problems = []
-    levels, parents = _levels(keys), by_parent(target_parameters)
-    for key in keys:
-        found = _taken_apart(key, parents, levels)
+    plain = without_wrappers(keys)
+    levels, parents = _levels(plain.values()), by_parent(target_parameters)
+    for key, plain_key in plain.items():
+        found = _taken_apart(plain_key, parents, levels)
         if found is None:
             problems.append(key)
             continue

@@ -155,6 +155,11 @@ def _joined(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check(kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], rank: int) -> None:
     found = f"lora_A {a.shape} and lora_B {b.shape}"
+    if not a.size or not b.size:
+        raise DataError(
+            f"{found} hold no numbers: a tensor that is spread over processes was saved without being gathered; under "
+            "DeepSpeed's ZeRO-3 set stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py"
+        )
     if kind in ("experts", "experts_t"):
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
             raise DataError(f"{found} do not fit: wanted (experts * {rank}, in) and (out, experts * {rank})")

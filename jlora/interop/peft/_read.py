@@ -1,6 +1,8 @@
 """PEFT's files as adapters and a configuration."""
 
 import math
+import warnings
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from jlora.adapter import Entry
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
-from jlora.errors import ConfigError, DataError, JloraError, TargetError, listed, raise_all
+from jlora.errors import ConfigError, DataError, JloraError, JloraWarning, TargetError, listed, raise_all, shortened
 from jlora.interop.peft._config import Kept, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._derive import digest_of
 from jlora.interop.peft._keys import Named, entries_of
 from jlora.interop.peft._layout import Arrays, check_numbers, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
 from jlora.interop.peft._targeted import Saved, check_fields, check_together
+from jlora.interop.peft._wrappers import without_wrappers
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern, nest
 from jlora.storage import is_adapters_folder
 from jlora.tree import in_structure
@@ -28,11 +31,17 @@ _MOST_SHOWN = 12
 
 
 def is_peft_folder(path: str | Path) -> bool:
-    """Whether a folder holds an adapter that PEFT wrote, as its configuration says, and not tensors of jlora's own."""
+    """Whether a folder holds an adapter that PEFT wrote: a configuration like PEFT's, and no tensors of jlora's own.
+
+    Its configuration may be damaged, or not say that it is PEFT's.
+    """
     try:
-        return "peft_type" in parse_json(Pair(path).read_config()) and not is_adapters_folder(path)
-    except ValueError:
+        data = parse_json(Pair(path).read_config())
+    except DataError:  # there is none
         return False
+    except ValueError:
+        data = {}
+    return "format" not in data and not is_adapters_folder(path)
 
 
 def read_peft(
@@ -89,6 +98,7 @@ def read_peft_arrays(
             check_fields(data)
             targets = data.get("target_parameters") or []
             entries = entries_of(file.entries, targets)
+            _warn_of_wrappers(folder, file.entries)
             if not entries:
                 raise DataError(f"{TENSORS} holds no tensors")
             check_together(data, entries)
@@ -100,6 +110,14 @@ def read_peft_arrays(
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(data)
     return _Reader(folder, data, mapping, transposed_experts).read(entries, arrays, params)
+
+
+def _warn_of_wrappers(folder: Path, keys: Iterable[str]) -> None:
+    wrapped = [(key, name) for key, name in without_wrappers(keys).items() if key != name]
+    if wrapped:
+        key, name = wrapped[0]
+        text = f"{folder}: {len(wrapped)} names are not PEFT's: {shortened(key)} is read as {shortened(name)}"
+        warnings.warn(text, JloraWarning, stacklevel=4)
 
 
 def _parsed(folder: Path, text: bytes) -> dict[str, Any]:
