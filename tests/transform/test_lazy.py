@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec
 
 import jlora
 from jlora import LoraConfig
@@ -192,6 +193,50 @@ def test_a_lazy_base_without_an_adapter_works_as_well(name):
     step = step_of(both, config)
     assert adapters["w"] is None
     assert_same(step(adapters, params, x), step(adapters, densified(params), x))
+
+
+MESH = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def mapped(params, x):
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("d")), "out_specs": PartitionSpec("d")}
+    return jax.shard_map(lambda w, x: x @ w, mesh=MESH, **specs)(params["w"], x)
+
+
+def nested(params, x):
+    def inner(x, w):
+        return jnp.tanh(x @ w), None
+
+    return lax.scan(lambda x, stack: (lax.scan(inner, x, stack)[0], None), x, params["w"])[0]
+
+
+def carried(params, x):
+    def step(carry, _):
+        w, x = carry
+        return (w * 0.5, jnp.tanh(x @ w)), None
+
+    return lax.scan(step, (params["w"], x), None, length=3)[0][1]
+
+
+ELSEWHERE = {
+    "shard_map": (mapped, W, "io"),
+    "nested scans": (nested, (2, *STACK), "bbio"),
+    "carried": (carried, (IN, IN), "io"),
+    "returned": (lambda params, x: params["w"] * x[0, 0], W, "io"),
+    "chosen": (lambda params, x: x @ jnp.where(x[0, 0] > 0, params["w"][0], params["w"][1]), STACK, "bio"),
+    "unstacked": (lambda params, x: sum(jnp.tanh(x @ w) for w in jnp.unstack(params["w"])), STACK, "bio"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_where_it_becomes_dense_the_numbers_are_those_of_the_dense_base(name):
+    fn, shape, roles = ELSEWHERE[name]
+    params, x = {"w": packed(1, *shape)}, ones(ROWS, IN)
+    config = LoraConfig(rank=2, factorizations={"w": roles})
+    step = step_of(fn, config)
+    adapters = drawn(jlora.init_lora(None, params, config))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, step(adapters, params, x), step(adapters, densified(params), x))
 
 
 def test_a_while_loop():
