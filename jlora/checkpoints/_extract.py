@@ -9,9 +9,11 @@ from jlora import compose
 from jlora.checkpoints._jobs import write_adapters
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._memory import in_memory, is_converted, kind_in_memory, roles_of, settings_of
+from jlora.checkpoints._quantized import problems_of
 from jlora.checkpoints._rewrite import Progress
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint
+from jlora.errors import DataError, raise_all
 from jlora.interop.peft import of_model
 from jlora.interop.transformers import Facts, facts_of, task_of
 from jlora.paths import PatternIndex, literal_pattern, nest
@@ -90,10 +92,22 @@ def extract(
     config = _with_factorizations(config, before, given, facts)
     adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed)
     entries = {path: entry for path, entry in adapters.items() if entry is not None}
+    raise_all(_quantized(checkpoints, entries, facts), DataError, "no adapter can be extracted")
     if form == "peft":
         config = _for_peft(config, list(entries), checkpoints[0], settings[0], facts)
     write_adapters(out, nest(entries), config, form, force=force)
     return report
+
+
+def _quantized(checkpoints: Sequence[Checkpoint], entries: Mapping[str, Any], facts: Facts) -> Iterator[str]:
+    """What stands against the difference of weights that are in other units than the model's."""
+    for checkpoint in checkpoints:
+        names = []
+        for name in checkpoint.entries:
+            paths = (name.replace(".", "/"), facts.in_memory(name).replace(".", "/"))
+            if any(path in entries for path in paths):
+                names.append(name)
+        yield from (f"{checkpoint.path}: {problem}" for problem in problems_of(checkpoint, names))
 
 
 def _not_for_peft(tree: Mapping[str, Any], facts: Facts, given: PatternIndex) -> Iterator[str]:

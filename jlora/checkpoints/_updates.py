@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora.adapter import Entry
 from jlora.checkpoints._memory import settings_of
+from jlora.checkpoints._quantized import Quantized
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
@@ -25,7 +26,6 @@ Entries = dict[str, dict[str, Any]]
 Shapes = dict[str, tuple[int, ...]]
 
 _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _MOST_SHOWN = 12
 _SAMPLE, _MOST_PREFIXES = 100, 1000
 
@@ -60,12 +60,14 @@ def changes_of(
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     pieces = _pieces(entries, shapes, (*mapping, *facts_of(settings_of(checkpoint)).renamed, *RENAMED))
-    problems = _missing(entries, pieces, shapes)
+    quantized = Quantized(checkpoint)
+    problems = _missing(entries, pieces, shapes, quantized)
     taken: dict[str, str] = {}
     for piece in (piece for found in pieces.values() for piece in found):
         if taken.setdefault(piece.tensor, piece.path) != piece.path:
             problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
-        problems += _unfit(piece, checkpoint)
+        problem = quantized.problem(piece.tensor) or _unfit(piece, checkpoint)
+        problems += [problem] if problem else []
         if weight != 1 and {"value", "magnitude"} & set(piece.parts):
             problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
     raise_all(problems, DataError, "the adapters do not fit the checkpoint")
@@ -176,23 +178,19 @@ def _whole_shape(pieces: list[_Piece], shapes: Shapes) -> tuple[int, ...]:
     return (modules, first[0] * (len(pieces) // modules), first[1])
 
 
-def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes) -> list[str]:
+def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes, quantized: Quantized) -> list[str]:
     missing = [path for path in entries if path not in pieces]
-    shown = [
-        f"{path}: the checkpoint has no such tensor; nearest: {', '.join(nearest(path.replace('/', '.'), shapes))}"
-        for path in missing[:_MOST_SHOWN]
-    ]
+    shown = []
+    for path in missing[:_MOST_SHOWN]:
+        packed = quantized.packed(path)
+        near = ", ".join(nearest(path.replace("/", "."), shapes))
+        shown.append(f"{path}: {packed or f'the checkpoint has no such tensor; nearest: {near}'}")
     return [*shown, *missing[_MOST_SHOWN:]]
 
 
-def _unfit(piece: _Piece, checkpoint: Checkpoint) -> Iterable[str]:
-    code = checkpoint.entries[piece.tensor].code
-    scales = [f"{piece.tensor}{end}" for end in ("_scale", "_scale_inv", ".absmax", "_packed")]
-    if code not in _FLOATING:
-        yield f"{piece.tensor}: dtype {code} is not floating; dequantize the checkpoint first"
-    elif code.startswith("F8") and any(name in checkpoint.entries for name in scales):
-        yield f"{piece.tensor}: is quantized, with a scale beside it; dequantize the checkpoint first"
-    elif not piece.whole:
-        wanted = (piece.parts["B"].shape[1], piece.parts["A"].shape[0])
-        if checkpoint.entries[piece.tensor].shape != wanted:
-            yield f"{piece.tensor} {checkpoint.entries[piece.tensor].shape}: the experts of {piece.path} want {wanted}"
+def _unfit(piece: _Piece, checkpoint: Checkpoint) -> str | None:
+    """Why a part of experts does not fit its tensor; whole entries are checked as they are bound."""
+    if piece.whole:
+        return None
+    found, wanted = checkpoint.entries[piece.tensor].shape, (piece.parts["B"].shape[1], piece.parts["A"].shape[0])
+    return None if found == wanted else f"{piece.tensor} {found}: the experts of {piece.path} want {wanted}"

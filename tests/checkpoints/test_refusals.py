@@ -203,14 +203,6 @@ def test_numbers_that_are_no_floats(tmp_path, rng, dtype):
         merge(*made, tmp_path / "out")
 
 
-@pytest.mark.parametrize("scale", ["w_scale", "w_scale_inv"])
-def test_float8_with_scales(tmp_path, rng, scale):
-    weight = random(rng, (7, 5), DTYPES["e4m3"])
-    made = one_weight(tmp_path, rng, weight, **{scale: np.ones(1, np.float32)})
-    with pytest.raises(DataError, match=r": w: is quantized, with a scale beside it; dequantize the checkpoint first"):
-        merge(*made, tmp_path / "out")
-
-
 def test_a_value_or_a_magnitude_has_no_weight_and_goes_alone(tmp_path, rng):
     entry = factors(rng, (7, 5), "oi", 2) | {"magnitude": np.ones(7, np.float32)}
     base, adapter = one_weight(tmp_path, rng, random(rng, (7, 5)), entry)

@@ -1,6 +1,7 @@
 """What it costs to find the tensors of thousands of adapters, under whatever prefix they have."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ def entries(names: list[str]) -> dict[str, Any]:
 
 
 def checkpoint(names: list[str]) -> Any:
-    return SimpleNamespace(entries={name: SimpleNamespace(shape=(3, 5), code="F32") for name in names})
+    entries = {name: SimpleNamespace(shape=(3, 5), code="F32") for name in names}
+    return SimpleNamespace(entries=entries, folder=Path("nowhere"))
 
 
 CASES: dict[str, Callable[[int], tuple[list[str], list[str]]]] = {
