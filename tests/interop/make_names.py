@@ -16,18 +16,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    apply_converters,
-    revert_weight_conversion,
-)
-from transformers.models.auto import configuration_auto, modeling_auto
+import pytest
 
 from jlora.interop.peft import Row, names_embedding, paths_of_name
+from tests.interop.models import torch, transformers
+
+conversions = pytest.importorskip("transformers.conversion_mapping")
+loading = pytest.importorskip("transformers.core_model_loading")
+configuration_auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+modeling_auto = pytest.importorskip("transformers.models.auto.modeling_auto")
 
 TABLE = Path(__file__).parents[2] / "jlora" / "interop" / "transformers.json"
 _LAYERS = re.compile(r"(num|n|encoder|decoder|text|vision)?_?(hidden_)?layers?|depth")
@@ -89,14 +86,18 @@ def facts_of(model: Any) -> dict[str, Any]:
     conv1d, embedding: the last part of the names of modules; transposed: of parameters (experts, in, out).
     """
     state = {name: value.to("meta") for name, value in model.state_dict().items()}
-    transforms = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    transforms = [
+        t
+        for t in conversions.get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(t, loading.PrefixChange)
+    ]
     reverse = [t.reverse_transform() for t in transforms[::-1]]
-    converters = [t for t in reverse if isinstance(t, WeightConverter)]
+    converters = [t for t in reverse if isinstance(t, loading.WeightConverter)]
     facts: dict[str, Any] = collections.defaultdict(list)
     renamed: dict[str, str] = {}
     for name, value in state.items():
-        saved = list(revert_weight_conversion(model, {name: value})) if transforms else [name]
-        if apply_converters(name, converters)[1] is None:
+        saved = list(loading.revert_weight_conversion(model, {name: value})) if transforms else [name]
+        if loading.apply_converters(name, converters)[1] is None:
             renamed[name] = saved[0]
         elif parts := _stack(value, saved, model, name):
             facts["stacked"].append([numbered(name)[0], parts])
@@ -166,7 +167,7 @@ def _stack(value: Any, saved: list[str], model: Any, name: str) -> list[str] | N
         return None
     templates = list(dict.fromkeys(_EXPERTS.sub(".experts.{e}.", disk) for disk in saved))
     parts = len(templates)
-    found = revert_weight_conversion(model, {name: value})
+    found = loading.revert_weight_conversion(model, {name: value})
     shapes = {tuple(part.shape) for part in found.values()}
     if len(saved) != parts * value.shape[0] or value.ndim != 3:
         return None
