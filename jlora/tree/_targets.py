@@ -143,7 +143,8 @@ def shapes_by_path(params: Any) -> dict[str, tuple[int, ...]]:
 
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf can be adapted: its dtype is a floating one."""
-    return jnp.issubdtype(jnp.result_type(getattr(leaf, "dtype", leaf)), jnp.floating)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)  # a lazy base has no other type to JAX
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def check_floating(weights: Mapping[str, Any]) -> None:
