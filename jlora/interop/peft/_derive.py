@@ -21,6 +21,8 @@ _NEW: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": None,
 }
+OLDEST = "0.3.0"
+"""The oldest PEFT that the table of keys has."""
 LAYOUT = "0.20.0"
 """The PEFT that brought the layout in which experts are written."""
 
@@ -228,9 +230,6 @@ def without_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     later = {name: default for name, (since, default) in fields_of_peft().items() if since != OLDEST}
     return {key: value for key, value in data.items() if key not in later or value != later[key]}
-
-
-OLDEST = "0.3.0"
 
 
 def fields_of_peft() -> dict[str, tuple[str, Any]]:
