@@ -10,6 +10,7 @@ concatenated along an axis that they have, with ones for what has none; a sum ha
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +23,7 @@ from jlora.contraction import common_dtype
 from jlora.transform._jax import varied, varying_axes
 from jlora.transform._lazy import dense, densified
 from jlora.transform._structure import broadcast_in_dim
-from jlora.transform._weight import Factor, Plain, Shape, Weight, base_of, is_marked, is_weight, of_params
-
-Parts = Sequence[Factor] | str
+from jlora.transform._weight import Factor, Parts, Plain, Shape, Weight, base_of, is_marked, is_weight, of_params
 
 APART = "the weights split into in and out axes in different ways"
 WIDE = "the ranks together are no smaller than the weight"
@@ -51,8 +50,10 @@ def scatter_add(operands: Sequence[Any], shape: Shape, *_: Any, **__: Any) -> Pa
 
 def concatenate(operands: Sequence[Any], shape: Shape, *, dimension: int) -> Parts:
     weights = [operand for operand in operands if is_weight(operand)]
-    if weights[0].probe:
-        return _one_probe(weights, shape)
+    return weights[0].joined(weights, shape, functools.partial(_concatenated, operands, dimension))
+
+
+def _concatenated(operands: Sequence[Any], dimension: int, weights: Sequence[Weight], shape: Shape) -> Parts:
     found = _aligned(weights)
     if found is None:
         return APART
@@ -105,24 +106,30 @@ def common_frame(operands: Sequence[Any]) -> Weight | None:
     if not weights or not all(map(is_marked, operands)) or len({operand.value.shape for operand in operands}) > 1:
         return None
     value = operands[0].value
-    first = dataclasses.replace(weights[0], of_data=not all(map(of_params, operands)))
+    parts = weights[0].joined(weights, value.shape, _common_parts)
+    if isinstance(parts, str):
+        return None
+    like = next((weight for weight in weights if weight.gains), weights[0])
     paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
-    if first.probe:
-        return dataclasses.replace(first, paths=paths, factors=tuple(_one_probe(weights, value.shape)))
+    return like.with_parts(value, parts, paths=paths, of_data=not all(map(of_params, operands)))
+
+
+def _common_parts(weights: Sequence[Weight], _: Shape) -> Parts:
+    """The shapes that hold the parts of each of these weights."""
     found = _aligned(weights)
     if found is None:
-        return None
+        return APART
     rank = max(weight.rank for weight in weights)
     factors = []
     for side in zip(*found, strict=True):
         dtype = common_dtype(*(factor.array.dtype for factor in side))
         shape = (*side[0].array.shape[:-1], rank)
         factors.append(_of_dtypes(side, jax.ShapeDtypeStruct(shape, dtype)))
-    gains = []
+    gains: list[Any] = []
     if scaling := [gain for weight in weights for gain in weight.gains]:
         dtype = common_dtype(*(gain.array.dtype for gain in scaling))
         gains.append(scaling[0].changed(jax.ShapeDtypeStruct(scaling[0].array.shape, dtype)))
-    return dataclasses.replace(first, paths=paths, factors=tuple(factors), gains=tuple(gains))
+    return [*factors, *gains]
 
 
 def fitted(operand: Weight | Plain, frame: Weight) -> Weight:
@@ -130,7 +137,7 @@ def fitted(operand: Weight | Plain, frame: Weight) -> Weight:
     operand = densified(operand)
     arrays = [jnp.zeros(factor.array.shape, factor.array.dtype) for factor in frame.factors]
     arrays += [jnp.ones(gain.array.shape, gain.array.dtype) for gain in frame.gains]
-    if isinstance(operand, Weight) and not frame.probe:
+    if isinstance(operand, Weight):
         found = _aligned([frame, operand])
         for place, factor in enumerate(found[1] if found else ()):
             missing = frame.rank - operand.rank
@@ -148,9 +155,10 @@ def _sum(operands: Sequence[Any], shape: Shape) -> Parts:
         return GAINS
     if any(len(weight.shape) != len(shape) for weight in weights):
         return SPREAD
-    weights = [_spread(weight, shape) for weight in weights]
-    if weights[0].probe:
-        return _one_probe(weights, shape)
+    return weights[0].joined([_spread(weight, shape) for weight in weights], shape, _summed)
+
+
+def _summed(weights: Sequence[Weight], shape: Shape) -> Parts:
     found = _aligned(weights)
     if found is None:
         return APART
@@ -268,30 +276,3 @@ def _joined_gains(operands: Sequence[Any], dimension: int) -> list[Factor] | Non
         own = operand.gains if is_weight(operand) else ()
         arrays.append(own[0].array if own else jnp.ones([*(shape[axis] for axis in like.axes), 1], like.array.dtype))
     return [like.changed(jnp.concatenate(_alike(arrays), axis=like.axes.index(dimension)))]
-
-
-def _one_probe(weights: Sequence[Weight], shape: Shape) -> list[Factor]:
-    """The factors of a probe of several weights: those that have an axis in common become one.
-
-    An axis in params that is met twice, as in w + w.T, counts where it is first met.
-    """
-    first: dict[tuple[str, int], Factor] = {}
-    groups: list[tuple[set[int], list[Factor]]] = []
-    for weight in weights:
-        for factor in weight.factors:
-            for start in factor.origin:
-                first.setdefault(start, factor)
-            axes, members = set(weight.own(factor)), [factor]
-            for group in [group for group in groups if group[0] & axes]:
-                groups.remove(group)
-                axes, members = axes | group[0], [*group[1], *members]
-            groups.append((axes, members))
-    own = set().union(*(axes for axes, _ in groups))
-    shared = set(range(len(shape))) - own
-    factors = []
-    for axes, members in groups:
-        places = tuple(sorted(axes | shared))
-        array = jnp.zeros([*(shape[axis] for axis in places), 1], members[0].array.dtype)
-        origin = [start for factor in members for start in factor.origin if first[start] is factor]
-        factors.append(Factor(array, places, tuple(origin), any(factor.looked_up for factor in members)))
-    return factors

@@ -108,7 +108,7 @@ def dot_general(
     explicit = out_sharding is not None or any(spec_of(x)) or any(weight.spec)
     flatten = flatten and not explicit and len(whole.rest) > 1 and whole.rest in whole.x
     dot = whole.joined() if flatten else whole
-    order = matching(weight, dot.roles)
+    order = weight.order(dot.roles)
     if order is None and not _narrows(weight, dot.roles):
         return "no axis that is contracted belongs to A alone or to B alone"
     sizes = dict(zip(whole.x + whole.weight, x.shape + weight.shape, strict=True))
@@ -161,18 +161,9 @@ def _in_order(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int]
     return product.transpose([found.index(c) for c in dot.y])
 
 
-def matching(weight: Weight, roles: str) -> tuple[int, int] | None:
-    """The order of the factors in which the first has the in axes, the second the out axes, and both the batch axes."""
-    used = {role: tuple(d for d, found in enumerate(roles) if found == role) for role in "bio"}
-    if weight.probe or weight.shared != used["b"]:
-        return None
-    owns = [weight.own(factor) for factor in weight.factors]
-    return next((order for order in ((0, 1), (1, 0)) if [used["i"], used["o"]] == [owns[n] for n in order]), None)
-
-
 def _narrows(weight: Weight, roles: str) -> bool:
     """Whether a product with one factor leaves the rank in place of an axis."""
-    return weight.probe or any(roles[axis] == "i" for factor in weight.factors for axis in weight.own(factor))
+    return any(roles[axis] == "i" for factor in weight.factors for axis in weight.own(factor))
 
 
 def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any, out_sharding: Any = None) -> jax.Array:
@@ -226,12 +217,12 @@ def ragged_dot_general(
     ):
         return "a form of ragged_dot that is not rows times (experts, in, out)"
     roles = "".join("b" if d in groups else "i" if d in w_in else "o" for d in range(3))
-    order = matching(weight, roles)
-    if order is None and not weight.probe:
+    order = weight.order(roles)
+    if order is None:
         return "the groups are not the batch axis of the adapter"
 
     def update(x: jax.Array, weight: Weight) -> jax.Array:
-        first, second = (weight.factors[n] for n in order or ())
+        first, second = (weight.factors[n] for n in order)
         a = first.ordered((*groups, *w_in), 2)
         b = second.ordered((*groups, roles.index("o")), 1)
         rows = jnp.moveaxis(x, x_in[0], -1)
@@ -273,15 +264,15 @@ def conv_general_dilated(
     if weight_first or batch_group_count != 1:
         return "the weight is not the kernel of the convolution"
     roles = "".join("o" if d == out_axis else "i" for d in range(len(weight.shape)))
-    order = matching(weight, roles)
-    if order is None and not weight.probe:
+    order = weight.order(roles)
+    if order is None:
         return "the features of the convolution are not the out axis of the adapter"
     explicit = out_sharding is not None or any(spec_of(x)) or any(weight.spec)
     if explicit and groups > 1:
         return "a convolution with groups in a mesh of explicit axes"
 
     def update(x: jax.Array, weight: Weight) -> jax.Array:
-        first, second = (weight.factors[n] for n in order or ())
+        first, second = (weight.factors[n] for n in order)
         rank, features = weight.rank, weight.shape[out_axis]
         a = first.ordered(weight.own(first), out_axis)
         channel = dimension_numbers.out_spec[1]

@@ -155,7 +155,7 @@ def _moved(found: Moves, run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequ
         if any(map(is_weight, read)) and not is_weight(output):
             return bind(eqn, run.merge_all(eqn, inputs, MOVED))
     # Rows that were looked up, as of an embedding, are no weight any more: those of A, times B, are added to them here.
-    usual = dataclasses.replace(quiet, uses=[], keeps_rows=False)
+    usual = dataclasses.replace(quiet, uses=[], keeps_rows=run.keeps_rows)
     followed = usual.evaluate(program, inputs)
     if run.uses is not None:
         run.uses.extend(usual.uses or ())
@@ -180,16 +180,16 @@ def _multiplied(found: Multiplies, run: Run, eqn: JaxprEqn, inputs: Sequence[Any
         except AdapterError as error:
             raise _wrong(eqn, str(error)) from error
         roles = einsum.factorization.roles
-        order = products.matching(weight, roles)
+        order = weight.order(roles)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return INTEGERS
-        if order is None and not weight.probe:
+        if order is None:
             return SPLIT
         if not set(einsum.weight) - set(einsum.x) <= set(einsum.y):
             return SUMMED
 
         def update(x: jax.Array, weight: Weight) -> jax.Array:
-            a, b = _factors(weight, order or (0, 1))
+            a, b = _factors(weight, order)
             y = (found.update or einsum.product)(x, a, b, *rest)
             if jnp.shape(y) != shape:
                 raise _wrong(eqn, f"its update returns the shape {jnp.shape(y)}, the primitive {shape}")

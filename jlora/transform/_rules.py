@@ -14,7 +14,7 @@ from jlora.contraction import common_dtype
 from jlora.transform import _structure as structure
 from jlora.transform._lazy import bind, used
 from jlora.transform._products import Product, Update, cost, known
-from jlora.transform._run import Rule, Run, lookup_roles
+from jlora.transform._run import Rule, Run
 from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
 
 MOVED = "what it makes of the weight is no product of factors"
@@ -110,7 +110,7 @@ def looks_up(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     rows = weight.with_parts(values[0], parts, of_data=of_data)
     indexed = structure.indexed_axes(weight.shape, eqn.params)
     by_batch_axis = set(indexed) <= set(weight.shared) if indexed else rows.is_matrix
-    if weight.probe or run.keeps_rows or indices.ndim == 1 or by_batch_axis:
+    if run.keeps_rows or indices.ndim == 1 or by_batch_axis:
         return [rows]
     roles = "".join("i" if axis in indexed else "o" for axis in range(len(weight.shape)))
     flops = 2.0 * rows.rank * known(rows.value.size)
@@ -142,30 +142,25 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
             return bind(eqn, [*((value, x) if place == 0 else (x, value)), *rest])[0]
 
         base = product.base or bound
-        roles = product.roles
-        if weight.looked_up and any(roles[axis] != "b" for f in weight.factors if f.looked_up for axis in f.axes):
-            roles = lookup_roles(weight)
         y: Any = eqn.outvars[0].aval
         size, choice = cost(weight, product.roles, known(y.size)), run.settings.cost
         merge = product.mergeable and run.key is None and choice.merges(size.rows, size.ins, weight.value.dtype)
         run.record(
             eqn,
             weight,
-            roles=roles,
+            roles=product.roles,
             factored=not merge,
             why="A@B costs less than (x@A)@B here" if merge else "",
             base_flops=size.base,
             adapter_flops=size.merged if merge else size.factored,
         )
-        if weight.probe:
-            return [used(base, x, weight.value)]
         of_x, of_y = gained
         x, own = _scaled(x, of_x), weight.without_gains()
         if merge:
             merged = functools.partial(_merged, base, product.update, keep=choice.keeps(size.rows, size.outs))
             return [_scaled(used(merged, x, own), of_y)]
         output = used(base, x, own.value)
-        return [_scaled(output + _updated(product.update, run.dropped(x, own.path), own).astype(output.dtype), of_y)]
+        return [_scaled(output + own.product(product.update, run.dropped(x, own.path)).astype(output.dtype), of_y)]
 
     return apply
 
@@ -206,16 +201,6 @@ def _place_of_weight(inputs: Sequence[Any]) -> int:
     return int(first > second)
 
 
-def _updated(update: Update, x: jax.Array, weight: Weight) -> jax.Array:
-    """The update in the common dtype of input and factors, as matrix products take them."""
-    dtypes = [jnp.dtype(factor.product_dtype or factor.array.dtype) for factor in weight.factors]
-    dtypes.append(x.dtype)
-    small = any(dtype.itemsize < 2 for dtype in dtypes)
-    dtype = jnp.dtype(jnp.float32) if small else common_dtype(*dtypes)
-    arrays = [factor.array.astype(dtype) for factor in weight.factors]
-    return update(x.astype(dtype), weight.with_arrays(weight.value, arrays))
-
-
 def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight: Weight, *, keep: bool) -> jax.Array:
     """The product with the merged weight; the derivatives by A and B are those of the factored form.
 
@@ -238,11 +223,11 @@ def _merged(base: Callable[..., jax.Array], update: Update, x: jax.Array, weight
         terms = [
             (dx, lambda dx: base(dx, merged if keep else value)),
             (dvalue, lambda dvalue: base(x, dvalue)),
-            (da, lambda da: _updated(update, x, own.with_arrays(value, [da, b]))),
-            (db, lambda db: _updated(update, x, own.with_arrays(value, [a, db]))),
+            (da, lambda da: own.with_arrays(value, [da, b]).product(update, x)),
+            (db, lambda db: own.with_arrays(value, [a, db]).product(update, x)),
         ]
         if not keep:
-            terms.append((dx, lambda dx: _updated(update, dx, own)))
+            terms.append((dx, lambda dx: own.product(update, dx)))
         y = base(x, merged)
         dy = jnp.zeros_like(y)
         for tangent, term in terms:

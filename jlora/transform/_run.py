@@ -73,8 +73,8 @@ class Use:
       shape: of the weight as it stands there.
       primitive: that uses it.
       source: the line of the user's code that called it.
-      roles: one letter for each axis of the weight as it is used here, of the weight in params for a probe. Where it
-        is used as a whole there is none; for a probe the axes that are left are "o".
+      roles: one letter for each axis of the weight as it is used here; none where it is used as a whole. Of a `Probe`
+        they are those of the weight in params.
       factored: whether the product is computed from the factors.
       why: the reason of the choice.
       times: how often the scans around it repeat it.
@@ -175,7 +175,7 @@ class Run:
 
     def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> Any:
         """The merged weight, for an equation that takes it as a whole; of a lazy base it is a lazy base again."""
-        if self.settings.strict and not weight.probe:
+        if self.settings.strict:
             place = (
                 f"{name_of_primitive(eqn.primitive)} at {self.source_of(eqn)}" if eqn else "the output of the function"
             )
@@ -183,13 +183,11 @@ class Run:
                 f"{self.path_of(weight)}: {place} cannot be factored: {why}; leave the weight out with "
                 "exclude_modules, or allow merging with strict=False"
             )
-        if self.key is not None and not weight.probe:
+        if self.key is not None:
             why += "; no dropout"
             self.undropped.update(dict.fromkeys(weight.paths))
-        whole = "o" * len(weight.shape) if weight.probe else ""
-        roles = lookup_roles(weight) if weight.looked_up else whole
         flops = 2.0 * weight.rank * weight.value.size
-        self.record(eqn, weight, roles=roles, factored=False, why=why, adapter_flops=flops)
+        self.record(eqn, weight, roles="", factored=False, why=why, adapter_flops=flops)
         if is_followed(weight.value):
             return Lazy(weight, weight.shape, weight.value.dtype, front=0)
         return weight.merged()
@@ -223,13 +221,14 @@ class Run:
         name = name_of_primitive(eqn.primitive) if eqn else "return"
         share = self.times / len(weight.paths)
         for path in weight.paths:
+            primitive, of_path = weight.reading(path, name, roles)
             self.uses.append(
                 Use(
                     path,
                     weight.shape,
-                    "gather" if weight.looked_up else name,
+                    primitive,
                     self.source_of(eqn) if eqn else "",
-                    _roles_in_params(weight, path, roles) if weight.probe and roles else roles,
+                    of_path,
                     factored,
                     why,
                     self.times,
@@ -261,26 +260,6 @@ class Run:
         share = 1 - self.settings.dropout
         keep = jax.random.bernoulli(key, share, x.shape)
         return jnp.where(keep, x / jnp.asarray(share, x.dtype), jnp.zeros((), x.dtype))
-
-
-def lookup_roles(weight: Weight) -> str:
-    """The roles of a probe's axes where its rows were looked up and are used as values."""
-    by = {axis: factor.looked_up for factor in weight.factors for axis in factor.axes}
-    return "".join("i" if by[axis] else "o" for axis in range(len(weight.shape)))
-
-
-def _roles_in_params(weight: Weight, path: str, roles: str) -> str:
-    """The roles of the axes that a probe of `path` began with; one that was sliced or scanned away is a batch axis.
-
-    So is one of which a single element was looked up, unless what is left lacks an in axis, as a row of a table does.
-    """
-    found: dict[int, str] = {}
-    gone = "b" if {"i", "o"} <= set(roles) else "i"
-    for factor in weight.factors:
-        used = {roles[axis] for axis in factor.axes}
-        role = next((role for role in "iob" if role in used), gone if factor.looked_up else "b")
-        found.update({axis: role for of_path, axis in factor.origin if of_path == path})
-    return "".join(found[axis] for axis in sorted(found))
 
 
 def _last_uses(program: Any) -> dict[int, list[Var]]:

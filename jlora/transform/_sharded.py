@@ -5,10 +5,7 @@ from typing import Any
 
 from jax import lax
 
-from jlora.transform._jax import varying_axes
-from jlora.transform._weight import Factor, Weight
-
-Parts = Sequence[Factor] | str
+from jlora.transform._weight import Factor, Parts, Weight, differs
 
 DIFFERS = "A or B may differ between the devices that it is gathered from; shard_map with check_vma=True tells"
 EXCHANGED = "the devices exchange an axis of A for one of B"
@@ -40,10 +37,10 @@ def all_gather(
             factor.renumbered({axis: axis + (axis >= all_gather_dimension) for axis in factor.axes})
             for factor in factors
         ]
-        differing = [factor for factor in factors if _differs(factor, names)] or factors
+        differing = [factor for factor in factors if differs(factor, names)] or factors
         return [gathered(factor) if factor in differing else factor for factor in factors]
     having = [factor for factor in factors if all_gather_dimension in factor.axes]
-    if any(_differs(factor, names) for factor in factors if factor not in having) and not weight.probe:
+    if weight.differs([factor for factor in factors if factor not in having], names):
         return DIFFERS
     return [gathered(factor) if factor in having else factor for factor in factors]
 
@@ -51,7 +48,7 @@ def all_gather(
 def ppermute(weight: Weight, *, axis_name: Any, perm: Any) -> Parts:
     """Every factor that differs from device to device goes to the device that its weight goes to."""
     names = _names(axis_name)
-    moving = [factor for factor in weight.parts if _differs(factor, names)] or weight.parts
+    moving = [factor for factor in weight.parts if differs(factor, names)] or weight.parts
     return [
         factor.changed(lax.ppermute(factor.array, axis_name, perm)) if factor in moving else factor
         for factor in weight.parts
@@ -68,7 +65,7 @@ def all_to_all(
     staying = [factor for factor in weight.parts if factor not in moving]
     if not tiled or not moving or any(axes & set(factor.axes) for factor in staying):
         return EXCHANGED
-    if any(_differs(factor, names) for factor in staying):
+    if weight.differs(staying, names):
         return DIFFERS
 
     def exchanged(factor: Factor) -> Factor:
@@ -81,9 +78,3 @@ def all_to_all(
 
 def _names(axis_name: Any) -> tuple[str, ...]:
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-
-
-def _differs(factor: Factor, names: Sequence[str]) -> bool:
-    """Whether a factor may differ along these axes of the mesh; without check_vma nothing says that it does not."""
-    checked = bool(varying_axes(lax.axis_index(tuple(names))))
-    return not checked or bool(set(names) & set(varying_axes(factor.array)))

@@ -4,7 +4,6 @@ A rule is called with the weight, the other operands and the parameters of the p
 result, or None where the result is no product of factors, or not all of it has the gain.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -164,21 +163,14 @@ def split(weight: Weight, *, sizes: Sequence[int], axis: int) -> Sequence[Sequen
 
 
 def reshape(weight: Weight, *, new_sizes: Shape, dimensions: Any = None, **_: Any) -> Parts:
-    """Axes that are joined or split belong to the same parts; in a probe they become one factor."""
+    """Axes that are joined or split belong to the same parts."""
     if dimensions is not None or 0 in weight.shape:
         return None
     blocks = list(_blocks(weight.shape, tuple(new_sizes)))
-    parts: list[Factor] = list(weight.parts)
-    members = []
-    for old, _new in blocks:
-        wide = [axis for axis in old if weight.shape[axis] != 1]
-        having = [part for part in parts if set(wide) & set(part.axes)] if wide else list(parts)
-        if weight.probe and len(having) > 1:
-            joined = _joined(having)
-            parts = [part for part in parts if part not in having] + [joined]
-        elif any(not set(wide) <= set(factor.axes) for factor in having):
-            return None
-        members.append(wide)
+    members = [[axis for axis in old if weight.shape[axis] != 1] for old, _new in blocks]
+    parts = weight.together(members).parts
+    if any(0 < len(set(wide) & set(part.axes)) < len(wide) for wide in members for part in parts):
+        return None
 
     def reshaped(factor: Factor) -> Factor:
         sizes: list[int] = []
@@ -190,15 +182,6 @@ def reshape(weight: Weight, *, new_sizes: Shape, dimensions: Any = None, **_: An
         return factor.changed(factor.array.reshape(*sizes, factor.rank), axes)
 
     return [reshaped(part) for part in parts]
-
-
-def _joined(factors: Sequence[Factor]) -> Factor:
-    """The factor of a probe that has the axes of several."""
-    axes = sorted({axis for factor in factors for axis in factor.axes})
-    sizes = {axis: size for factor in factors for axis, size in zip(factor.axes, factor.array.shape, strict=False)}
-    array = jnp.zeros([*(sizes[axis] for axis in axes), 1], factors[0].array.dtype)
-    origin = sorted(axis for factor in factors for axis in factor.origin)
-    return Factor(array, tuple(axes), tuple(origin), any(factor.looked_up for factor in factors))
 
 
 def _blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
@@ -264,7 +247,6 @@ def gather(weight: Weight, indices: jax.Array, **params: Any) -> Sequence[Factor
             mode=params["mode"],
             fill_value=fill if is_number else value,
         )
-        found = dataclasses.replace(factor, looked_up=True)
-        return found.changed(array, [*ids, *(new[axis] for axis in others)])
+        return factor.after_lookup().changed(array, [*ids, *(new[axis] for axis in others)])
 
     return [*(looked_up(factor, 0) for factor in weight.factors), *(looked_up(gain, 1) for gain in weight.gains)]

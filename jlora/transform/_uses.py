@@ -13,10 +13,10 @@ from jlora.errors import ConfigError
 from jlora.paths import literal_pattern, names_leaf
 from jlora.transform._keywords import check_keywords
 from jlora.transform._lazy import followed
+from jlora.transform._probe import probe
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings, Use
-from jlora.transform._weight import probe
 from jlora.tree import Known, LeftOut, Survey, check_config, is_floating, is_targeted, survey
 
 _ADDED = ("add", "sub", "add_any")
@@ -71,7 +71,7 @@ def survey_uses(
 ) -> tuple[LoraConfig, Survey]:
     """What `resolve_config` returns, and what it makes of the weights; problems stand in the survey, none is raised."""
     check_config(config)
-    known = _known(config, _probed(fn, config, params, args, kwargs))
+    known = _known(config, _uses_by_path(fn, config, params, args, kwargs))
     found = survey(params, config, known)
     given = dict(config.factorizations)
     new = {literal_pattern(path): roles for path, roles in known.roles.items() if path in found.targets}
@@ -130,14 +130,16 @@ def _names(config: LoraConfig, path: str) -> bool:
     return any(names_leaf(pattern, path) for pattern, _ in patterns)
 
 
-def _probed(fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any) -> dict[str, list[Use]]:
+def _uses_by_path(
+    fn: Callable[..., Any], config: LoraConfig, params: Any, args: Any, kwargs: Any
+) -> dict[str, list[Use]]:
     """The uses of every leaf of two or more axes that the patterns take in, by path, in the order of the program.
 
     One on which nothing depends has none.
     """
     program = Program(fn, params, args, kwargs)
     uses: list[Use] = []
-    run = Run(Settings(registry(), _NEVER_MERGED), uses=uses)
+    run = Run(Settings(registry(), _NEVER_MERGED), uses=uses, keeps_rows=True)
     probed: list[str] = []
 
     def evaluated(*arrays: jax.Array) -> Any:

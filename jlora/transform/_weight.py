@@ -15,7 +15,7 @@ tokens plus positions are: the weight is merged there, as one that is only added
 import dataclasses
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.contraction import Factorization, common_dtype, spec_of
+from jlora.transform._jax import varying_axes
 from jlora.transform._lazy import dense, is_followed
 
 Shape = tuple[int, ...]
@@ -32,15 +33,11 @@ Shape = tuple[int, ...]
 class Factor:
     """An array `(*sizes of axes, r)`, r = 1 for a gain; `axes` are axes of the weight, in ascending order.
 
-    In a probe, `origin` holds the axes that the factor began with, each with the path of its weight in params, and
-    `looked_up` says that an index chose among them. `product_dtype` is the dtype that the factor brings into a product;
-    None for the array's.
+    `product_dtype` is the dtype that the factor brings into a product; None for the array's.
     """
 
     array: jax.Array
     axes: tuple[int, ...]
-    origin: tuple[tuple[str, int], ...] = ()
-    looked_up: bool = False
     product_dtype: Any = None
 
     @property
@@ -61,6 +58,10 @@ class Factor:
         wide = common_dtype(self.array.dtype, jnp.float32)
         array = operation(self.array.astype(wide), jnp.asarray(by, wide))
         return dataclasses.replace(self, array=array, product_dtype=self.product_dtype or self.array.dtype)
+
+    def after_lookup(self) -> "Factor":
+        """The factor when an index has chosen along its axes."""
+        return self
 
     def cast(self, dtype: Any) -> "Factor":
         return dataclasses.replace(self, array=self.array.astype(dtype), product_dtype=None)
@@ -89,20 +90,21 @@ class Factor:
         return self.array.transpose(places)
 
 
+Parts = Sequence[Factor] | str  # the factors and the gains, or why there are none
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
     """A weight and its parts: a pytree, so that it passes into jit, cond and checkpoint as it is.
 
     `paths` are those of the weights in params that it is made of; `of_data` says that it depends on the arguments of
-    the function too, as a row that was looked up. A probe has one factor of rank 1 for each axis; it
-    shows how a program uses the axes.
+    the function too, as a row that was looked up.
     """
 
     paths: tuple[str, ...]
     value: Any  # an array, or a lazy base
     factors: tuple[Factor, ...]
     gains: tuple[Factor, ...] = ()
-    probe: bool = False
     of_data: bool = False
 
     @property
@@ -139,8 +141,8 @@ class Weight:
 
     @property
     def looked_up(self) -> bool:
-        """Whether this is a probe of which rows were looked up."""
-        return self.probe and any(factor.looked_up for factor in self.factors)
+        """Whether it is rows that were looked up; only a `Probe` goes on with them as a weight."""
+        return False
 
     @property
     def spec(self) -> tuple[Any, ...]:
@@ -170,6 +172,39 @@ class Weight:
 
     def without_gains(self) -> "Weight":
         return dataclasses.replace(self, gains=())
+
+    def together(self, groups: Sequence[Sequence[int]]) -> "Weight":
+        """The weight before the axes of each group become one."""
+        return self
+
+    def joined(self, weights: Sequence["Weight"], shape: Shape, rule: Callable[..., Parts]) -> Parts:
+        """The parts of what this weight, the first of several, becomes with the others, by a rule."""
+        return rule(weights, shape)
+
+    def order(self, roles: str) -> tuple[int, int] | None:
+        """The order of the factors in which the first has the in axes, the second the out axes, both the batch axes."""
+        used = {role: tuple(axis for axis, found in enumerate(roles) if found == role) for role in "bio"}
+        if self.shared != used["b"]:
+            return None
+        owns = [self.own(factor) for factor in self.factors]
+        return next((order for order in ((0, 1), (1, 0)) if [used["i"], used["o"]] == [owns[n] for n in order]), None)
+
+    def product(self, update: Callable[[jax.Array, "Weight"], jax.Array], x: jax.Array) -> Any:
+        """The product of the input with the factors, in their common dtype, as matrix products take them."""
+        dtypes = [jnp.dtype(factor.product_dtype or factor.array.dtype) for factor in self.factors]
+        dtypes.append(x.dtype)
+        small = any(dtype.itemsize < 2 for dtype in dtypes)
+        dtype = jnp.dtype(jnp.float32) if small else common_dtype(*dtypes)
+        arrays = [factor.array.astype(dtype) for factor in self.factors]
+        return update(x.astype(dtype), self.with_arrays(self.value, arrays))
+
+    def differs(self, parts: Sequence[Factor], names: Sequence[str]) -> bool:
+        """Whether these parts may differ between devices along these axes of the mesh."""
+        return any(differs(part, names) for part in parts)
+
+    def reading(self, path: str, primitive: str, roles: str) -> tuple[str, str]:
+        """The primitive and the roles under which its use in this one is noted for the weight at `path`."""
+        return primitive, roles
 
     def delta(self) -> jax.Array:
         """The dense update, float32 at least; both factors are matrices in the product."""
@@ -206,8 +241,6 @@ class Weight:
         """The value with the update added, times the gains: in float32 at least, rounded once."""
         if is_followed(self.value):
             return dataclasses.replace(self, value=dense(self.value)).merged()
-        if self.probe:
-            return self.value
         delta = self.delta()
         dtype = common_dtype(delta.dtype, self.value.dtype)
         total = self.value.astype(dtype) + delta.astype(dtype)
@@ -238,12 +271,10 @@ def adapted(
     return Weight((path,), value, (first, second.scaled(lax.mul, scale)), tuple(gains))
 
 
-def probe(path: str, value: jax.Array) -> Weight:
-    """A weight of which every axis is a factor."""
-    factors = (
-        Factor(jnp.zeros((size, 1), value.dtype), (axis,), ((path, axis),)) for axis, size in enumerate(value.shape)
-    )
-    return Weight((path,), value, tuple(factors), probe=True)
+def differs(part: Factor, names: Sequence[str]) -> bool:
+    """Whether a part may differ along these axes of the mesh; without check_vma nothing says that it does not."""
+    checked = bool(varying_axes(lax.axis_index(tuple(names))))
+    return not checked or bool(set(names) & set(varying_axes(part.array)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,21 +288,9 @@ class Plain:
     value: jax.Array
 
 
-def _flatten(weight: Weight) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    arrays = (weight.value, *(part.array for part in weight.parts))
-    marks = tuple((part.axes, part.origin, part.looked_up, part.product_dtype) for part in weight.parts)
-    return arrays, (weight.paths, weight.probe, weight.of_data, len(weight.factors), marks)
-
-
-def _unflatten(static: tuple[Any, ...], arrays: Sequence[Any]) -> Weight:
-    paths, is_probe, of_data, count, marks = static
-    value, *rest = arrays
-    parts = tuple(Factor(array, *mark) for array, mark in zip(rest, marks, strict=True))
-    return Weight(paths, value, parts[:count], parts[count:], is_probe, of_data)
-
-
-jax.tree_util.register_pytree_node(Weight, _flatten, _unflatten)
-jax.tree_util.register_pytree_node(Plain, lambda plain: ((plain.value,), None), lambda _, values: Plain(*values))
+jax.tree_util.register_dataclass(Factor, ["array"], ["axes", "product_dtype"])
+jax.tree_util.register_dataclass(Weight, ["value", "factors", "gains"], ["paths", "of_data"])
+jax.tree_util.register_dataclass(Plain, ["value"], [])
 
 
 def is_weight(node: Any) -> bool:

@@ -125,6 +125,10 @@ CASES = {
     "reshaped to heads": Case(
         lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"].reshape(5, 2, 3)), (5, 6), (11, 5), "io"
     ),
+    "reshaped to a last axis of one": Case(
+        lambda p, x: jnp.einsum("td,fd->tf", x, p["w"].reshape(7, 5, 1)[..., 0]), (7, 5), (11, 5), "oi"
+    ),
+    "reshaped from a last axis of one": Case(lambda p, x: x @ p["w"].reshape(7, 5).T, (7, 5, 1), (11, 5), "oib"),
     "split": Case(lambda p, x: sum(x @ w for w in jnp.split(p["w"], 3, 1)), (5, 21), (11, 5), "io"),
     "compiled": Case(jax.jit(uses("td,fd->tf")), (7, 5), (11, 5), "oi"),
     "rematerialized": Case(jax.checkpoint(uses("td,fd->tf")), (7, 5), (11, 5), "oi"),
