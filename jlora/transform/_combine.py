@@ -125,10 +125,11 @@ def _common_parts(weights: Sequence[Weight], _: Shape) -> Parts:
         dtype = common_dtype(*(factor.array.dtype for factor in side))
         shape = (*side[0].array.shape[:-1], rank)
         factors.append(_of_dtypes(side, jax.ShapeDtypeStruct(shape, dtype)))
-    gains: list[Any] = []
+    gains: list[Factor] = []
     if scaling := [gain for weight in weights for gain in weight.gains]:
         dtype = common_dtype(*(gain.array.dtype for gain in scaling))
-        gains.append(scaling[0].changed(jax.ShapeDtypeStruct(scaling[0].array.shape, dtype)))
+        array: Any = jax.ShapeDtypeStruct(scaling[0].array.shape, dtype)
+        gains.append(scaling[0].changed(array))
     return [*factors, *gains]
 
 
