@@ -6,25 +6,28 @@ from typing import Any
 
 from jlora import compose
 from jlora.adapter import is_entry
+from jlora.checkpoints._forms import form_of, read_entries
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
 from jlora.fields import choice
-from jlora.interop.peft import FLAT, NESTED, is_peft_folder, read_peft_arrays, with_kinds_of, write_peft
+from jlora.interop.mlx import write_mlx
+from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
 from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_adapters, save_adapters
 
-FORMATS = ("own", "peft")
+FORMATS = ("own", "peft", "mlx")
 NAMES = ("gemma", "qwix")
 
 
 def read_adapters(path: str | Path, mapping: Table = NESTED) -> tuple[Any, LoraConfig, str]:
-    """The adapters of a folder, their configuration, and the format that they are in, "own" or "peft"."""
-    if not is_peft_folder(path):
-        return *load_adapters(path), "own"
-    entries, config = read_peft_arrays(path, mapping)
-    return nest(entries), config, "peft"
+    """The adapters of a folder, their configuration, and the format that they are in, one of `FORMATS`."""
+    form = form_of(path)
+    if form == "own":
+        return *load_adapters(path), form
+    entries, config = read_entries(path, mapping)
+    return nest(entries), config, form
 
 
 def write_adapters(
@@ -38,7 +41,8 @@ def write_adapters(
     if form == "own":
         save_adapters(folder, adapters, config)
     else:
-        write_peft(folder, adapters, config, _table(adapters) if mapping is None else mapping)
+        write = {"peft": write_peft, "mlx": write_mlx}[form]
+        write(folder, adapters, config, _table(adapters) if mapping is None else mapping)
 
 
 def resize(
@@ -97,11 +101,12 @@ def convert(
     """Adapters in another format, written to a folder.
 
     Args:
-      source: a folder of adapters, jlora's own or PEFT's; with `names`, a checkpoint of params that hold adapters.
+      source: a folder of adapters, jlora's own, PEFT's or mlx-lm's; with `names`, a checkpoint of params that hold
+        adapters.
       out: the folder to write.
-      to: "own" or "peft".
-      mapping: how the names in PEFT's files meet the paths (`jlora.interop.peft`); by default paths are the names with
-        slashes for dots.
+      to: "own", "peft" or "mlx".
+      mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
+        the names with slashes for dots.
       names: "gemma" (`lora/a`, `lora/b` beside a weight) or "qwix" (`kernel_lora_a`, `kernel_lora_b`).
       alpha: that qwix was given; it is not in the params.
       force: whether to replace `out` where it is there.

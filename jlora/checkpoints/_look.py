@@ -5,13 +5,12 @@ from typing import Any
 
 from jlora import diagnostics
 from jlora.adapter import is_entry
+from jlora.checkpoints._forms import is_adapters
 from jlora.checkpoints._jobs import read_adapters
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._rewrite import Progress
 from jlora.disk import Checkpoint, LazyArray
-from jlora.interop.peft import is_peft_folder
 from jlora.paths import leaves_by_path
-from jlora.storage import is_adapters_folder
 
 
 def inspect(adapters: str | Path, *, base: str | Path | None = None) -> diagnostics.Inspection:
@@ -31,11 +30,6 @@ def diff(
         (one, first, _), (other, second, _) = read_adapters(left), read_adapters(right)
         return diagnostics.diff((one, first), (other, second))
     return diagnostics.diff_checkpoints(left, right, on_progress=on_progress)
-
-
-def is_adapters(path: str | Path) -> bool:
-    """Whether a folder holds adapters, jlora's own or PEFT's."""
-    return is_peft_folder(path) or is_adapters_folder(path)
 
 
 def _params(base: str | Path, adapters: Any) -> dict[str, LazyArray]:

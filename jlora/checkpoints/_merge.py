@@ -9,6 +9,8 @@ from typing import Any
 
 from jlora.adapter import Entry
 from jlora.checkpoints._arithmetic import Weight
+from jlora.checkpoints._forms import files_of
+from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._residuals import RESIDUALS, check_names
 from jlora.checkpoints._rewrite import (
     RECORD,
@@ -20,9 +22,10 @@ from jlora.checkpoints._rewrite import (
 )
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._updates import changes_of, read_adapter
-from jlora.disk import Checkpoint, Pair, TensorFile, read_json
+from jlora.disk import Checkpoint, TensorFile, read_json
 from jlora.errors import DataError, listed, printable, shortened
 from jlora.fields import number
+from jlora.interop.mlx import check_base_of_mlx
 from jlora.interop.peft import Mapping
 
 
@@ -103,7 +106,7 @@ def merge(
 
     Args:
       checkpoint: a folder of safetensors in the layout of Hugging Face, sharded or not, or one file.
-      adapters: folders of adapters, jlora's own or PEFT's, one or several.
+      adapters: folders of adapters, jlora's own, PEFT's or mlx-lm's, one or several.
       out: the folder to write.
       weights: of the adapters, 1 by default; may be negative.
       mapping: rows of `jlora.interop.peft.Row` from the adapters' names to the checkpoint's, where these are others;
@@ -233,6 +236,7 @@ def _changes(
     for folder, factor in zip(folders, factors, strict=True):
         entries, config = read_adapter(folder)
         try:
+            check_base_of_mlx(config, settings_of(source).get("model_type"))
             for name, change in changes_of(entries, config, factor, source, mapping).items():
                 found.setdefault(name, []).append(change)
         except DataError as error:
@@ -262,7 +266,7 @@ def _record(
     return {
         "command": command,
         "source": fingerprint(source),
-        "adapters": [[file_digest(path) for path in Pair(folder).current()] for folder in folders],
+        "adapters": [[file_digest(path) for path in files_of(folder)] for folder in folders],
         "names": [folder.resolve().name for folder in folders],
         "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
         "mapping": [dataclasses.astuple(row) for row in mapping],

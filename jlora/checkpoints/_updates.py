@@ -10,16 +10,16 @@ import jax
 import numpy as np
 
 from jlora.adapter import Entry
+from jlora.checkpoints._forms import read_entries
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
 from jlora.errors import DataError, TargetError, listed, raise_all
-from jlora.interop.peft import Mapping, is_peft_folder, paths_of_name, read_peft_arrays
+from jlora.interop.peft import Mapping, paths_of_name
 from jlora.interop.transformers import RENAMED, facts_of
 from jlora.paths import nearest
-from jlora.storage import load_arrays
 from jlora.tree import bind
 
 Entries = dict[str, dict[str, Any]]
@@ -31,8 +31,8 @@ _SAMPLE, _MOST_PREFIXES = 100, 1000
 
 
 def read_adapter(path: str | Path) -> tuple[Entries, LoraConfig]:
-    """The entries by path, of arrays that are read when asked for, and the configuration: jlora's own or PEFT's."""
-    return read_peft_arrays(path, lazy=True) if is_peft_folder(path) else load_arrays(path)
+    """The entries by path, of arrays that are read when asked for, and the configuration, in any format."""
+    return read_entries(path, lazy=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _LINE = 80  # characters of an error in a table
 
-_ADAPTERS = "a folder of adapters, jlora's own or PEFT's"
+_ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's"
+_FORMATS = ("own", "peft", "mlx")
 _TABLE = "a .toml or .json file with tables [[row]]"
 _CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
 
@@ -68,7 +69,7 @@ def _out(parser: argparse.ArgumentParser, *, form: bool = False) -> None:
     parser.add_argument("--out", "-o", required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--force", action="store_true", help="replace the folder where it is there")
     if form:
-        parser.add_argument("--format", choices=("own", "peft"), help="of the adapters that are written")
+        parser.add_argument("--format", choices=_FORMATS, help="of the adapters that are written")
 
 
 def _weights(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +131,7 @@ def _combine(parser: argparse.ArgumentParser) -> None:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=f"{_ADAPTERS}; with --names, a checkpoint")
-    parser.add_argument("--to", choices=("own", "peft"), required=True, help="the format to write")
+    parser.add_argument("--to", choices=_FORMATS, required=True, help="the format to write")
     _out(parser)
     parser.add_argument(
         "--mapping",

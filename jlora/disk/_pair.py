@@ -35,17 +35,22 @@ _TRIES = 50
 class Pair:
     """The two files in a folder.
 
+    Args:
+      folder: where they are.
+      tensors: the name of the tensors' file. The hidden names tell pairs with other tensors apart.
+
     Attributes:
       config, tensors: where the files lie.
       old_config: where the configuration lies while the tensors are replaced.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, tensors: str = TENSORS) -> None:
         self.folder = Path(folder)
-        self.config, self.tensors = self.folder / CONFIG, self.folder / TENSORS
-        self.old_config = self.folder / f".{CONFIG}.jlora-old"
-        self._new_config = self.folder / f".{CONFIG}.jlora-new"
-        self._new_tensors = self.folder / f".{TENSORS}.jlora-new"
+        self.config, self.tensors = self.folder / CONFIG, self.folder / tensors
+        hidden = CONFIG if tensors == TENSORS else f"{CONFIG}.{tensors}"
+        self.old_config = self.folder / f".{hidden}.jlora-old"
+        self._new_config = self.folder / f".{hidden}.jlora-new"
+        self._new_tensors = self.folder / f".{tensors}.jlora-new"
 
     def current_config(self) -> Path:
         """The configuration that the tensors at hand belong to, also where a writer was killed."""
@@ -142,7 +147,7 @@ class Pair:
                 file.close()
         except DataError as error:
             if before == self._seen():
-                instead = "" if os.path.lexists(self.tensors) else found_instead(self.folder, TENSORS)
+                instead = "" if os.path.lexists(self.tensors) else found_instead(self.folder, self.tensors.name)
                 raise DataError(f"{error}; {instead}" if instead else str(error)) from None
         return None
 

@@ -254,6 +254,8 @@ def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
 
 
 def _metadata(data: Any) -> dict[str, str]:
+    if data is None:  # as MLX writes it where there is none
+        return {}
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
         raise ValueError("__metadata__ is no mapping of strings")
     return data

@@ -75,17 +75,20 @@ def write_folder(folder: Path, config: bytes, tensors: Mapping[str, Any], struct
 
 
 @contextlib.contextmanager
-def folder_to_write(folder: Path) -> Iterator[None]:
+def folder_to_write(folder: Path, tensors: str = TENSORS) -> Iterator[None]:
     """Makes a folder where there is none, keeps other writers out of it, and ends what a killed one left half done.
+
+    `tensors` is the name of the file that is about to be written.
 
     Raises:
       DataError: the system refuses, or another process is writing here.
     """
-    _make_folder(folder)
+    _make_folder(folder, tensors)
     with locked_folder(folder):
-        Pair(folder).settle()
+        for name in dict.fromkeys((TENSORS, tensors)):
+            Pair(folder, name).settle()
         _settle(folder)
-        for name in (NEW_CONFIG, CONFIG, TENSORS):
+        for name in (NEW_CONFIG, CONFIG, tensors):
             remove_leftovers(folder / name)
         yield
 
@@ -154,14 +157,14 @@ def _write_sealed(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[
     file.write(digest.hexdigest().encode())
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, tensors: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"{folder}: is a file, or lies in one: wanted a folder") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{str(folder)!r}: cannot be made: {reason(error)}") from None
-    for path in (folder / CONFIG, folder / TENSORS):
+    for path in (folder / CONFIG, folder / tensors):
         if path.is_dir() and not path.is_symlink():
             raise DataError(f"{path}: is a folder: wanted a file, or nothing")
 

@@ -130,8 +130,17 @@ FILES = {
 }
 
 
-READ = ("whole", "spaces behind", "spaces before", "no tensors", "metadata alone", "an empty name", "not in order")
-STRICTER = ("another key", "a name twice", "metadata of null", "truth that is 2")  # these they read
+READ = (
+    "whole",
+    "spaces behind",
+    "spaces before",
+    "no tensors",
+    "metadata of null",
+    "metadata alone",
+    "an empty name",
+    "not in order",
+)
+STRICTER = ("another key", "a name twice", "truth that is 2")  # these they read
 
 
 @pytest.mark.parametrize("name", FILES)

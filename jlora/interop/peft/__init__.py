@@ -1,22 +1,27 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
+from jlora.interop.peft._config import base_model_of
 from jlora.interop.peft._derive import of_model, with_kinds_of
 from jlora.interop.peft._keys import names_embedding
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
-from jlora.interop.peft._read import is_peft_folder, read_peft, read_peft_arrays
-from jlora.interop.peft._write import write_peft
+from jlora.interop.peft._read import is_peft_folder, read_peft, read_peft_arrays, read_peft_tensors
+from jlora.interop.peft._write import ModelEntry, model_entries, write_peft
 
 __all__ = [
     "FLAT",
     "NESTED",
     "Mapping",
+    "ModelEntry",
     "Row",
+    "base_model_of",
     "is_peft_folder",
+    "model_entries",
     "names_embedding",
     "of_model",
     "paths_of_name",
     "read_peft",
     "read_peft_arrays",
+    "read_peft_tensors",
     "read_rows",
     "with_kinds_of",
     "write_peft",

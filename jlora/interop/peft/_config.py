@@ -121,3 +121,9 @@ def kept_of(config: LoraConfig) -> Kept:
         return Kept(dict(data["config"]), dict(data["kinds"]), data.get("digest"))
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"extras[{EXTRA!r}] is not what jlora.interop.peft keeps there; take it out") from None
+
+
+def base_model_of(config: LoraConfig) -> str | None:
+    """The name or the folder of the base model, where the file that a configuration came from said it."""
+    name = (kept_of(config).config or {}).get("base_model_name_or_path")
+    return name if isinstance(name, str) else None

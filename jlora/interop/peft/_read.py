@@ -94,22 +94,58 @@ def read_peft_arrays(
     try:
         with Pair(folder).opened() as (text, file):
             data = _parsed(folder, text)
-            check_peft_config(data)
-            check_fields(data)
-            targets = data.get("target_parameters") or []
-            entries = entries_of(file.entries, targets)
+            names = _names(data, file.entries)
             _warn_of_wrappers(folder, file.entries)
-            if not entries:
-                raise DataError(f"{TENSORS} holds no tensors")
-            check_together(data, entries)
             read: Any = file.lazy if lazy else file.read
-            arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in entries}
+            arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in names}
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
-    check_numbers(folder, arrays)
+    return _read(folder, data, names, arrays, mapping, params, transposed_experts)
+
+
+def read_peft_tensors(
+    source: str | Path, data: MappingType[str, Any], tensors: MappingType[str, Any], mapping: Mapping = FLAT
+) -> tuple[dict[str, Arrays], LoraConfig]:
+    """`read_peft_arrays` of what another file holds, said in PEFT's words.
+
+    Args:
+      source: the file, for errors.
+      data: PEFT's configuration.
+      tensors: by their names in PEFT's file; NumPy's arrays, or lazy ones.
+      mapping: as for `read_peft`.
+    """
+    try:
+        names = _names(data, tensors)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    arrays = {entry.name: {part: tensors[key] for part, key in entry.parts.items()} for entry in names}
+    return _read(Path(source), data, names, arrays, mapping, None, False)
+
+
+def _names(data: MappingType[str, Any], keys: Iterable[str]) -> list[Named]:
+    """The entries of a file, whose configuration is checked."""
+    check_peft_config(data)
+    check_fields(data)
+    entries = entries_of(keys, data.get("target_parameters") or [])
+    if not entries:
+        raise DataError(f"{TENSORS} holds no tensors")
+    check_together(data, entries)
+    return entries
+
+
+def _read(
+    source: Path,
+    data: MappingType[str, Any],
+    entries: list[Named],
+    arrays: dict[str, Arrays],
+    mapping: Mapping,
+    params: Any,
+    transposed_experts: bool | None,
+) -> tuple[dict[str, Arrays], LoraConfig]:
+    check_numbers(source, arrays)
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(data)
-    return _Reader(folder, data, mapping, transposed_experts).read(entries, arrays, params)
+    return _Reader(source, data, mapping, transposed_experts).read(entries, arrays, params)
 
 
 def _warn_of_wrappers(folder: Path, keys: Iterable[str]) -> None:

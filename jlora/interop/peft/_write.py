@@ -1,5 +1,6 @@
 """Adapters and a configuration as PEFT's files."""
 
+import dataclasses
 from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,24 @@ from jlora.storage import folder_to_write, unreachable, write_once
 from jlora.tree import check_config
 
 _EMBEDDINGS = ("wte", "wpe", "shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelEntry:
+    """An entry with the axes of the Hugging Face model.
+
+    Attributes:
+      name: of the weight, such as "model.layers.0.mlp.up_proj.weight".
+      path: of the adapter.
+      kind: "linear" (out, in), "conv1d" (in, out), "conv" (out, in, window), "embedding" (vocabulary, dim), "experts"
+        (experts, out, in), "experts_t" (experts, in, out), or "whole" where there are no A and B.
+      parts: A (*batch, *in, r), B (*batch, r, *out), and what else there is.
+    """
+
+    name: str
+    path: str
+    kind: str
+    parts: Arrays
 
 
 def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> None:
@@ -51,18 +70,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
     >>> adapters["up.weight"]["A"].shape, config.rank
     ((7, 2), 2)
     """
-    check_config(config)
-    entries = _entries(adapters)
-    check_numbers(path, entries)
-    places = [place for found in places_of_paths(mapping, entries).values() for place in found]
-    writer = _Writer(config, {place.name for place in places if "A" in entries[place.path]})
-    problems = []
-    for place in places:
-        try:
-            writer.add(place, _piece(entries[place.path], place))
-        except JloraError as error:
-            problems.append(f"{place.path}: {error}")
-    raise_all(problems, DataError, str(path))
+    writer = _writer(path, adapters, config, mapping)
     tensors = writer.tensors()
     try:
         data = writer.config()
@@ -76,6 +84,31 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
             Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
     write_once(jax.tree.leaves(adapters), write)
+
+
+def model_entries(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> list[ModelEntry]:
+    """The entries as the Hugging Face model has them, for the files of other libraries; arguments as of `write_peft`.
+
+    Raises:
+      DataError: as of `write_peft`.
+    """
+    return list(_writer(path, adapters, config, mapping).entries.values())
+
+
+def _writer(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping) -> "_Writer":
+    check_config(config)
+    entries = _entries(adapters)
+    check_numbers(path, entries)
+    places = [place for found in places_of_paths(mapping, entries).values() for place in found]
+    writer = _Writer(config, {place.name for place in places if "A" in entries[place.path]})
+    problems = []
+    for place in places:
+        try:
+            writer.add(place, _piece(entries[place.path], place))
+        except JloraError as error:
+            problems.append(f"{place.path}: {error}")
+    raise_all(problems, DataError, str(path))
+    return writer
 
 
 def _check_readable(data: dict[str, Any], tensors: Arrays) -> None:
@@ -96,7 +129,7 @@ class _Writer:
         self.configuration = configuration
         self.adapted_modules = {name.rpartition(".")[0] for name in adapted}
         self.kept = kept_of(configuration)
-        self.entries: dict[str, tuple[str, str, Arrays]] = {}
+        self.entries: dict[str, ModelEntry] = {}
 
     def add(self, place: Place, entry: Arrays) -> None:
         """Takes in one weight; an entry of a stack that is all zero was not there."""
@@ -106,7 +139,7 @@ class _Writer:
         if "A" in entry and entry["A"].shape[-1] != rank:
             raise DataError(f"A {entry['A'].shape} does not have the rank {rank} of the configuration")
         kind = self._kind(place, entry)
-        self.entries[place.name] = (place.path, kind, to_peft(kind, to_model(entry, kind, place.row)))
+        self.entries[place.name] = ModelEntry(place.name, place.path, kind, to_model(entry, kind, place.row))
 
     def _kind(self, place: Place, entry: Arrays) -> str:
         if "A" not in entry:
@@ -155,8 +188,9 @@ class _Writer:
         found: Arrays = {}
         parameters = self._parameters()
         parents, named = by_parent(parameters), set(parameters)
-        for name, (_, kind, parts) in self.entries.items():
+        for name, entry in self.entries.items():
             module, _, last = name.rpartition(".")
+            kind, parts = entry.kind, to_peft(entry.kind, entry.parts)
             order = parameters_of(module, parents)
             level = len(order) - 1 - order.index(last) if name in named else None
             for part, array in parts.items():
@@ -168,31 +202,31 @@ class _Writer:
         """PEFT's configuration."""
         parameters = self._parameters()
         named = set(parameters)
-        parts = [set(parts) for _, _, parts in self.entries.values()]
+        entries = self.entries.values()
         contents = Contents(
             adapted={
-                name if name in named else name.rpartition(".")[0]: path
-                for name, (path, kind, _) in self.entries.items()
-                if kind != "whole"
+                entry.name if entry.name in named else entry.name.rpartition(".")[0]: entry.path
+                for entry in entries
+                if entry.kind != "whole"
             },
             parameters=parameters,
-            whole=[name for name, (_, kind, own) in self.entries.items() if kind == "whole" and "value" in own],
+            whole=[entry.name for entry in entries if entry.kind == "whole" and "value" in entry.parts],
             base=frozenset(name for name, kind in self.kept.kinds.items() if kind == "base"),
-            digest=digest_of({name: own for name, (_, _, own) in self.entries.items()}),
-            conv1d=any(kind == "conv1d" for _, kind, _ in self.entries.values()),
-            dora=any("magnitude" in names for names in parts),
-            lora_bias=any("offset" in names for names in parts),
+            digest=digest_of({entry.name: entry.parts for entry in entries}),
+            conv1d=any(entry.kind == "conv1d" for entry in entries),
+            dora=any("magnitude" in entry.parts for entry in entries),
+            lora_bias=any("offset" in entry.parts for entry in entries),
         )
         return peft_config(self.configuration, contents, self.kept)
 
     def _parameters(self) -> list[str]:
         targets = set((self.kept.config or {}).get("target_parameters") or [])
         return [
-            name
-            for name, (_, kind, _) in self.entries.items()
-            if kind.startswith("experts")
-            or (kind != "whole" and not name.endswith(".weight"))
-            or (kind != "whole" and not targets.isdisjoint(ends_of(name)))
+            entry.name
+            for entry in self.entries.values()
+            if entry.kind.startswith("experts")
+            or (entry.kind != "whole" and not entry.name.endswith(".weight"))
+            or (entry.kind != "whole" and not targets.isdisjoint(ends_of(entry.name)))
         ]
 
 
