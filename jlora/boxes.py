@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+from jlora.pytrees import leaves, map_leaves
 
 __all__ = ["box_like", "box_named", "is_box", "names_of", "unboxed"]
 
@@ -21,9 +21,9 @@ def is_box(node: Any) -> bool:
 
 def unboxed(tree: Any) -> Any:
     """The tree with what lies in its boxes in place of them; the tree itself where it has none."""
-    if not any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box))):
+    if not any(map(is_box, leaves(tree, is_box))):
         return tree
-    return jax.tree.map(lambda node: unboxed(_content(node)) if is_box(node) else node, tree, is_leaf=is_box)
+    return map_leaves(lambda node: unboxed(_content(node)) if is_box(node) else node, tree, is_box)
 
 
 def box_like(box: Any, value: Any) -> Any:
@@ -47,5 +47,5 @@ def names_of(names: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...
 
 
 def _content(box: Any) -> Any:
-    (child,) = jax.tree.leaves(box, is_leaf=lambda node: node is not box)
+    (child,) = leaves(box, lambda node: node is not box)
     return child

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 import tomli_w
 
-from jlora.contraction import Factorization, common_dtype
+from jlora.arrays import is_floating
+from jlora.contraction import Factorization
 from jlora.disk import MOST_CONFIG, parse_json_value, parse_toml, read_bytes, write_whole
 from jlora.errors import AdapterError, ConfigError, DataError, shortened
 from jlora.fields import check_keys, choice, integer, number, refusal
 from jlora.paths import PatternIndex
 
-__all__ = ["INITS", "SCALINGS", "LoraConfig", "adapter_dtype", "effective_alpha", "read_mapping", "write_mapping"]
+__all__ = ["INITS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
 
 SCALINGS = ("standard", "rslora")
 INITS = ("gaussian", "kaiming_uniform", "normal")
@@ -33,17 +34,6 @@ def effective_alpha(alpha: Any, rank: int, scaling: str) -> Any:
     """
     choice("scaling", scaling, SCALINGS)
     return alpha if scaling == "standard" else alpha * math.sqrt(rank)
-
-
-def adapter_dtype(weight_dtype: Any, given: Any = None) -> Any:
-    """The dtype of the adapter of a weight: the one that is given, else float32, or the weight's where that is wider.
-
-    A 16-bit parameter loses every update below a 256th (bfloat16) or a 2048th (float16) of it, as those of small rates
-    are; A and B are few, so that 32 bits cost little.
-    """
-    dtype = jnp.dtype(weight_dtype if given is None else given)
-    floating = jnp.issubdtype(dtype, jnp.floating)  # an adapter of another dtype is refused where it is made
-    return common_dtype(dtype, jnp.float32) if given is None and floating else dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -298,9 +288,9 @@ def _dtype_name(value: Any) -> str | None:
     if value is None:
         return None
     try:
-        dtype = jnp.dtype(value)
+        dtype = np.dtype(value)
     except (TypeError, ValueError, SyntaxError):
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or not is_floating(dtype):
         raise refusal("dtype", value, "a floating dtype such as 'float32' or 'bfloat16', or None for float32")
     return dtype.name

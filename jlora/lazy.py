@@ -1,8 +1,9 @@
 """Lazy bases: weights that are kept packed, as integers with scales are, and become dense where they are used."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
+if TYPE_CHECKING:
+    import jax
 
 __all__ = ["LazyBase", "is_lazy"]
 
@@ -26,7 +27,7 @@ class LazyBase(Protocol):
     @property
     def dtype(self) -> Any: ...
 
-    def dense(self) -> jax.Array:
+    def dense(self) -> "jax.Array":
         """The weight itself, of this shape and dtype."""
         ...
 

@@ -6,14 +6,13 @@ import glob
 import hashlib
 import heapq
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import jax
 
 from jlora.boxes import is_box, unboxed
 from jlora.errors import TargetError
 from jlora.lazy import is_lazy
+from jlora.pytrees import leaves_with_path, path_string
 
 __all__ = [
     "PatternIndex",
@@ -27,11 +26,6 @@ __all__ = [
     "path_number",
     "path_string",
 ]
-
-
-def path_string(key_path: Sequence[Any]) -> str:
-    """`encoder/layers/0/query/kernel`, the same for dicts, lists, dataclasses and Flax trees."""
-    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
 def path_number(path: str) -> int:
@@ -50,7 +44,7 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     def stop(node: Any) -> bool:
         return is_box(node) or is_lazy(node) or (is_leaf is not None and is_leaf(node))
 
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
+    for key_path, leaf in leaves_with_path(tree, stop):
         path = path_string(key_path)
         if path in leaves:
             raise TargetError(f"two leaves of the tree have the path {path!r}; rename one of the keys")

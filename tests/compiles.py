@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora.contraction import factored_product
 from jlora.linen import LoRADenseGeneralAdapter
+from jlora.products import factored_product
 
 NAMES = ("A", "B", "x", "w")
 EXTRA = (3, 2)  # the sizes of the axes of two vmaps

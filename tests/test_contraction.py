@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jlora.contraction import (
-    Factorization,
-    canonical,
-    common_dtype,
-    contract,
-    dense_delta,
-    factored_einsum,
-    factored_product,
-    factorization_from_shapes,
-    split_batch_axes,
-)
+from jlora.contraction import Factorization, canonical, factorization_from_shapes, split_batch_axes
 from jlora.errors import AdapterError
+from jlora.products import common_dtype, contract, dense_delta, factored_einsum, factored_product
 from tests.reference import as64, assert_close, random_adapter, random_array, reference_delta
 
 SPLITS = [  # roles, weight, A, B, smaller side, canonical

@@ -16,20 +16,25 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.adapter._functions import with_delta
 from jlora.boxes import box_named, unboxed
-from jlora.contraction import Factorization, common_dtype, spec_of
+from jlora.contraction import Factorization
 from jlora.errors import AdapterError
 
 PARTS = ("value", "offset", "A", "B", "magnitude")
 
 Axes = tuple[int | None, ...]
+Adapter = Mapping[str, Any]
+
+
+def is_adapter(node: Any) -> TypeGuard[Adapter]:
+    """Whether a node of a pytree is an adapter: a mapping of exactly the arrays `A` and `B`."""
+    return (
+        isinstance(node, Mapping)
+        and set(node) == {"A", "B"}
+        and all(hasattr(unboxed(node[name]), "ndim") for name in "AB")
+    )
 
 
 def is_entry(node: Any) -> TypeGuard[Mapping[str, Any]]:
@@ -111,95 +116,3 @@ class Entry:
             wanted = tuple(self.rank if axis is None else shape[axis] for axis in axes[name])
             if tuple(part.shape) != wanted:
                 raise AdapterError(f"{name} {tuple(part.shape)} does not fit the weight {shape}: wanted {wanted}")
-
-    def base(self, weight: Any) -> jax.Array:
-        """The weight before A and B: the value in its place, the offset added; float32 at least."""
-        total = jnp.asarray(self.parts.get("value", weight)).astype(_wide(weight))
-        return self._plus_offset(total, 1)
-
-    def merged(self, weight: Any) -> jax.Array:
-        """The weight with the entry applied; sums in float32 at least, rounded once to the weight's dtype.
-
-        The norm under a magnitude is a constant to gradients, as in Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank
-        Adaptation", arXiv 2402.09353, section 4.3.
-        """
-        self.check(jnp.shape(weight))
-        if self.is_adapter:
-            return self._plus_delta(weight, 1)
-        total = self._plus_delta(self.base(weight), 1)
-        if "magnitude" in self.parts and self.split is not None:
-            axes = self.split.axes("i")
-            gain = _gain(self._magnitude(total.dtype), jnp.sum(total * total, axes))
-            total = total * jnp.expand_dims(gain, axes)
-        return total.astype(weight.dtype)
-
-    def unmerged(self, weight: Any) -> jax.Array:
-        """The weight before `merged`, by the same arithmetic backwards; up to rounding where it is reversible."""
-        self.check(jnp.shape(weight))
-        if self.is_adapter:
-            return self._plus_delta(weight, -1)
-        total = self._plus_delta(jnp.asarray(weight).astype(_wide(weight)), -1)
-        return self._plus_offset(total, -1).astype(weight.dtype)
-
-    def gain(self, base: jax.Array) -> jax.Array | None:
-        """m / ||V||, the batch and out axes as the weight has them; None where there is no magnitude.
-
-        V = base + scaling A@B is not built: the squares are ||base||^2 + 2 s <base, A@B> + s^2 ||A@B||^2 for each out
-        element, from products of the size of the rank. Where the update takes away nearly all of the base, they are as
-        rough as float32 makes this sum.
-        """
-        if "magnitude" not in self.parts or self.split is None:
-            return None
-        wide = common_dtype(base.dtype, jnp.float32)
-        parts = (base, self.parts["A"], self.parts["B"])
-        weight, a, b = (lax.stop_gradient(jnp.asarray(part)).astype(wide) for part in parts)
-        letters = "abcdefghijklmnopqrstuvw"[: weight.ndim]
-        batch = "".join(letters[axis] for axis in self.split.axes("b"))
-        ins = "".join(letters[axis] for axis in self.split.axes("i"))
-        outs = "".join(letters[axis] for axis in self.split.axes("o"))
-        split_over = dict(zip(letters, spec_of(weight), strict=True))  # in a mesh of explicit axes
-
-        def product(operands: str, output: str, *arrays: jax.Array) -> jax.Array:
-            spec = [split_over.get(letter) for letter in output]
-            own_split: dict[str, Any] = {}
-            if any(split_over.values()):
-                own_split["out_sharding"] = NamedSharding(jax.typeof(weight).sharding.mesh, PartitionSpec(*spec))
-            return jnp.einsum(f"{operands}->{output}", *arrays, precision=lax.Precision.HIGHEST, **own_split)
-
-        down = product(f"{batch}{ins}z,{letters}", f"{batch}z{outs}", a, weight)  # A^T W (*batch, r, *out)
-        gram = product(f"{batch}{ins}y,{batch}{ins}z", f"{batch}yz", a, a)  # A^T A (*batch, r, r)
-        own = product(f"{batch}yz,{batch}z{outs}", f"{batch}y{outs}", gram, b)  # A^T A B (*batch, r, *out)
-        added = jnp.sum((2 * down + self.scaling * own) * b, len(batch))  # (*batch, *out)
-        squares = jnp.sum(weight * weight, self.split.axes("i")) + self.scaling * self.split.out_like(added)
-        return _gain(self._magnitude(wide), squares)
-
-    def _magnitude(self, dtype: Any) -> jax.Array:
-        """The magnitude, the batch and out axes as the weight has them."""
-        assert self.split is not None
-        return self.split.out_like(jnp.asarray(self.parts["magnitude"])).astype(dtype)
-
-    def _plus_offset(self, total: jax.Array, sign: int) -> jax.Array:
-        if "offset" not in self.parts:
-            return total
-        return total + sign * self.scaling * jnp.asarray(self.parts["offset"]).astype(total.dtype)
-
-    def _plus_delta(self, weight: Any, sign: int) -> jax.Array:
-        if "A" not in self.parts:
-            return weight
-        adapter = {name: self.parts[name] for name in "AB"}
-        return with_delta(weight, adapter, self.scaling * self.rank, self.split, sign)
-
-
-def _gain(magnitude: jax.Array, squares: jax.Array) -> jax.Array:
-    """m / sqrt(squares); the squares are constants to gradients."""
-    squares = jnp.maximum(lax.stop_gradient(squares), 0)  # of a norm that is zero rounding may leave less
-    squares = jnp.where(jnp.isfinite(squares), squares, jnp.nan)  # an infinite norm would make zeros
-    return magnitude / jnp.sqrt(jnp.where(squares == 0, 1, squares))  # what is zero stays zero
-
-
-def _wide(weight: Any) -> Any:
-    """The dtype of the sums."""
-    dtype = jnp.dtype(weight.dtype)
-    if dtype != jax.dtypes.canonicalize_dtype(dtype):
-        raise AdapterError(f"a weight of dtype {dtype}: set jax_enable_x64, or cast it first")
-    return common_dtype(dtype, jnp.float32)

@@ -2,39 +2,33 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.adapter._entry import Adapter, is_adapter
 from jlora.adapter._range import check_range
 from jlora.adapter._sharding import placed
 from jlora.boxes import unboxed
-from jlora.contraction import (
-    Factorization,
-    common_dtype,
-    contract,
-    dense_delta,
-    factored_product,
-    factorization_from_shapes,
-    split_batch_axes,
-)
+from jlora.contraction import Factorization, factorization_from_shapes, split_batch_axes
 from jlora.errors import AdapterError
 from jlora.fields import choice, integer, number
 from jlora.paths import path_string
+from jlora.products import common_dtype, contract, dense_delta, factored_product
 
-Adapter = Mapping[str, chex.Array]
 
+def adapter_dtype(weight_dtype: Any, given: Any = None) -> Any:
+    """The dtype of the adapter of a weight: the one that is given, else float32, or the weight's where that is wider.
 
-def is_adapter(node: Any) -> TypeGuard[Adapter]:
-    """Whether a node of a pytree is an adapter: a mapping of exactly the arrays `A` and `B`."""
-    return (
-        isinstance(node, Mapping)
-        and set(node) == {"A", "B"}
-        and all(hasattr(unboxed(node[name]), "ndim") for name in "AB")
-    )
+    A 16-bit parameter loses every update below a 256th (bfloat16) or a 2048th (float16) of it, as those of small rates
+    are; A and B are few, so that 32 bits cost little.
+    """
+    dtype = jnp.dtype(weight_dtype if given is None else given)
+    floating = jnp.issubdtype(dtype, jnp.floating)  # an adapter of another dtype is refused where it is made
+    return common_dtype(dtype, jnp.float32) if given is None and floating else dtype
 
 
 def _gaussian(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any, fan_in: int, std: float) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.adapter._functions import (
+    adapter_dtype,
     init_lora_adapter,
     linear,
     lora_linear,
@@ -16,7 +17,7 @@ from jlora.adapter._functions import (
     merge_lora_weight,
     unmerge_lora_weight,
 )
-from jlora.config import SCALINGS, adapter_dtype, effective_alpha
+from jlora.config import SCALINGS, effective_alpha
 from jlora.contraction import Factorization, factorization_from_shapes
 from jlora.errors import AdapterError
 from jlora.fields import check_keys, choice, number

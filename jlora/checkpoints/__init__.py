@@ -1,9 +1,14 @@
 """Checkpoints and adapters as files: merged, unmerged, extracted, resized, combined, converted, inspected, compared."""
 
-from jlora.checkpoints._extract import extract
-from jlora.checkpoints._jobs import combine, convert, read_adapters, resize, write_adapters
-from jlora.checkpoints._look import diff, inspect
-from jlora.checkpoints._merge import Merged, Unmerged, merge, unmerge
+from typing import TYPE_CHECKING
+
+from jlora.faces import lazy_face
+
+if TYPE_CHECKING:
+    from jlora.checkpoints._extract import extract
+    from jlora.checkpoints._jobs import combine, convert, read_adapters, resize, write_adapters
+    from jlora.checkpoints._look import diff, inspect
+    from jlora.checkpoints._merge import Merged, Unmerged, merge, unmerge
 
 __all__ = [
     "Merged",
@@ -19,3 +24,14 @@ __all__ = [
     "unmerge",
     "write_adapters",
 ]
+
+# Each command is a process of its own: what it does not use is not imported.
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "jlora.checkpoints._extract": ("extract",),
+        "jlora.checkpoints._jobs": ("combine", "convert", "read_adapters", "resize", "write_adapters"),
+        "jlora.checkpoints._look": ("diff", "inspect"),
+        "jlora.checkpoints._merge": ("Merged", "Unmerged", "merge", "unmerge"),
+    },
+)

@@ -11,11 +11,13 @@ from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
 from jlora.fields import choice
+from jlora.interop.gemma import from_gemma
 from jlora.interop.mlx import write_mlx
 from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
+from jlora.interop.qwix import from_qwix
 from jlora.paths import leaves_by_path, nest
-from jlora.storage import load_adapters, save_adapters
+from jlora.storage import load_on_host, save_adapters
 
 FORMATS = ("own", "peft", "mlx")
 NAMES = ("gemma", "qwix")
@@ -25,7 +27,7 @@ def read_adapters(path: str | Path, mapping: Table = NESTED) -> tuple[Any, LoraC
     """The adapters of a folder, their configuration, and the format that they are in, one of `FORMATS`."""
     form = form_of(path)
     if form == "own":
-        return *load_adapters(path), form
+        return *load_on_host(path), form
     entries, config = read_entries(path, mapping)
     return nest(entries), config, form
 
@@ -121,9 +123,6 @@ def convert(
 
 
 def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:
-    from jlora.interop.gemma import from_gemma  # both import Flax NNX, of which nothing else here has need
-    from jlora.interop.qwix import from_qwix
-
     checkpoint = Checkpoint(source)
     params = {name: checkpoint.read(name) for name in checkpoint.entries}
     if names == "gemma":

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jlora.adapter import Entry
+from jlora.arrays import ShapeDtype
 from jlora.checkpoints._forms import read_entries
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
@@ -71,7 +71,7 @@ def changes_of(
         if weight != 1 and {"value", "magnitude"} & set(piece.parts):
             problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
     raise_all(problems, DataError, "the adapters do not fit the checkpoint")
-    tree = {path: jax.ShapeDtypeStruct(_whole_shape(found, shapes), np.float32) for path, found in pieces.items()}
+    tree = {path: ShapeDtype(_whole_shape(found, shapes), np.dtype(np.float32)) for path, found in pieces.items()}
     try:
         bound = bind(tree, entries, config)
     except TargetError as error:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.compose._factors import (
@@ -20,16 +18,15 @@ from jlora.compose._factors import (
     truncated,
     unit_config,
 )
+from jlora.compose._rules import METHODS, RULES, SIGNS
 from jlora.compose._svd import cut, leading_triples
-from jlora.compose._tasks import RULES, SIGNS, Task
+from jlora.compose._tasks import Task
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, ConfigError, raise_all
 from jlora.fields import choice, integer, number, refusal
 from jlora.paths import path_number
+from jlora.pytrees import structure as tree_structure
 from jlora.tree import check_config
-
-_PRUNING = tuple(name for name, rule in RULES.items() if rule.prune)
-METHODS = ("linear", "cat", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
 
 Part = tuple[Any, LoraConfig]
 
@@ -212,7 +209,8 @@ def _problems(path: str, members: Sequence[_Member], same_rank: bool) -> Iterato
 
 def _combined(path: str, members: Sequence[_Member], plan: _Plan) -> dict[str, Any]:
     own = [member.factors for member in members]
-    like = dataclasses.replace(own[0], a_dtype=_dtype(f.a_dtype for f in own), b_dtype=_dtype(f.b_dtype for f in own))
+    dtypes = {"a_dtype": _dtype(f.a_dtype for f in own), "b_dtype": _dtype(f.b_dtype for f in own)}
+    like = dataclasses.replace(own[0], **dtypes, is_jax=any(f.is_jax for f in own))
     if plan.on_factors:
         return like.adapter(path, *_on_factors(path, members, plan))
     rank = min(plan.rank or max(factors.rank for factors in own), like.smaller_side)
@@ -255,7 +253,7 @@ def _dtype(dtypes: Any) -> Any:
     found = dict.fromkeys(dtypes)
     if len(found) == 1:
         return next(iter(found))
-    return np.dtype(np.float64 if any(jnp.dtype(dtype) == np.float64 for dtype in found) else np.float32)
+    return np.dtype(np.float64 if any(np.dtype(dtype) == np.float64 for dtype in found) else np.float32)
 
 
 def _joined(nodes: Sequence[Any], path: str) -> Any:
@@ -263,7 +261,7 @@ def _joined(nodes: Sequence[Any], path: str) -> Any:
     present = [node for node in nodes if node is not None]
     if not present:
         return None
-    if len({jax.tree.structure(node, is_leaf=is_slot) for node in present}) == 1:
+    if len({tree_structure(node, is_slot) for node in present}) == 1:
         return present[0]
     if any(is_slot(node) or not isinstance(node, Mapping) for node in present):
         kinds = ", ".join("an adapter" if is_slot(node) else f"a {type(node).__name__}" for node in present)

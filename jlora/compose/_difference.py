@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from jlora.arrays import is_floating
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError
 
@@ -17,7 +17,7 @@ def difference_of(base: Any, tuned: Any, split: Factorization) -> np.ndarray:
     """tuned - base as a stack of matrices (n, in, out), in float32, or in float64 where one of the two is."""
     leaves = [np.asarray(base), np.asarray(tuned)]
     for leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not is_floating(leaf.dtype):
             raise AdapterError(f"dtype {leaf.dtype} is not floating; cast or dequantize the weight first")
     wide = np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32
     sizes = [math.prod(split.sizes(leaves[0].shape, role)) for role in "bio"]

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from jlora.arrays import is_floating, is_jax_array, is_number
 from jlora.compose._difference import difference_of, squared_norm, squared_residual
 from jlora.compose._factors import balanced, rounded, unit_config
 from jlora.compose._report import Extracted, Extraction
@@ -149,7 +149,7 @@ def _differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[
 
 def _changed(base: Any, tuned: Any) -> bool:
     """Whether two numeric leaves differ; what is no array of numbers does not count."""
-    if not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, np.number) for leaf in (base, tuned)):
+    if not all(hasattr(leaf, "dtype") and is_number(leaf.dtype) for leaf in (base, tuned)):
         return False
     x, y = np.asarray(base), np.asarray(tuned)
     return not bool(np.all((x == y) | ((x != x) & (y != y))))
@@ -180,14 +180,15 @@ def _extracted(
     b = np.stack([one_b for _, one_b in pairs])  # (n, r, out)
     found, a_shape, b_shape = a.shape[-1], *split.adapter_shapes(shape, a.shape[-1])
     to = _adapter_dtype(dtype, difference.dtype)
-    adapter = {"A": rounded("A", a.reshape(a_shape), to), "B": rounded("B", b.reshape(b_shape), to)}
+    is_jax = is_jax_array(base) or is_jax_array(tuned)
+    adapter = {"A": rounded("A", a.reshape(a_shape), to, is_jax), "B": rounded("B", b.reshape(b_shape), to, is_jax)}
     a, b = (np.asarray(adapter[name], np.float64).reshape(full.shape) for name, full in (("A", a), ("B", b)))
     error = math.sqrt(squared_residual(difference, a, b) / total) if total else 0.0
     return adapter, Extracted("", shape, found, max(0.0, 1 - error**2), error, math.sqrt(total))
 
 
 def _adapter_dtype(dtype: Any, wide: Any) -> Any:
-    to = wide if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(to, jnp.floating):
+    to = wide if dtype is None else np.dtype(dtype)
+    if not is_floating(to):
         raise refusal("dtype", dtype, "a floating dtype")
     return to

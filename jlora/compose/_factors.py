@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapter import is_adapter, matrices_of
+from jlora.arrays import is_floating, is_jax_array, on_device
 from jlora.boxes import unboxed
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, JloraError, raise_all
 from jlora.paths import leaves_by_path, literal_pattern, path_string
+from jlora.pytrees import map_with_path
 from jlora.tree import batch_dims_of, given_split
 
 
@@ -22,7 +22,7 @@ from jlora.tree import batch_dims_of, given_split
 class Factors:
     """One adapter, the batch axes joined to one: `a (n, in, r)` and `b (n, r, out)` in float64.
 
-    `roles` is the factorization that the configuration gives, if it gives one.
+    `roles` is the factorization that the configuration gives, if it gives one; `is_jax` says whose arrays A and B were.
     """
 
     a: np.ndarray
@@ -33,6 +33,7 @@ class Factors:
     a_dtype: Any
     b_dtype: Any
     roles: str | None = None
+    is_jax: bool = False
 
     @property
     def rank(self) -> int:
@@ -51,8 +52,8 @@ class Factors:
         """The adapter of these matrices in the shapes and dtypes of this one."""
         rank = a.shape[-1]
         return {
-            "A": rounded(path, a.reshape(*self.batch, *self.ins, rank), self.a_dtype),
-            "B": rounded(path, b.reshape(*self.batch, rank, *self.outs), self.b_dtype),
+            "A": rounded(path, a.reshape(*self.batch, *self.ins, rank), self.a_dtype, self.is_jax),
+            "B": rounded(path, b.reshape(*self.batch, rank, *self.outs), self.b_dtype, self.is_jax),
         }
 
 
@@ -80,7 +81,7 @@ def replaced(adapters: Any, by_path: Mapping[str, Any]) -> Any:
     def at(key_path: Any, _: Any) -> Any:
         return by_path.get(path_string(key_path))
 
-    return jax.tree_util.tree_map_with_path(at, adapters, is_leaf=is_slot)
+    return map_with_path(at, adapters, is_slot)
 
 
 def is_slot(node: Any) -> bool:
@@ -88,15 +89,16 @@ def is_slot(node: Any) -> bool:
     return node is None or is_adapter(node)
 
 
-def rounded(path: str, array: np.ndarray, dtype: Any) -> Any:
-    """The array in this dtype: a JAX array, or a NumPy array where JAX would narrow it."""
+def rounded(path: str, array: np.ndarray, dtype: Any, is_jax: bool) -> Any:
+    """The array in this dtype: of NumPy, or where it is to be one of JAX, and JAX does not narrow it, of JAX."""
     with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype)
     if not np.isfinite(result.astype(np.float64)).all():
         raise AdapterError(
             f"{path or 'the root'}: values up to {np.max(np.abs(array)):.3g} do not fit the dtype {dtype}"
         )
-    return jnp.asarray(result) if jax.dtypes.canonicalize_dtype(result.dtype) == result.dtype else result
+    placed = on_device(result) if is_jax else None
+    return result if placed is None else placed
 
 
 def truncated(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,6 +168,7 @@ def _read(path: str, node: Any, config: LoraConfig) -> Factors:
         a.dtype,
         b.dtype,
         None if split is None else split.roles,
+        any(is_jax_array(node[name]) for name in "AB"),
     )
 
 
@@ -177,7 +180,7 @@ def _described(node: Any) -> str:
 
 def _array(name: str, leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not is_floating(array.dtype):
         raise AdapterError(f"{name} is of dtype {array.dtype}: wanted a floating dtype; cast or dequantize it first")
     if 0 in array.shape:
         raise AdapterError(f"{name} {array.shape} is empty")

@@ -31,7 +31,7 @@ def resize(
 
     Returns:
       Adapters in the structure and dtypes of `adapters`, and their configuration. The arithmetic is in float64 and
-      rounded once. float64 adapters are NumPy arrays where JAX does not have x64 enabled.
+      rounded once. float64 adapters are NumPy arrays where JAX does not have x64 enabled, as those of NumPy ones are.
 
     Raises:
       ConfigError: a rank that is no whole number of at least 1.

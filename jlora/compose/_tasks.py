@@ -5,24 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SIGNS = ("total", "frequency")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How tensors become one: `prune` "" (nothing), "magnitude" or "random"; whether a sign is elected."""
-
-    prune: str = ""
-    elect: bool = False
-
-
-RULES = {
-    "linear": Rule(),
-    "magnitude_prune": Rule("magnitude"),
-    "ties": Rule("magnitude", elect=True),
-    "dare_linear": Rule("random"),
-    "dare_ties": Rule("random", elect=True),
-}
+from jlora.compose._rules import Rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,12 @@ DenseGeneral.
 """
 
 import collections
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-from flax import nnx
-from flax.core import meta
-
+from jlora.arrays import is_jax_shape
+from jlora.boxes import is_box, unboxed
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import DataError, listed, raise_all
@@ -116,8 +115,7 @@ def _nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
 
 def leaves_of(params: Any) -> Leaves:
     """The arrays by their keys, out of nested mappings, an nnx.State, a flat mapping, and Flax's boxes."""
-    if isinstance(params, nnx.State):
-        params = nnx.to_pure_dict(params)
+    params = _without_state(params)
     if not isinstance(params, Mapping):
         raise DataError(f"params: found {type(params).__name__}, wanted nested or flat mappings of arrays")
     names = [name for name, leaf in params.items() if isinstance(name, str) and not isinstance(leaf, Mapping)]
@@ -126,12 +124,21 @@ def leaves_of(params: Any) -> Leaves:
     return dict(_walk(params, ()))
 
 
+def _without_state(params: Any) -> Any:
+    """The dict of an nnx.State, of which there is none where Flax NNX is not loaded."""
+    if "flax.nnx" not in sys.modules:
+        return params
+    from flax import nnx
+
+    return nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+
+
 def _walk(node: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
     if isinstance(node, Mapping):
         for key, child in node.items():
             yield from _walk(child, (*keys, key))
     elif node is not None:
-        yield keys, node.unbox() if isinstance(node, meta.AxisMetadata) else node
+        yield keys, unboxed(node) if is_box(node) else node
 
 
 def _path(keys: Iterable[Any]) -> str:
@@ -143,7 +150,7 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "__array__") or isinstance(leaf, jax.ShapeDtypeStruct)
+    return hasattr(leaf, "__array__") or is_jax_shape(leaf)
 
 
 def _alpha(alpha: Any, path: str, rank: int, problems: list[str]) -> float:
@@ -206,4 +213,4 @@ def _is_einsum(found: LoraParams) -> bool:
 
 
 def _reshaped(part: Any, shape: tuple[int, ...]) -> Any:
-    return jax.ShapeDtypeStruct(shape, part.dtype) if isinstance(part, jax.ShapeDtypeStruct) else part.reshape(shape)
+    return type(part)(shape, part.dtype) if is_jax_shape(part) else part.reshape(shape)

@@ -14,15 +14,16 @@ from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, Pair, dump_json, parse_json, write_tensors
 from jlora.errors import DataError, raise_all, shortened
 from jlora.interop._named import Module, alike, entries_of_modules
+from jlora.interop._placed import placed
 from jlora.interop.peft import FLAT, Mapping, ModelEntry, base_model_of, model_entries, names_embedding
 from jlora.paths import nest
+from jlora.pytrees import leaves
 from jlora.storage import folder_to_write, write_once
 
 __all__ = ["check_base_of_mlx", "is_mlx_folder", "read_mlx", "read_mlx_arrays", "write_mlx"]
@@ -75,9 +76,7 @@ def read_mlx(path: str | Path, mapping: Mapping = FLAT) -> tuple[Any, LoraConfig
         norm mlx-lm takes over other axes.
     """
     entries, config = read_mlx_arrays(path, mapping)
-    return nest(
-        {at: {name: jax.numpy.asarray(part) for name, part in parts.items()} for at, parts in entries.items()}
-    ), config
+    return nest(placed(path, entries)), config
 
 
 def read_mlx_arrays(
@@ -246,7 +245,7 @@ def write_mlx(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapp
         with folder_to_write(folder, TENSORS):
             Pair(folder, TENSORS).replace(dump_json(data), lambda file: write_tensors(file, tensors, {"format": "mlx"}))
 
-    write_once(jax.tree.leaves(adapters), write)
+    write_once(leaves(adapters), write)
 
 
 def _unwritable(entry: ModelEntry, is_dora: bool) -> str | None:

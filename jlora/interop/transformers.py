@@ -92,11 +92,11 @@ class Facts:
 
 def facts_of(config: Mapping[str, Any]) -> Facts:
     """The facts of the model that a config.json names; none where the table does not have it."""
-    table, models = _table()
     classes = config.get("architectures")
-    own = models.get(str(config.get("model_type")), {})
-    number = own.get(str(classes[0])) if isinstance(classes, list) and classes else None
-    return Facts() if number is None else table[number]
+    if not isinstance(classes, list) or not classes:
+        return Facts()
+    number = _table()["models"].get(str(config.get("model_type")), {}).get(str(classes[0]))
+    return Facts() if number is None else _facts(number)
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:
@@ -122,13 +122,14 @@ def _reversed(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 @functools.cache
-def _table() -> tuple[list[Facts], dict[str, dict[str, int]]]:
+def _table() -> Mapping[str, Any]:
     text = importlib.resources.files("jlora.interop").joinpath("transformers.json").read_text("utf-8")
-    data = json.loads(text)
-    return [_facts(own) for own in data["facts"]], data["models"]
+    return dict(json.loads(text))
 
 
-def _facts(own: Mapping[str, Any]) -> Facts:
+@functools.cache
+def _facts(number: int) -> Facts:
+    own = _table()["facts"][number]
     given = {key: tuple(value) for key, value in own.items()}
     return Facts(
         **given

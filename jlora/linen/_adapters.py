@@ -13,9 +13,10 @@ from flax.linen.dtypes import promote_dtype
 
 from jlora.adapter import PARTS, draw_a
 from jlora.boxes import box_named, is_box
-from jlora.contraction import FactoredEinsum, Factorization, canonical, factored_einsum, factored_product, scaled
+from jlora.contraction import Factorization, canonical
 from jlora.errors import AdapterError
 from jlora.fields import integer, number
+from jlora.products import FactoredEinsum, factored_einsum, factored_product, scaled
 
 Initializer = Callable[..., Any]
 

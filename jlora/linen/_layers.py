@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import chex
 import flax.linen as nn
 
+from jlora.adapter import adapter_dtype
 from jlora.boxes import box_like, is_box
-from jlora.config import adapter_dtype
 from jlora.errors import AdapterError
 from jlora.linen._adapters import (
     Initializer,

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
+from jlora.arrays import is_jax_array, is_tracer
 from jlora.config import LoraConfig
 from jlora.disk import can_store
 from jlora.errors import AdapterError, ConfigError, raise_all
@@ -71,11 +71,11 @@ def _misfits(path: str, update: Mapping[str, Any], config: LoraConfig) -> Iterat
 
 
 def _array_problem(part: Any) -> str | None:
-    if isinstance(part, jax.core.Tracer):
+    if is_tracer(part):
         return "found a tracer, wanted numbers: save outside of jit, grad and vmap"
-    if not isinstance(part, jax.Array | np.ndarray | np.generic):
+    if not (is_jax_array(part) or isinstance(part, np.ndarray | np.generic)):
         return f"found {type(part).__name__}, wanted an array"
-    if isinstance(part, jax.Array) and part.is_deleted():
+    if is_jax_array(part) and part.is_deleted():
         return "found an array that was deleted, perhaps by donation to a jitted function; save what that returned"
     if problem := unreachable(part):
         return problem

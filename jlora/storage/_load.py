@@ -1,29 +1,15 @@
-"""Adapters and their configuration out of a folder."""
+"""Adapters and their configuration out of a folder, as arrays of JAX."""
 
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 
-from jlora.adapter import is_entry
 from jlora.config import LoraConfig
-from jlora.disk import CONFIG, TENSORS, TensorFile, parse_json_value
-from jlora.errors import DataError, JloraError, listed, raise_all, shortened
-from jlora.storage._checks import check_fit, not_finite
-from jlora.storage._folder import check_seal, opened_folder
+from jlora.errors import DataError
+from jlora.storage._read import Entries, Stored, check_paths_once, read_stored
 from jlora.storage._report import LoadReport, compare
-from jlora.storage._structure import MOST_LEVELS, Entries, is_name_of, put_together
 from jlora.tree import adapter_shardings, in_structure
-
-
-class _Stored(NamedTuple):
-    """What a folder holds: the adapters as NumPy arrays in their structure, and by name."""
-
-    adapters: Any
-    entries: Entries
-    config: LoraConfig
 
 
 @overload
@@ -70,7 +56,7 @@ def load_adapters(path: str | Path, *, params: Any = None, sharding: Any = None,
     if not strict and params is not None:
         return load_fitting_adapters(path, params, sharding=sharding)
     folder = Path(path)
-    stored = _read(folder)
+    stored = read_stored(folder)
     _check_narrow(folder, stored.entries)
     report = LoadReport(tuple(path for path, _ in stored.entries.values()))
     adapters = stored.adapters
@@ -108,106 +94,18 @@ def load_fitting_adapters(path: str | Path, params: Any, *, sharding: Any = None
     >>> folder.cleanup()
     """
     folder = Path(path)
-    stored = _read(folder)
+    stored = read_stored(folder)
     _check_narrow(folder, stored.entries)
     adapters, report = _fitting(folder, stored, params)
     return _placed(folder, adapters, sharding, params, stored.config), stored.config, report
 
 
-def _fitting(folder: Path, stored: _Stored, params: Any) -> tuple[Any, LoadReport]:
+def _fitting(folder: Path, stored: Stored, params: Any) -> tuple[Any, LoadReport]:
     """What fits the params, in their structure, and the report."""
-    _check_paths_once(folder, stored.entries)
+    check_paths_once(folder, stored.entries)
     report = compare(stored.entries, stored.config, params)
     entries = dict(stored.entries.values())
     return in_structure(params, {path: entries[path] for path in report.matched}, stored.config), report
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata that was passed to `save_adapters`; the tensors are not read.
-
-    Raises:
-      DataError: no folder of adapters, or a configuration that was changed after it was written.
-    """
-    with opened_folder(Path(path)) as (_, data):
-        return _metadata(Path(path), data)
-
-
-def load_arrays(path: str | Path) -> tuple[dict[str, dict[str, Any]], LoraConfig]:
-    """The entries by path, of arrays that are read when their numbers are asked for, and the configuration.
-
-    Everything is checked as by `load_adapters`, one array at a time in memory; no dtype is too wide.
-
-    Raises:
-      DataError: as `load_adapters`; two entries have the same path.
-    """
-    folder = Path(path)
-    stored = _read(folder, lazy=True)
-    _check_paths_once(folder, stored.entries)
-    return dict(stored.entries.values()), stored.config
-
-
-def _read(folder: Path, *, lazy: bool = False) -> _Stored:
-    with opened_folder(folder) as (file, data):
-        arrays: dict[str, Any] = {name: file.lazy(name) if lazy else file.read(name) for name in file.entries}
-        check_seal(file, arrays)
-        structure = _structure(file)
-    _metadata(folder, data)
-    try:
-        config = LoraConfig.from_dict({name: value for name, value in data.items() if name != "metadata"})
-    except JloraError as error:
-        raise DataError(f"{folder / CONFIG}: {error}") from None
-    try:
-        adapters, entries = _entries(structure, arrays)
-        check_fit(entries, config)
-    except JloraError as error:
-        raise DataError(f"{folder / TENSORS}: {error}") from None
-    raise_all((f"{place}: holds a NaN or an infinity" for place in not_finite(entries)), DataError, str(folder))
-    return _Stored(adapters, entries, config)
-
-
-def _metadata(folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    metadata = data.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise DataError(f"{folder / CONFIG}: found metadata of {type(metadata).__name__}, wanted an object")
-    return metadata
-
-
-def _structure(file: TensorFile) -> Any:
-    try:
-        return parse_json_value(file.metadata["structure"].encode("utf-8"), levels=4 * MOST_LEVELS)
-    except (KeyError, ValueError):
-        raise DataError(f"{file.path}: its structure is missing, or no JSON") from None
-
-
-def _entries(structure: Any, arrays: Mapping[str, Any]) -> tuple[Any, Entries]:
-    """The tree, and name -> (path, entry).
-
-    Raises:
-      DataError: an entry without its tensors, a tensor without its entry, a name that is not of its path.
-    """
-    entries: Entries = {}
-    updates: dict[str, dict[str, Any]] = {}
-    for tensor, array in arrays.items():
-        part = tensor.rpartition("/")[2]
-        updates.setdefault(tensor.removesuffix(part), {})[part] = array
-
-    def entry(name: str, path: str) -> Any:
-        if not is_name_of(name, path):
-            raise DataError(f"its structure has the name {shortened(name)} at {shortened(path)}")
-        update = updates.pop(f"{name}/" if name else "", {})
-        if not is_entry(update):
-            found = listed(map(shortened, sorted(update))) or "nothing, or twice the same"
-            raise DataError(f"{shortened(name)}: wanted A and B, or other parts of an adapter, found {found}")
-        entries[name] = path, update
-        return update
-
-    adapters = put_together(structure, entry)
-    if updates:
-        left = sorted(prefix + part for prefix, update in updates.items() for part in update)
-        raise DataError(f"tensors that are not in its structure: {listed(map(shortened, left))}")
-    if not entries:
-        raise DataError("holds no adapters")
-    return adapters, entries
 
 
 def _check_narrow(folder: Path, entries: Entries) -> None:
@@ -218,12 +116,6 @@ def _check_narrow(folder: Path, entries: Entries) -> None:
             f"{folder}: holds {', '.join(sorted(narrowed))}, which JAX would narrow: "
             "jax.config.update('jax_enable_x64', True) before loading keeps it"
         )
-
-
-def _check_paths_once(folder: Path, entries: Entries) -> None:
-    path, count = Counter(path for path, _ in entries.values()).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"{folder}: {count} adapters have the path {path!r}: load without params")
 
 
 def _placed(folder: Path, adapters: Any, sharding: Any, params: Any, config: LoraConfig) -> Any:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
-import jax
 import numpy as np
 
+from jlora.arrays import is_jax_array
 from jlora.errors import DataError
 
 _MOST_CHARACTERS = 1000
@@ -17,7 +17,7 @@ Plain = TypeVar("Plain")
 
 def is_global(array: Any) -> bool:
     """Whether an array is one of several processes, with a part of it, or a copy, in each."""
-    return isinstance(array, jax.Array) and not array.is_fully_addressable
+    return is_jax_array(array) and not array.is_fully_addressable
 
 
 def unreachable(array: Any) -> str | None:
@@ -53,6 +53,8 @@ def in_first(work: Callable[[], Plain]) -> Plain:
     Raises:
       DataError: in the others, with what the first one raised.
     """
+    import jax  # which all programs of several processes have imported
+
     if jax.process_count() == 1:
         return work()
     failure: BaseException | None = None

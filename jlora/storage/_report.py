@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
+from jlora.arrays import ShapeDtype
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.paths import format_nearest, leaves_by_path, literal_pattern
@@ -92,7 +92,7 @@ def _roles(path: str, shape: Shape, update: Mapping[str, Any], config: LoraConfi
     """The factorization of the weight by the shapes of its A and B; None without them; an error where it has none."""
     given = dict(config.matches("factorizations", path))
     alone = LoraConfig(rank=config.rank_of(path), factorizations=given)
-    split = bind({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, {path: update}, alone)[path].split
+    split = bind({path: ShapeDtype(shape, np.dtype(np.float32))}, {path: update}, alone)[path].split
     return None if split is None else split.roles
 
 
@@ -118,8 +118,8 @@ def _targets(
         return {}, str(error)
 
 
-def _floating(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+def _floating(leaf: Any) -> ShapeDtype:
+    return ShapeDtype(leaf.shape, np.dtype(np.float32))
 
 
 def _found(update: Mapping[str, Any]) -> str:

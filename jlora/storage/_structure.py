@@ -12,13 +12,11 @@ The name of an entry is its path; where two have the same path, the later ones g
 from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax.tree_util import DictKey, SequenceKey
-
 from jlora.adapter import is_entry
 from jlora.boxes import unboxed
 from jlora.errors import AdapterError, DataError, raise_all, shortened
 from jlora.paths import path_string
+from jlora.pytrees import Key, leaves_with_path
 
 Keys = tuple[Any, ...]
 Entries = dict[str, tuple[str, Any]]
@@ -48,7 +46,7 @@ def take_apart(adapters: Any) -> tuple[Any, Entries]:
         if problem := problem or _key_problem([key for key, _, _ in children or ()]):
             problems.append(f"{path_string(keys) or 'adapters'}: {problem}")
             return None
-        items = [(key, visit(child, (*keys, key_of_jax))) for key, key_of_jax, child in children or ()]
+        items = [(key, visit(child, (*keys, in_path))) for key, in_path, child in children or ()]
         if type(node) in _SEQUENCES.values():
             return {type(node).__name__: [child for _, child in items]}
         return {"dict": [[key, child] for key, child in items]}
@@ -76,12 +74,12 @@ def put_together(structure: Any, entry: Callable[[str, str], Any]) -> Any:
         if kind not in (*_SEQUENCES, "dict") or not isinstance(items, list) or len(keys) == MOST_LEVELS:
             raise _unknown(keys)
         if kind in _SEQUENCES:
-            return _SEQUENCES[kind](build(child, (*keys, SequenceKey(i))) for i, child in enumerate(items))
+            return _SEQUENCES[kind](build(child, (*keys, Key(i))) for i, child in enumerate(items))
         if not all(isinstance(item, list) and len(item) == 2 for item in items):
             raise _unknown(keys)
         if problem := _key_problem([key for key, _ in items]):
             raise DataError(f"its structure, at {path_string(keys) or 'the root'}: {problem}")
-        return {key: build(child, (*keys, DictKey(key))) for key, child in items}
+        return {key: build(child, (*keys, Key(key))) for key, child in items}
 
     return build(structure, ())
 
@@ -96,12 +94,12 @@ def is_name_of(name: str, path: str) -> bool:
 
 
 def _children(node: Any) -> list[tuple[Any, Any, Any]] | None:
-    """(key, JAX's key, child) of the children of a pytree node; None for a leaf."""
+    """(key, the key in a path, child) of the children of a pytree node; None for a leaf."""
     if type(node) is dict:
-        return [(key, DictKey(key), child) for key, child in node.items()]
+        return [(key, Key(key), child) for key, child in node.items()]
     if type(node) in _SEQUENCES.values():
-        return [(i, SequenceKey(i), child) for i, child in enumerate(node)]
-    items = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
+        return [(i, Key(i), child) for i, child in enumerate(node)]
+    items = leaves_with_path(node, lambda part: part is not node)
     if len(items) == 1 and not items[0][0]:
         return None
     return [(_plain(keys), keys[0], child) for keys, child in items]
@@ -117,7 +115,7 @@ def _enter(entries: Entries, path: str, update: Any) -> str:
 
 
 def _plain(keys: Keys) -> Any:
-    """The key or the name in a JAX key of one level."""
+    """The key or the name in a path of one level."""
     (entry,) = keys
     return next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), path_string(keys))
 

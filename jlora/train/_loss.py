@@ -7,9 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jlora.contraction import common_dtype
 from jlora.errors import ConfigError
 from jlora.paths import leaves_by_path
+from jlora.products import common_dtype
 
 
 class Mean(NamedTuple):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.contraction import common_dtype
+from jlora.products import common_dtype
 from jlora.transform._jax import varied, varying_axes
 from jlora.transform._lazy import dense, densified
 from jlora.transform._structure import broadcast_in_dim

@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.adapter import Entry
+from jlora.adapter import Entry, base_weight, gain_of
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.cost import CostModel
@@ -102,7 +103,7 @@ def adapted_weights(params: Any, entries: Mapping[str, Entry]) -> dict[str, Weig
     for path, entry in entries.items():
         leaf = followed(leaves[path], path)
         weight = leaf if is_followed(leaf) else jnp.asarray(leaf)
-        base = used(entry.base, weight) if entry.parts.keys() & {"value", "offset"} else weight
+        base = used(partial(base_weight, entry), weight) if entry.parts.keys() & {"value", "offset"} else weight
         value = base if is_followed(base) else base.astype(weight.dtype)
         if entry.split is None:
             weights[path] = Plain(value)
@@ -117,12 +118,12 @@ def _gain(entry: Entry, base: Any) -> Any:
     if "magnitude" not in entry.parts or entry.split is None:
         return None
     if not is_followed(base) or not base.front or entry.split.roles[0] != "b":
-        return used(entry.gain, base)
+        return used(partial(gain_of, entry), base)
     split = Factorization(entry.split.roles[1:])
 
     def of_one(one: Any) -> Any:
         taken, parts = one
-        return used(Entry(parts, entry.scaling, split).gain, element(base, taken))
+        return used(partial(gain_of, Entry(parts, entry.scaling, split)), element(base, taken))
 
     return lax.map(of_one, (packed(base), dict(entry.parts)))
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.contraction import factored_product, spec_of, spec_of_sharding
+from jlora.products import factored_product, spec_of, spec_of_sharding
 from jlora.transform._weight import Factor, Weight
 
 Update = Callable[[jax.Array, Weight], jax.Array]

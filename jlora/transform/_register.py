@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Primitive
 
-from jlora.contraction import factored_einsum
 from jlora.errors import AdapterError, ConfigError
+from jlora.products import factored_einsum
 from jlora.transform import _products as products
 from jlora.transform._lazy import bind, is_followed
 from jlora.transform._liveness import live_inputs

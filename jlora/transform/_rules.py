@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.contraction import common_dtype
+from jlora.products import common_dtype
 from jlora.transform import _structure as structure
 from jlora.transform._lazy import bind, used
 from jlora.transform._products import Product, Update, cost, known

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.contraction import Factorization, common_dtype, spec_of
+from jlora.contraction import Factorization
+from jlora.products import common_dtype, spec_of
 from jlora.transform._jax import varying_axes
 from jlora.transform._lazy import dense, is_followed
 

@@ -1,8 +1,9 @@
 """Adapters over a params pytree: init, merge, unmerge, labels, splits, counts and the table of what is adapted."""
 
-from jlora.tree._bind import batch_dims_of, bind, given_split
-from jlora.tree._params import in_structure, init_lora, merge_params, merge_params_with_residual, unmerge_params
-from jlora.tree._shardings import adapter_shardings
+from typing import TYPE_CHECKING
+
+from jlora.faces import lazy_face
+from jlora.tree._bind import batch_dims_of, bind, given_split, in_structure
 from jlora.tree._summary import Summary, left_out_html, left_out_text, summary
 from jlora.tree._targets import (
     Known,
@@ -18,6 +19,10 @@ from jlora.tree._targets import (
     survey,
 )
 from jlora.tree._views import combine_params, count_params, lora_labels, lora_mask, split_params
+
+if TYPE_CHECKING:
+    from jlora.tree._params import init_lora, merge_params, merge_params_with_residual, unmerge_params
+    from jlora.tree._shardings import adapter_shardings
 
 __all__ = [
     "Known",
@@ -50,3 +55,11 @@ __all__ = [
     "survey",
     "unmerge_params",
 ]
+
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "jlora.tree._params": ("init_lora", "merge_params", "merge_params_with_residual", "unmerge_params"),
+        "jlora.tree._shardings": ("adapter_shardings",),
+    },
+)

@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
-from jlora.adapter import Entry, is_entry
+from jlora.adapter import Entry, boxed_entry, is_entry
+from jlora.boxes import is_box
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes, split_batch_axes
 from jlora.errors import AdapterError, JloraError, TargetError, raise_all
-from jlora.paths import format_nearest, leaves_by_path, literal_pattern
+from jlora.lazy import is_lazy
+from jlora.paths import format_nearest, leaves_by_path, literal_pattern, path_string
+from jlora.pytrees import map_with_path
 from jlora.tree._targets import (
     MOST_PROBLEMS,
     LeftOut,
@@ -65,7 +68,7 @@ def split_of(
     """How the axes of the weight at `path` split, by the configuration or by A and B; None where there are none."""
     if "A" not in parts:
         return None
-    shape, a_shape, b_shape = shapes[path], jnp.shape(parts["A"]), jnp.shape(parts["B"])
+    shape, a_shape, b_shape = shapes[path], np.shape(parts["A"]), np.shape(parts["B"])
     rank, given = config.rank_of(path), given_factorization(path, shapes, config)
     if a_shape[-1:] != (rank,):
         raise AdapterError(f"A {a_shape} does not have the rank {rank} of the configuration")
@@ -86,7 +89,7 @@ def given_split(path: str, parts: Mapping[str, Any], config: LoraConfig) -> Fact
     Raises:
       AdapterError: A and B have other numbers of axes.
     """
-    a_shape, b_shape = jnp.shape(parts["A"]), jnp.shape(parts["B"])
+    a_shape, b_shape = np.shape(parts["A"]), np.shape(parts["B"])
     for pattern, roles in config.matches("factorizations", path):
         batch, ins, outs = (roles.count(role) for role in "bio")
         if (len(a_shape), len(b_shape)) != (batch + ins + 1, batch + outs + 1):
@@ -106,7 +109,21 @@ def batch_dims_of(path: str, parts: Mapping[str, Any], config: LoraConfig) -> in
     split = given_split(path, parts, config)
     given = None if split is None else len(split.axes("b"))
     way_out = f"give the configuration factorizations={{{literal_pattern(path)!r}: 'bio'}} or the like to say"
-    return split_batch_axes(jnp.shape(parts["A"]), jnp.shape(parts["B"]), given, way_out)
+    return split_batch_axes(np.shape(parts["A"]), np.shape(parts["B"]), given, way_out)
+
+
+def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) -> Any:
+    """Entries of the adapters, by path, in the structure of params, `None` elsewhere; in boxes as their weights."""
+    shapes = shapes_by_path(params)
+
+    def entry_at(key_path: Any, weight: Any) -> Any:
+        path = path_string(key_path)
+        entry = entries.get(path)
+        if entry is None or not is_box(weight):
+            return entry
+        return boxed_entry(weight, entry, split_of(path, shapes, entry, config))
+
+    return map_with_path(entry_at, params, lambda node: is_box(node) or is_lazy(node))
 
 
 def _without_effect(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:

@@ -6,15 +6,24 @@ from typing import Any
 import chex
 import jax
 
-from jlora.adapter import Entry, boxed_entry, count_lost, init_lora_adapter, range_problem
+from jlora.adapter import (
+    Entry,
+    adapter_dtype,
+    boxed_entry,
+    count_lost,
+    init_lora_adapter,
+    merged_weight,
+    range_problem,
+    unmerged_weight,
+)
 from jlora.boxes import box_like, is_box, unboxed
-from jlora.config import LoraConfig, adapter_dtype
+from jlora.config import LoraConfig
 from jlora.errors import AdapterError, DataError, TargetError, raise_all
 from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
-from jlora.tree._bind import bind, split_of
-from jlora.tree._targets import check_floating, shapes_by_path, survey
+from jlora.tree._bind import bind
+from jlora.tree._targets import check_floating, survey
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
@@ -62,20 +71,6 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
     return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=_is_leaf)
 
 
-def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) -> Any:
-    """Entries of the adapters, by path, in the structure of params, `None` elsewhere; in boxes as their weights."""
-    shapes = shapes_by_path(params)
-
-    def entry_at(key_path: Any, weight: Any) -> Any:
-        path = path_string(key_path)
-        entry = entries.get(path)
-        if entry is None or not is_box(weight):
-            return entry
-        return boxed_entry(weight, entry, split_of(path, shapes, entry, config))
-
-    return jax.tree_util.tree_map_with_path(entry_at, params, is_leaf=_is_leaf)
-
-
 def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:
     """The params with every update folded into its weight: an ordinary params tree again.
 
@@ -106,7 +101,7 @@ def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_resid
     ranges = _Ranges()
 
     def merged(path: str, weight: Any, entry: Entry) -> jax.Array:
-        return ranges.looked_at(path, weight, entry.merged(weight), entry)
+        return ranges.looked_at(path, weight, merged_weight(entry, weight), entry)
 
     tree = _fold(params, adapters, config, merged)
     ranges.check()
@@ -128,8 +123,8 @@ def merge_params_with_residual(params: Any, adapters: Any, config: LoraConfig) -
     ranges = _Ranges()
 
     def merged(path: str, weight: Any, entry: Entry) -> jax.Array:
-        result = ranges.looked_at(path, weight, entry.merged(weight), entry)
-        residuals[path] = pack(_concrete(weight), _concrete(entry.unmerged(result)))
+        result = ranges.looked_at(path, weight, merged_weight(entry, weight), entry)
+        residuals[path] = pack(_concrete(weight), _concrete(unmerged_weight(entry, result)))
         return result
 
     tree = _fold(params, adapters, config, merged)
@@ -156,7 +151,7 @@ def unmerge_params(
         if residual is None and not entry.is_reversible:
             names = ", ".join(entry.parts)
             raise AdapterError(f"an update of {names} cannot be taken out; keep the base, or a residual")
-        guess = entry.unmerged(weight)
+        guess = unmerged_weight(entry, weight)
         if residual is None:
             return ranges.looked_at(path, weight, guess, entry)
         if path not in residual:

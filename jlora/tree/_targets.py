@@ -5,8 +5,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
+from jlora import arrays
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import ConfigError, TargetError, listed, raise_all
@@ -143,8 +144,7 @@ def shapes_by_path(params: Any) -> dict[str, tuple[int, ...]]:
 
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf can be adapted: its dtype is a floating one."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)  # a lazy base has no other type to JAX
-    return jnp.issubdtype(dtype, jnp.floating)
+    return arrays.is_floating(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
 
 
 def check_floating(weights: Mapping[str, Any]) -> None:

@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jlora.adapter import is_adapter, is_entry
 from jlora.errors import JloraWarning, TargetError, listed
 from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_string
+from jlora.pytrees import leaves, map_leaves, map_with_path
 
 _WEIGHTS = ("kernel", "embedding")
 _SAYS_SO = ("lora", "adapter")
@@ -43,7 +43,7 @@ def lora_labels(tree: Any, base: Any = None) -> Any:
 
     A `JloraWarning` tells of weights named A and B that could be an adapter, and are frozen.
 
-    >>> lora_labels({'kernel': jnp.ones((2, 3)), 'lora': {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}})
+    >>> lora_labels({'kernel': np.ones((2, 3)), 'lora': {'A': np.ones((2, 1)), 'B': np.ones((1, 3))}})
     {'kernel': 'frozen', 'lora': {'A': 'lora', 'B': 'lora'}}
     """
     return _mark(tree, base, "lora", "frozen")
@@ -70,9 +70,9 @@ def _mark(tree: Any, base: Any, adapter: Any, other: Any) -> Any:
 
     def mark(key_path: Any, node: Any) -> Any:
         found = adapter if path_string(key_path) in entries else other
-        return jax.tree.map(lambda _: found, node)
+        return map_leaves(lambda _: found, node)
 
-    return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=is_entry)
+    return map_with_path(mark, tree, is_entry)
 
 
 def _find_entries(tree: Any, base: Any) -> tuple[set[str], list[str]]:
@@ -110,7 +110,7 @@ def _readings(entry: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
     if "A" not in entry:
         yield 0, 0, 0
         return
-    a, b = jnp.shape(entry["A"]), jnp.shape(entry["B"])
+    a, b = np.shape(entry["A"]), np.shape(entry["B"])
     for n in range(min(len(a), len(b)) - 1):
         if a[:n] == b[:n] and a[-1] == b[n]:
             yield a[-1], math.prod(a[n:-1]), math.prod(b[n + 1 :])
@@ -135,7 +135,7 @@ def split_params(params: Mapping[str, Any], base: Any = None) -> tuple[Any, Any]
     Raises:
       TargetError: a leaf is neither of the base nor of an adapter; an adapter stands in a list.
 
-    >>> both = {'kernel': jnp.ones((2, 3)), 'lora': {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}}
+    >>> both = {'kernel': np.ones((2, 3)), 'lora': {'A': np.ones((2, 1)), 'B': np.ones((1, 3))}}
     >>> own, adapters = split_params(both)
     >>> sorted(own), sorted(adapters), sorted(adapters['kernel'])
     (['kernel'], ['kernel'], ['A', 'B'])
@@ -194,8 +194,8 @@ def combine_params(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Any:
     Raises:
       TargetError: an entry stands where a Linen tree has no place for it; the message names the path.
 
-    >>> adapter = {'A': jnp.ones((2, 1)), 'B': jnp.ones((1, 3))}
-    >>> sorted(combine_params({'w': jnp.ones((2, 3))}, {'w': adapter})['lora'])
+    >>> adapter = {'A': np.ones((2, 1)), 'B': np.ones((1, 3))}
+    >>> sorted(combine_params({'w': np.ones((2, 3))}, {'w': adapter})['lora'])
     ['w']
     """
     return _combine(base, adapters, "")
@@ -247,8 +247,8 @@ def _like(original: Any, content: dict[str, Any]) -> Any:
 def count_params(tree: Any) -> int:
     """The number of scalars in a pytree of arrays or shapes.
 
-    >>> count_params({'kernel': jnp.ones((5, 7)), 'bias': jnp.ones(7), 'lora': None})
+    >>> count_params({'kernel': np.ones((5, 7)), 'bias': np.ones(7), 'lora': None})
     42
     """
-    leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_lazy) if not callable(leaf)]
-    return sum(math.prod(leaf.shape if is_lazy(leaf) else jnp.shape(leaf)) for leaf in leaves)
+    found = [leaf for leaf in leaves(tree, is_lazy) if not callable(leaf)]
+    return sum(math.prod(leaf.shape if is_lazy(leaf) else np.shape(leaf)) for leaf in found)

@@ -10,7 +10,7 @@ import pytest
 from flax.core import freeze
 
 from jlora import AdapterError
-from jlora.adapter import Entry, is_adapter, is_entry
+from jlora.adapter import Entry, gain_of, is_adapter, is_entry, merged_weight, unmerged_weight
 from jlora.contraction import Factorization
 from tests.marks import some
 from tests.reference import as64, assert_close, random_adapter, random_array, x64
@@ -73,7 +73,7 @@ def reference64(weight: Any, entry: dict[str, Any], roles: str) -> np.ndarray:
 @pytest.mark.parametrize("roles", SHAPES)
 def test_every_combination_of_parts(rng, roles, names):
     weight, entry = random_array(rng, SHAPES[roles]), entry_for(rng, roles, names)
-    found = Entry(entry, SCALING, Factorization(roles)).merged(weight)
+    found = merged_weight(Entry(entry, SCALING, Factorization(roles)), weight)
     assert found.dtype == jnp.float32
     assert_close(found, reference64(weight, entry, roles))
 
@@ -83,7 +83,7 @@ def test_every_combination_of_parts(rng, roles, names):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes_are_those_of_the_weight_and_sums_are_rounded_once(rng, names, dtype, parts):
     weight, entry = random_array(rng, (5, 7), dtype), entry_for(rng, "io", names, parts)
-    found = Entry(entry, SCALING, Factorization("io")).merged(weight)
+    found = merged_weight(Entry(entry, SCALING, Factorization("io")), weight)
     assert found.dtype == weight.dtype
     exact = reference64(weight, entry, "io")
     off = np.abs(as64(found) - exact)
@@ -99,7 +99,7 @@ def test_under_jit_and_vmap(rng, names):
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *entries)
 
     def apply(weight: Any, entry: Any) -> Any:
-        return Entry(entry, SCALING, Factorization("io")).merged(weight)
+        return merged_weight(Entry(entry, SCALING, Factorization("io")), weight)
 
     wanted = [reference64(weight, entry, "io") for weight, entry in zip(weights, entries, strict=True)]
     assert_close(jax.jit(apply)(weights[0], entries[0]), wanted[0])
@@ -117,7 +117,7 @@ def test_the_norm_is_a_constant_to_gradients(rng, roles, names, wrap):
     constant = jnp.asarray(reference64(weight, plain, roles), jnp.float32)
 
     def loss(weight: Any, entry: Any) -> Any:
-        return jnp.sum(direction * Entry(entry, SCALING, Factorization(roles)).merged(weight) ** 2)
+        return jnp.sum(direction * merged_weight(Entry(entry, SCALING, Factorization(roles)), weight) ** 2)
 
     def wanted_loss(weight: Any, entry: Any) -> Any:
         with jax.default_matmul_precision("highest"):
@@ -136,7 +136,7 @@ def test_the_norm_is_a_constant_to_gradients(rng, roles, names, wrap):
 
 def test_a_scaling_that_is_traced_does_not_retrace(rng):
     weight, entry = random_array(rng, (5, 7)), entry_for(rng, "io", ("offset", "A", "magnitude"))
-    apply = jax.jit(lambda scaling: Entry(entry, scaling, Factorization("io")).merged(weight))
+    apply = jax.jit(lambda scaling: merged_weight(Entry(entry, scaling, Factorization("io")), weight))
     for scaling in (0.5, SCALING):
         found = apply(scaling)
     assert apply._cache_size() == 1
@@ -148,9 +148,9 @@ def test_what_is_zero_stays_zero_under_a_magnitude(rng):
     entry["B"] = entry["B"].at[:, 2].set(0)
 
     def total(weight: Any, entry: Any) -> Any:
-        return jnp.sum(Entry(entry, SCALING, Factorization("io")).merged(weight) ** 2)
+        return jnp.sum(merged_weight(Entry(entry, SCALING, Factorization("io")), weight) ** 2)
 
-    found = Entry(entry, SCALING, Factorization("io")).merged(weight)
+    found = merged_weight(Entry(entry, SCALING, Factorization("io")), weight)
     np.testing.assert_array_equal(found[:, 2], 0)
     assert_close(jnp.linalg.norm(found, axis=0), np.abs(as64(entry["magnitude"])) * (np.arange(7) != 2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(weight, entry)))
@@ -162,14 +162,14 @@ def test_undone_up_to_rounding(rng, roles, names):
     weight, entry = random_array(rng, SHAPES[roles]), entry_for(rng, roles, names)
     bound = Entry(entry, SCALING, Factorization(roles))
     assert bound.is_reversible
-    assert_close(bound.unmerged(bound.merged(weight)), as64(weight))
+    assert_close(unmerged_weight(bound, merged_weight(bound, weight)), as64(weight))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_is_undone_is_rounded_once(rng, dtype):
     merged, entry = random_array(rng, (31, 29), dtype), entry_for(rng, "io", ())
     entry = random_adapter(rng, (31, 2), (2, 29)) | {"offset": random_array(rng, (31, 29))}
-    found = Entry(entry, SCALING, Factorization("io")).unmerged(merged)
+    found = unmerged_weight(Entry(entry, SCALING, Factorization("io")), merged)
     assert found.dtype == merged.dtype
     exact = as64(merged) - SCALING * (as64(entry["offset"]) + as64(entry["A"]) @ as64(entry["B"]))
     half = np.spacing(np.abs(np.asarray(found))).astype(np.float64) / 2
@@ -187,7 +187,7 @@ def test_what_can_be_undone(rng, names):
 def test_the_gain_is_the_magnitude_over_the_norm(rng, roles, dtype):
     with x64():
         weight, entry = random_array(rng, SHAPES[roles], dtype), entry_for(rng, roles, ("A", "magnitude"), dtype)
-        found = Entry(entry, SCALING, Factorization(roles)).gain(weight)
+        found = gain_of(Entry(entry, SCALING, Factorization(roles)), weight)
         total = reference64(weight, {name: entry[name] for name in "AB"}, roles)
         in_axes = tuple(axis for axis, role in enumerate(roles) if role == "i")
         norms = np.sqrt(np.sum(total**2, in_axes))
@@ -201,9 +201,9 @@ def test_the_gain_of_what_is_zero_or_cancels_is_finite(rng):
     a, b = random_array(rng, (5, 2)), random_array(rng, (2, 7))
     entry = {"A": a, "B": b, "magnitude": random_array(rng, (7,))}
     bound = Entry(entry, 1.0, Factorization("io"))
-    assert np.isfinite(bound.gain(-(a @ b))).all()
-    assert np.isfinite(Entry(entry | {"B": 0 * b}, 1.0, Factorization("io")).gain(jnp.zeros((5, 7)))).all()
-    assert np.isnan(bound.gain(jnp.full((5, 7), jnp.inf))).all()
+    assert np.isfinite(gain_of(bound, -(a @ b))).all()
+    assert np.isfinite(gain_of(Entry(entry | {"B": 0 * b}, 1.0, Factorization("io")), jnp.zeros((5, 7)))).all()
+    assert np.isnan(gain_of(bound, jnp.full((5, 7), jnp.inf))).all()
 
 
 ARRAY = np.ones((2, 2))
@@ -268,7 +268,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize(("shapes", "message"), CHECKS.values(), ids=CHECKS)
-@pytest.mark.parametrize("call", [Entry.merged, Entry.unmerged], ids=["merge", "unmerge"])
+@pytest.mark.parametrize("call", [merged_weight, unmerged_weight], ids=["merge", "unmerge"])
 def test_parts_that_do_not_fit(shapes, message, call):
     entry = Entry({name: jnp.ones(shape) for name, shape in shapes.items()}, SCALING, Factorization("io"))
     with pytest.raises(AdapterError, match=message):
@@ -286,11 +286,11 @@ def test_a_factorization_of_other_axes():
 def test_a_and_b_without_a_factorization():
     entry = {"A": jnp.ones((5, 2)), "B": jnp.ones((2, 7))}
     with pytest.raises(AdapterError, match=r"^A \(5, 2\) of a weight \(5, 7\): no factorization is given$"):
-        Entry(entry, SCALING).merged(jnp.ones((5, 7)))
+        merged_weight(Entry(entry, SCALING), jnp.ones((5, 7)))
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
-@pytest.mark.parametrize("call", [Entry.merged, Entry.unmerged], ids=["merge", "unmerge"])
+@pytest.mark.parametrize("call", [merged_weight, unmerged_weight], ids=["merge", "unmerge"])
 def test_a_dtype_that_jax_would_narrow(rng, names, call):
     with pytest.raises(AdapterError, match=r"^a weight of dtype float64: set jax_enable_x64, or cast it first$"):
         call(Entry(entry_for(rng, "io", names), SCALING, Factorization("io")), np.ones((5, 7)))
@@ -300,6 +300,6 @@ def test_a_dtype_that_jax_would_narrow(rng, names, call):
 def test_float64(rng, names):
     with x64():
         weight, entry = jnp.asarray(rng.standard_normal((5, 7))), entry_for(rng, "io", names, "float64")
-        found = Entry(entry, SCALING, Factorization("io")).merged(weight)
+        found = merged_weight(Entry(entry, SCALING, Factorization("io")), weight)
         assert found.dtype == jnp.float64
         assert_close(found, reference64(weight, entry, "io"))

@@ -72,6 +72,20 @@ def delta(adapters, name, alpha=6.0):
     return alpha / a.shape[-1] * (a @ b).T
 
 
+def test_adapters_in_float64_stay_so(folder, rng):
+    """As files hold them: JAX would narrow them."""
+    entries = {name: {part: array.astype(np.float64) for part, array in pair(rng).items()} for name in (UP, DOWN)}
+    save_adapters("wide", entries, CONFIG)
+    for command in ("resize wide --rank 5", "combine wide wide --method cat", "convert wide --to own"):
+        assert cli.main([*command.split(), "--out", command[:6]]) == 0
+        found = flat_entries(command[:6])
+        assert {part.dtype.name for entry in found.values() for part in entry.values()} == {"float64"}
+        scale = 2 if command.startswith("combine") else 1
+        alpha = checkpoints.read_adapters(command[:6])[1].alpha
+        for name in entries:
+            np.testing.assert_allclose(delta(found, name, alpha), scale * delta(entries, name), rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function_and_has_help(name, capsys):
     assert callable(getattr(checkpoints, name))

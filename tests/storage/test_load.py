@@ -11,7 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import DataError, LoraConfig, TargetError, init_lora, merge_params
-from jlora.storage import LoadReport, Misfit, load_adapters, load_arrays, load_fitting_adapters, save_adapters
+from jlora.storage import (
+    LoadReport,
+    Misfit,
+    load_adapters,
+    load_arrays,
+    load_fitting_adapters,
+    load_on_host,
+    save_adapters,
+)
 from tests.reference import as64, assert_close, random_array, randomize, reference_delta
 from tests.storage.devices import run_with_devices
 from tests.storage.trees import assert_same, entry, random
@@ -226,3 +234,18 @@ def test_one_adapter_too_many_is_an_error_where_all_others_fit(tmp_path):
     assert report.unexpected == ("more",)
     assert not report.fits
     assert loaded.keys() == {"up"}
+
+
+def test_on_the_host_all_is_as_it_was_saved(tmp_path, rng):
+    wide = {"A": rng.normal(size=(5, 2)), "B": rng.normal(size=(2, 7))}
+    narrow = jax.tree.map(lambda part: np.asarray(part, jnp.bfloat16), wide)
+    adapters = {"b": [wide, None], "a": (narrow, {"c": wide})}
+    config = LoraConfig(rank=2, alpha=3)
+    save_adapters(tmp_path, adapters, config)
+    found, known = load_on_host(tmp_path)
+    assert known == config
+    assert jax.tree.structure(found) == jax.tree.structure(adapters)
+    for part, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(adapters), strict=True):
+        assert isinstance(part, np.ndarray)
+        assert part.dtype == wanted.dtype
+        np.testing.assert_array_equal(part, wanted)

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from jlora.arrays import is_floating
 from jlora.contraction import split_batch_axes
 from jlora.errors import DataError, raise_all
 from jlora.interop.peft._mapping import Row
@@ -231,9 +231,9 @@ def check_numbers(at: str | Path, arrays: Mapping[str, Arrays]) -> None:
 
 
 def _problem(part: str, array: Any) -> str | None:
-    if jnp.issubdtype(array.dtype, jnp.floating):
+    if is_floating(array.dtype):
         with np.errstate(invalid="ignore"):  # of NaNs that signal
             return None if np.isfinite(np.asarray(array)).all() else "holds a NaN or an infinity"
-    if part != "value" or jnp.issubdtype(array.dtype, jnp.complexfloating):
+    if part != "value" or array.dtype.kind == "c":
         return f"has the dtype {array.dtype}: wanted a floating one"
     return None

@@ -7,8 +7,6 @@ from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapter import Entry
@@ -16,6 +14,7 @@ from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, JloraWarning, TargetError, listed, raise_all, shortened
+from jlora.interop._placed import placed
 from jlora.interop.peft._config import Kept, Scales, check_peft_config, has_transposed_experts
 from jlora.interop.peft._derive import digest_of
 from jlora.interop.peft._keys import Named, entries_of
@@ -72,7 +71,7 @@ def read_peft(
         not fit `params`.
     """
     entries, config = read_peft_arrays(path, mapping, params=params, transposed_experts=transposed_experts)
-    adapters = {at: {name: _on_device(path, at, part) for name, part in entry.items()} for at, entry in entries.items()}
+    adapters = placed(path, entries)
     if params is None:
         try:
             return nest(adapters), config
@@ -299,9 +298,3 @@ class _Reader:
             )
         except (ConfigError, DataError) as error:
             raise DataError(f"{self.folder / CONFIG}: {error}") from None
-
-
-def _on_device(folder: str | Path, path: str, array: np.ndarray[Any, Any]) -> jax.Array:
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise DataError(f"{folder}: {path} has the dtype {array.dtype}: set jax_enable_x64")
-    return jnp.asarray(np.ascontiguousarray(array))

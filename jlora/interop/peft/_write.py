@@ -5,7 +5,6 @@ from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jlora.adapter import is_entry
@@ -19,6 +18,7 @@ from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._targeted import check_fields, check_together
 from jlora.paths import leaves_by_path, literal_pattern
+from jlora.pytrees import leaves
 from jlora.storage import folder_to_write, unreachable, write_once
 from jlora.tree import check_config
 
@@ -83,7 +83,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         with folder_to_write(folder):
             Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
-    write_once(jax.tree.leaves(adapters), write)
+    write_once(leaves(adapters), write)
 
 
 def model_entries(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> list[ModelEntry]:
@@ -240,9 +240,7 @@ def _entries(adapters: Any) -> dict[str, Arrays]:
     for path, entry in found.items():
         if problem := next((p for part in entry.values() if (p := unreachable(part))), None):
             raise DataError(f"{path}: {problem}")
-    return {
-        path: {name: np.asarray(jax.device_get(part)) for name, part in entry.items()} for path, entry in found.items()
-    }
+    return {path: {name: np.asarray(part) for name, part in entry.items()} for path, entry in found.items()}
 
 
 def _piece(entry: MappingType[str, Any], place: Place) -> Arrays:
