@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from jlora.faces import lazy_face
 
 if TYPE_CHECKING:
+    from jlora.checkpoints._adapter_files import combine, convert, read_adapters, resize, write_adapters
     from jlora.checkpoints._extract import extract
-    from jlora.checkpoints._jobs import combine, convert, read_adapters, resize, write_adapters
-    from jlora.checkpoints._look import diff, inspect
+    from jlora.checkpoints._inspect import diff, inspect
     from jlora.checkpoints._merge import Merged, Unmerged, merge, unmerge
 
 __all__ = [
@@ -30,8 +30,8 @@ __getattr__, __dir__ = lazy_face(
     __name__,
     {
         "jlora.checkpoints._extract": ("extract",),
-        "jlora.checkpoints._jobs": ("combine", "convert", "read_adapters", "resize", "write_adapters"),
-        "jlora.checkpoints._look": ("diff", "inspect"),
+        "jlora.checkpoints._adapter_files": ("combine", "convert", "read_adapters", "resize", "write_adapters"),
+        "jlora.checkpoints._inspect": ("diff", "inspect"),
         "jlora.checkpoints._merge": ("Merged", "Unmerged", "merge", "unmerge"),
     },
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import compose
-from jlora.checkpoints._jobs import write_adapters
+from jlora.checkpoints._adapter_files import write_adapters
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._memory import in_memory, is_converted, kind_in_memory, roles_of, settings_of
 from jlora.checkpoints._quantized import problems_of

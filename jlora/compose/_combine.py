@@ -33,16 +33,16 @@ Part = tuple[Any, LoraConfig]
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """One part's adapter of a weight: its number among the parts, its factors, its weight and its scaling."""
+    """One part's adapter of a weight: its number among the parts, its factors, its share and its scaling."""
 
     part: int
     factors: Factors
-    weight: float
+    share: float
     scaling: float
 
     @property
     def scale(self) -> float:
-        return self.weight * self.scaling
+        return self.share * self.scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def combine(
     arXiv 2311.03099.
     """
     parts = _checked_parts(parts)
-    scales = _checked_weights(weights, len(parts))
+    shares = _checked_shares(weights, len(parts))
     plan = _Plan(
         choice("method", method, METHODS),
         _task(method, density, majority_sign),
@@ -128,7 +128,7 @@ def combine(
     )
     read = [read_factors(adapters, config, f"parts[{i}], ") for i, (adapters, config) in enumerate(parts)]
     paths = dict.fromkeys(itertools.chain.from_iterable(read))
-    members = {path: _members(path, parts, read, scales) for path in paths}
+    members = {path: _members(path, parts, read, shares) for path in paths}
     if not members:
         raise AdapterError("parts: none of them holds an adapter")
     problems: list[str] = []
@@ -153,7 +153,7 @@ def _checked_parts(parts: Any) -> list[Part]:
     return found
 
 
-def _checked_weights(weights: Any, count: int) -> list[float]:
+def _checked_shares(weights: Any, count: int) -> list[float]:
     found = [1.0] * count if weights is None else [number(f"weights[{i}]", w) for i, w in enumerate(weights)]
     if len(found) != count:
         raise ConfigError(f"weights: found {len(found)} for {count} parts; wanted one for each")
@@ -182,11 +182,11 @@ def _task(method: str, density: Any, majority_sign: str) -> Task:
 
 
 def _members(
-    path: str, parts: Sequence[Part], read: Sequence[Mapping[str, Factors]], weights: Sequence[float]
+    path: str, parts: Sequence[Part], read: Sequence[Mapping[str, Factors]], shares: Sequence[float]
 ) -> list[_Member]:
     return [
-        _Member(i, found[path], weight, config.scaling_of(path))
-        for i, ((_, config), found, weight) in enumerate(zip(parts, read, weights, strict=True))
+        _Member(i, found[path], share, config.scaling_of(path))
+        for i, ((_, config), found, share) in enumerate(zip(parts, read, shares, strict=True))
         if path in found
     ]
 
@@ -238,11 +238,11 @@ def _on_deltas(path: str, members: Sequence[_Member], plan: _Plan, rank: int) ->
     for member in members:
         dtypes += [member.factors.a_dtype, member.factors.b_dtype]
     wide = _dtype(dtypes)
-    weights = [member.weight for member in members]
+    shares = [member.share for member in members]
     done = []
     for entry in range(len(members[0].factors.a)):
         deltas = [(m.scaling * m.factors.a[entry] @ m.factors.b[entry]).astype(wide)[None] for m in members]
-        joined = plan.task.join(deltas, weights, streams)  # (1, in, out)
+        joined = plan.task.join(deltas, shares, streams)  # (1, in, out)
         u, s, vh = cut(leading_triples(joined[0], rank, sketch), rank)
         done.append(balanced(u.astype(np.float64), s.astype(np.float64), vh.astype(np.float64)))
     return padded(np.stack([a for a, _ in done]), np.stack([b for _, b in done]), rank)

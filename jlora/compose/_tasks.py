@@ -22,17 +22,17 @@ class Task:
         return not self.rule.elect and self.density == 1.0
 
     def join(
-        self, tensors: Sequence[np.ndarray], weights: Sequence[float], streams: Sequence[np.random.Generator]
+        self, tensors: Sequence[np.ndarray], shares: Sequence[float], streams: Sequence[np.random.Generator]
     ) -> np.ndarray:
         """One tensor (n, rows, columns) from one of that shape per part, each of the n pruned for itself."""
         kept = [self._pruned(tensor, stream) for tensor, stream in zip(tensors, streams, strict=True)]
-        total = sum(weight * tensor for weight, tensor in zip(weights, kept, strict=True))
+        total = sum(share * tensor for share, tensor in zip(shares, kept, strict=True))
         if not self.rule.elect:
             return np.asarray(total)
         votes = sum(np.sign(tensor) if self.majority_sign == "frequency" else tensor for tensor in kept)
         majority = np.where(np.asarray(votes) >= 0, 1.0, -1.0)
         agreed = [np.sign(tensor) == majority for tensor in kept]
-        summed = sum(weight * tensor * mask for weight, tensor, mask in zip(weights, kept, agreed, strict=True))
+        summed = sum(share * tensor * mask for share, tensor, mask in zip(shares, kept, agreed, strict=True))
         return np.asarray(summed / np.maximum(np.sum(agreed, axis=0), 1).astype(tensors[0].dtype))
 
     def _pruned(self, tensor: np.ndarray, stream: np.random.Generator) -> np.ndarray:

@@ -35,7 +35,7 @@ from jlora.disk import (
     write_whole,
 )
 from jlora.errors import DataError, JloraError
-from jlora.storage._kinds import PEFT, is_peft, what_it_is
+from jlora.storage._other_folders import PEFT, is_peft, what_it_is
 
 FORMAT, VERSION = "jlora adapters", "1"
 NEW_CONFIG = f".{CONFIG}.new"

@@ -63,14 +63,17 @@ def _concatenated(operands: Sequence[Any], dimension: int, weights: Sequence[Wei
     having = [place for place, factor in enumerate(found[0]) if dimension in factor.axes]
     if len(having) == len(found[0]):
         rank = max(weight.rank for weight in weights)
-        factors = [_joined(operands, of_operands, place, dimension, [0] * len(operands), rank) for place in having]
+        factors = [
+            _concatenated_factors(operands, of_operands, place, dimension, [0] * len(operands), rank)
+            for place in having
+        ]
         return GAINS if gains is None else [*factors, *gains]
     (place,) = having
     starts, others = _blocks(of_operands, 1 - place)
     rank = sum(array.shape[-1] for array in others)
     if len(others) > 1 and rank >= _smaller_side(found[0], shape):
         return WIDE
-    joined = _joined(operands, of_operands, place, dimension, starts, rank)
+    joined = _concatenated_factors(operands, of_operands, place, dimension, starts, rank)
     other = _of_dtypes([row[1 - place] for row in found], _along_rank(others))
     factors = [joined, other] if place == 0 else [other, joined]
     return GAINS if gains is None else [*factors, *gains]
@@ -239,7 +242,7 @@ def _blocks(of_operands: Sequence[Sequence[Factor] | None], other: int) -> tuple
     return starts, others
 
 
-def _joined(
+def _concatenated_factors(
     operands: Sequence[Any], of_operands: Sequence[Any], place: int, dimension: int, starts: Sequence[int], rank: int
 ) -> Factor:
     """The factors at a place, concatenated along an axis of the weight, each in its block of the rank."""

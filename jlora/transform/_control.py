@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec, Sharding
 
 from jlora.transform import _combine as combine
 from jlora.transform._compiled import evaluate_compiled
-from jlora.transform._jax import mapped_axes, opened, scan_counts, scan_options, varied, varying_axes
-from jlora.transform._lazy import bind, densified, element, is_followed, packed
+from jlora.transform._jax import jaxpr_and_consts, mapped_axes, scan_counts, scan_options, varied, varying_axes
+from jlora.transform._lazy import bind, densified, element, is_packed, packed
 from jlora.transform._run import Run
 from jlora.transform._weight import Factor, Plain, Weight, bare, base_of, is_marked, is_weight, of_params
 
@@ -36,7 +36,7 @@ RETURNED = "a function with a derivative of its own returns a weight with a magn
 
 
 def _placed(value: Any, sharding: Any) -> Any:
-    if not isinstance(sharding, Sharding) or is_followed(base_of(value)):
+    if not isinstance(sharding, Sharding) or is_packed(base_of(value)):
         return value  # the packed arrays of a lazy base lie where they lie
     if is_weight(value):
         arrays = [part.array for part in value.parts]
@@ -230,7 +230,7 @@ class _Carry:
     """What a loop carries, without the weights and other params that it hands on as they are."""
 
     def __init__(self, run: Run, eqn: JaxprEqn, body: Any, consts: int, carry: Sequence[Any]) -> None:
-        program, _ = opened(body)
+        program, _ = jaxpr_and_consts(body)
         inner = program.invars[consts : consts + len(carry)]
         self._fixed = {n: value for n, value in enumerate(carry) if is_marked(value) and program.outvars[n] is inner[n]}
         self._run, self._eqn = run, eqn

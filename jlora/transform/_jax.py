@@ -16,7 +16,7 @@ def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr and its constants; before JAX 0.12 an open one has none."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 

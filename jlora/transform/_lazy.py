@@ -103,7 +103,7 @@ def _unflatten(static: tuple[Any, ...], children: Sequence[Any]) -> Lazy:
 jax.tree_util.register_pytree_node(Lazy, _flatten, _unflatten)
 
 
-def followed(leaf: Any, path: str | None = None) -> Any:
+def as_lazy(leaf: Any, path: str | None = None) -> Any:
     """A leaf of params as the program takes it: a lazy base as `Lazy`, a constant to gradients; an array as it is."""
     if not is_lazy(leaf):
         return leaf
@@ -118,28 +118,29 @@ def followed(leaf: Any, path: str | None = None) -> Any:
     return Lazy(frozen, shape, dtype, getattr(leaf, "batch_dims", 0))
 
 
-def is_followed(value: Any) -> bool:
+def is_packed(value: Any) -> bool:
+    """Whether a value is a lazy base, packed still."""
     return isinstance(value, Lazy)
 
 
 def densified(tree: Any) -> Any:
     """The tree with every lazy base in it dense."""
-    return jax.tree.map(lambda node: dense(node) if is_followed(node) else node, tree, is_leaf=is_followed)
+    return jax.tree.map(lambda node: dense(node) if is_packed(node) else node, tree, is_leaf=is_packed)
 
 
 def dense(value: Any) -> Any:
     """A lazy base as an array; an array as it is."""
-    return used(lambda array: array, value)
+    return on_dense(lambda array: array, value)
 
 
-def used(function: Callable[..., Any], *args: Any) -> Any:
+def on_dense(function: Callable[..., Any], *args: Any) -> Any:
     """The function of the arguments, in which every lazy base is dense; the backward pass makes it dense again."""
-    if not any(map(is_followed, jax.tree.leaves(args, is_leaf=is_followed))):
+    if not any(map(is_packed, jax.tree.leaves(args, is_leaf=is_packed))):
         return function(*args)
 
     @jax.checkpoint
     def recomputed(*args: Any) -> Any:
-        arrays = jax.tree.map(lambda node: node.dense() if is_followed(node) else node, args, is_leaf=is_followed)
+        arrays = jax.tree.map(lambda node: node.dense() if is_packed(node) else node, args, is_leaf=is_packed)
         return function(*arrays)
 
     return recomputed(*args)
@@ -147,19 +148,19 @@ def used(function: Callable[..., Any], *args: Any) -> Any:
 
 def packed(value: Any) -> Any:
     """What a scan along the first axis takes apart: the packed arrays, if they have this axis; else the dense array."""
-    if not is_followed(value):
+    if not is_packed(value):
         return value
     return value.base if value.front else dense(value)
 
 
 def element(value: Any, taken: Any) -> Any:
     """One element of a stack, from one of `packed`."""
-    return value.element(taken) if is_followed(value) and value.front else taken
+    return value.element(taken) if is_packed(value) and value.front else taken
 
 
 def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """The equation as it stands, on other inputs: a move of a lazy base is noted, anything else takes it dense."""
-    places = [number for number, value in enumerate(inputs) if is_followed(value)]
+    places = [number for number, value in enumerate(inputs) if is_packed(value)]
     if not places:
         return _jax.bind(eqn, inputs)
     if len(places) == 1:
@@ -170,7 +171,7 @@ def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
             return moved
     if eqn.effects:  # which must not happen again in the backward pass
         return _jax.bind(eqn, list(map(dense, inputs)))
-    return used(lambda *inputs: _jax.bind(eqn, inputs), *inputs)
+    return on_dense(lambda *inputs: _jax.bind(eqn, inputs), *inputs)
 
 
 def _moved(eqn: JaxprEqn, lazy: Lazy, place: int, operands: Sequence[Any]) -> list[Lazy] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn, Literal
 
-from jlora.transform._jax import opened, scan_counts
+from jlora.transform._jax import jaxpr_and_consts, scan_counts
 from jlora.transform._primitives import name_of_primitive
 
 Flags = Sequence[bool]
@@ -22,7 +22,7 @@ def live_inputs(jaxpr: Any, live_outputs: Flags | None = None) -> list[bool]:
       jaxpr: the program.
       live_outputs: which of the outputs count; all of them where None.
     """
-    program, _ = opened(jaxpr)
+    program, _ = jaxpr_and_consts(jaxpr)
     wanted = [True] * len(program.outvars) if live_outputs is None else live_outputs
     live = {id(atom) for atom, is_live in zip(program.outvars, wanted, strict=True) if is_live}
     for eqn in reversed(program.eqns):
@@ -43,7 +43,7 @@ def _read(eqn: JaxprEqn, live_outputs: Flags) -> list[bool]:
     if name == "cond":
         branches = [live_inputs(branch, live_outputs) for branch in params["branches"]]
         return [True, *map(any, zip(*branches, strict=True))]
-    program = next((opened(params[key])[0] for key in _ONE_PROGRAM if key in params), None)
+    program = next((jaxpr_and_consts(params[key])[0] for key in _ONE_PROGRAM if key in params), None)
     if program is None or (len(program.invars), len(program.outvars)) != (len(eqn.invars), len(eqn.outvars)):
         return [True] * len(eqn.invars)
     return live_inputs(program, live_outputs)

@@ -15,7 +15,7 @@ from jlora.cost import CostModel
 from jlora.errors import AdapterError, ConfigError, JloraWarning, listed
 from jlora.paths import leaves_by_path
 from jlora.transform._keywords import check_keywords, name_of
-from jlora.transform._lazy import element, followed, is_followed, packed, used
+from jlora.transform._lazy import as_lazy, element, is_packed, on_dense, packed
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
 from jlora.transform._run import Run, Settings
@@ -101,10 +101,10 @@ def adapted_weights(params: Any, entries: Mapping[str, Entry]) -> dict[str, Weig
     check_floating({path: leaves[path] for path in entries})
     weights: dict[str, Weight | Plain] = {}
     for path, entry in entries.items():
-        leaf = followed(leaves[path], path)
-        weight = leaf if is_followed(leaf) else jnp.asarray(leaf)
-        base = used(partial(base_weight, entry), weight) if entry.parts.keys() & {"value", "offset"} else weight
-        value = base if is_followed(base) else base.astype(weight.dtype)
+        leaf = as_lazy(leaves[path], path)
+        weight = leaf if is_packed(leaf) else jnp.asarray(leaf)
+        base = on_dense(partial(base_weight, entry), weight) if entry.parts.keys() & {"value", "offset"} else weight
+        value = base if is_packed(base) else base.astype(weight.dtype)
         if entry.split is None:
             weights[path] = Plain(value)
         else:
@@ -117,13 +117,13 @@ def _gain(entry: Entry, base: Any) -> Any:
     """The gain of an entry; that of a stack of lazy bases one by one, so that only one of them is dense at a time."""
     if "magnitude" not in entry.parts or entry.split is None:
         return None
-    if not is_followed(base) or not base.front or entry.split.roles[0] != "b":
-        return used(partial(gain_of, entry), base)
+    if not is_packed(base) or not base.front or entry.split.roles[0] != "b":
+        return on_dense(partial(gain_of, entry), base)
     split = Factorization(entry.split.roles[1:])
 
     def of_one(one: Any) -> Any:
         taken, parts = one
-        return used(partial(gain_of, Entry(parts, entry.scaling, split)), element(base, taken))
+        return on_dense(partial(gain_of, Entry(parts, entry.scaling, split)), element(base, taken))
 
     return lax.map(of_one, (packed(base), dict(entry.parts)))
 

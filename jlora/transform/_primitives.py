@@ -14,7 +14,7 @@ from jax import ad_checkpoint, lax
 from jax.extend.core import Primitive, primitives
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec, auto_axes, reshard
 
-from jlora.transform._jax import opened, varied
+from jlora.transform._jax import jaxpr_and_consts, varied
 
 
 def primitive_of_jax(name: str) -> Primitive | None:
@@ -54,10 +54,10 @@ def _traced(name: str) -> Primitive | None:
 
 def _within(jaxpr: Any) -> Iterator[Primitive]:
     """The primitives of a program and of the programs in it."""
-    for eqn in opened(jaxpr)[0].eqns:
+    for eqn in jaxpr_and_consts(jaxpr)[0].eqns:
         yield eqn.primitive
         for value in eqn.params.values():
-            if hasattr(opened(value)[0], "eqns"):
+            if hasattr(jaxpr_and_consts(value)[0], "eqns"):
                 yield from _within(value)
 
 

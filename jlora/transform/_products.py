@@ -64,7 +64,7 @@ class _Dot:
     def roles(self) -> str:
         return "".join("o" if c not in self.x else "b" if c in self.y else "i" for c in self.weight)
 
-    def joined(self) -> "_Dot":
+    def flattened(self) -> "_Dot":
         """The same with one letter in place of the axes that only the input has."""
         rest = self.rest
         return dataclasses.replace(self, x=self.x.replace(rest, rest[0]), y=self.y.replace(rest, rest[0]))
@@ -107,7 +107,7 @@ def dot_general(
     whole = _letters(weight, x, dimension_numbers, weight_first)
     explicit = out_sharding is not None or any(spec_of(x)) or any(weight.spec)
     flatten = flatten and not explicit and len(whole.rest) > 1 and whole.rest in whole.x
-    dot = whole.joined() if flatten else whole
+    dot = whole.flattened() if flatten else whole
     order = weight.order(dot.roles)
     if order is None and not _narrows(weight, dot.roles):
         return "no axis that is contracted belongs to A alone or to B alone"
@@ -129,9 +129,9 @@ def dot_general(
         return y.reshape(y_shape)
 
     def update(x: jax.Array, weight: Weight) -> jax.Array:
-        form = functools.partial(_in_order, order=order or (0, 1))
+        form = functools.partial(_in_axes_first, order=order or (0, 1))
         if order is None or explicit:
-            form = functools.partial(_in_turn, out_sharding=out_sharding)
+            form = functools.partial(_larger_contraction_first, out_sharding=out_sharding)
         return form(x.reshape(x_shape), weight, dot, precision=precision).reshape(y_shape)
 
     return Product(dot.roles, update, along(whole.weight, whole.y), along(whole.weight, whole.x), base)
@@ -142,7 +142,7 @@ def along(weight: str, letters: str) -> Callable[[Factor], jax.Array]:
     return lambda gain: gain.spread_over([weight.find(c) for c in letters])
 
 
-def _in_order(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int], precision: Any) -> jax.Array:
+def _in_axes_first(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int], precision: Any) -> jax.Array:
     """The product with the factor that has the in axes, then with the one that has the out axes."""
     first, second = (weight.factors[n] for n in order)
     shared, ins, outs = weight.shared, weight.own(first), weight.own(second)
@@ -150,8 +150,8 @@ def _in_order(x: jax.Array, weight: Weight, dot: _Dot, *, order: tuple[int, int]
     placed = batch + "".join(c for c in dot.x if c not in batch)
     product = factored_product(
         x.transpose([dot.x.index(c) for c in placed]),
-        first.ordered((*shared, *ins), len(first.axes)),
-        second.ordered((*shared, *outs), len(shared)),
+        first.transposed((*shared, *ins), len(first.axes)),
+        second.transposed((*shared, *outs), len(shared)),
         [placed.index(dot.weight[axis]) for axis in ins],
         len(shared),
         precision=precision,
@@ -166,7 +166,9 @@ def _narrows(weight: Weight, roles: str) -> bool:
     return any(roles[axis] == "i" for factor in weight.factors for axis in weight.own(factor))
 
 
-def _in_turn(x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any, out_sharding: Any = None) -> jax.Array:
+def _larger_contraction_first(
+    x: jax.Array, weight: Weight, dot: _Dot, *, precision: Any, out_sharding: Any = None
+) -> jax.Array:
     """The product with the factor that has more of what is contracted, then with the other one.
 
     In an explicit mesh no axes are joined, and what has the sharding of the output has it in between too.
@@ -223,8 +225,8 @@ def ragged_dot_general(
 
     def update(x: jax.Array, weight: Weight) -> jax.Array:
         first, second = (weight.factors[n] for n in order)
-        a = first.ordered((*groups, *w_in), 2)
-        b = second.ordered((*groups, roles.index("o")), 1)
+        a = first.transposed((*groups, *w_in), 2)
+        b = second.transposed((*groups, roles.index("o")), 1)
         rows = jnp.moveaxis(x, x_in[0], -1)
         of_rows, of_features = spec_of_sharding(out_sharding, 2)
         inner, outer = (_to(out_sharding, (of_rows, last)) for last in (None, of_features))
@@ -274,7 +276,7 @@ def conv_general_dilated(
     def update(x: jax.Array, weight: Weight) -> jax.Array:
         first, second = (weight.factors[n] for n in order)
         rank, features = weight.rank, weight.shape[out_axis]
-        a = first.ordered(weight.own(first), out_axis)
+        a = first.transposed(weight.own(first), out_axis)
         channel = dimension_numbers.out_spec[1]
         of_places = list(spec_of_sharding(out_sharding, x.ndim))
         of_features = of_places.pop(channel)

@@ -9,7 +9,7 @@ import numpy as np
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.lazy import is_lazy
 from jlora.paths import path_string
-from jlora.transform._lazy import followed
+from jlora.transform._lazy import as_lazy
 from jlora.transform._liveness import live_inputs
 from jlora.transform._run import Run
 from jlora.transform._weight import Plain, Weight
@@ -60,7 +60,7 @@ class Program:
         """The outputs of the jaxpr for these leaves, with the weights in place of those at their paths."""
         inputs = []
         for path, leaf in zip(self.paths, leaves, strict=True):
-            inputs.append(leaf if path is None else weights.get(path) or Plain(followed(leaf, path)))
+            inputs.append(leaf if path is None else weights.get(path) or Plain(as_lazy(leaf, path)))
         return run.merge_outputs(None, run.evaluate(self.jaxpr, inputs), "it is the weight itself")
 
     def read(self) -> set[str]:

@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jlora.errors import AdapterError, ConfigError
 from jlora.products import factored_einsum
 from jlora.transform import _products as products
-from jlora.transform._lazy import bind, is_followed
+from jlora.transform._lazy import bind, is_packed
 from jlora.transform._liveness import live_inputs
 from jlora.transform._primitives import name_of_primitive
 from jlora.transform._registry import add_rule
@@ -140,7 +140,7 @@ def _wrong(eqn: JaxprEqn, what: str) -> AdapterError:
 def _moved(found: Moves, run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """The value from the primitive, the factors from what the function of the rule does to the weight."""
     values = list(map(base_of, inputs))
-    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) if is_followed(value) else value for value in values]
+    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) if is_packed(value) else value for value in values]
     program = jax.make_jaxpr(lambda *operands: jax.tree.leaves(found.like(*operands)))(*shapes)
     avals: Any = [var.aval for var in eqn.outvars]
     of_like, wanted = ([aval.shape for aval in group] for group in (program.out_avals, avals))
@@ -205,6 +205,6 @@ def _factors(weight: Weight, order: tuple[int, int]) -> tuple[jax.Array, jax.Arr
     """A `(*batch, *in, r)` and B `(*batch, r, *out)` of a weight, which are its factors in this order."""
     first, second = (weight.factors[n] for n in order)
     batch = weight.shared
-    a = first.ordered((*batch, *weight.own(first)), len(first.axes))
-    b = second.ordered((*batch, *weight.own(second)), len(batch))
+    a = first.transposed((*batch, *weight.own(first)), len(first.axes))
+    b = second.transposed((*batch, *weight.own(second)), len(batch))
     return a, b

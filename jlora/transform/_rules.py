@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.products import common_dtype
 from jlora.transform import _structure as structure
-from jlora.transform._lazy import bind, used
+from jlora.transform._lazy import bind, on_dense
 from jlora.transform._products import Product, Update, cost, known
 from jlora.transform._run import Rule, Run
 from jlora.transform._weight import Weight, bare, base_of, is_weight, of_params
@@ -158,9 +158,9 @@ def multiplies(rule: Callable[..., Product | str]) -> Rule:
         x, own = _scaled(x, of_x), weight.without_gains()
         if merge:
             merged = functools.partial(_merged, base, product.update, keep=choice.keeps(size.rows, size.outs))
-            return [_scaled(used(merged, x, own), of_y)]
-        output = used(base, x, own.value)
-        return [_scaled(output + own.product(product.update, run.dropped(x, own.path)).astype(output.dtype), of_y)]
+            return [_scaled(on_dense(merged, x, own), of_y)]
+        output = on_dense(base, x, own.value)
+        return [_scaled(output + own.product(product.update, run.with_dropout(x, own.path)).astype(output.dtype), of_y)]
 
     return apply
 

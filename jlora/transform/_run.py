@@ -13,8 +13,8 @@ from jax.extend.core import JaxprEqn, Literal, Primitive, Var
 from jlora.cost import CostModel
 from jlora.errors import AdapterError
 from jlora.paths import path_number
-from jlora.transform._jax import opened, varying_axes
-from jlora.transform._lazy import Lazy, bind, densified, is_followed
+from jlora.transform._jax import jaxpr_and_consts, varying_axes
+from jlora.transform._lazy import Lazy, bind, densified, is_packed
 from jlora.transform._primitives import name_of_primitive, primitive_of_jax
 from jlora.transform._weight import Plain, Weight, bare, is_marked, is_weight, of_params
 from jlora.transform._whole import UNKNOWN, WHOLE
@@ -130,7 +130,7 @@ class Run:
 
     def evaluate(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, closed or open, for inputs of which some are weights."""
-        program, consts = opened(jaxpr)
+        program, consts = jaxpr_and_consts(jaxpr)
         values: dict[Var, Any] = dict(zip(program.constvars, consts, strict=True))
         values.update(zip(program.invars, inputs, strict=True))
         last = _last_uses(program)
@@ -157,7 +157,7 @@ class Run:
             rules = self.settings.rules
             if not any(map(is_weight, inputs)):
                 values = list(map(bare, inputs))
-                if not any(map(is_followed, values)) or not rules.enters(eqn.primitive):
+                if not any(map(is_packed, values)) or not rules.enters(eqn.primitive):
                     return bind(eqn, values)
             rule = rules.rule_of(eqn.primitive)
             if rule is not None:
@@ -188,7 +188,7 @@ class Run:
             self.undropped.update(dict.fromkeys(weight.paths))
         flops = 2.0 * weight.rank * weight.value.size
         self.record(eqn, weight, roles="", factored=False, why=why, adapter_flops=flops)
-        if is_followed(weight.value):
+        if is_packed(weight.value):
             return Lazy(weight, weight.shape, weight.value.dtype, front=0)
         return weight.merged()
 
@@ -248,7 +248,7 @@ class Run:
         self.draws.append(None)
         return jax.random.fold_in(self.key, len(self.draws))
 
-    def dropped(self, x: jax.Array, path: str) -> jax.Array:
+    def with_dropout(self, x: jax.Array, path: str) -> jax.Array:
         """The input of the adapter at `path`, with dropout."""
         key = self.next_key()
         if key is None:

@@ -12,7 +12,7 @@ from jlora.cost import CostModel
 from jlora.errors import ConfigError
 from jlora.paths import literal_pattern, names_leaf
 from jlora.transform._keywords import check_keywords
-from jlora.transform._lazy import followed
+from jlora.transform._lazy import as_lazy
 from jlora.transform._probe import probe
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
@@ -146,7 +146,7 @@ def _uses_by_path(
         probes = {}
         for path, array in zip(program.paths, arrays, strict=True):
             if path is not None and is_targeted(config, path) and len(array.shape) > 1 and is_floating(array):
-                probes[path] = probe(path, followed(array, path))
+                probes[path] = probe(path, as_lazy(array, path))
         probed.extend(probes)
         return program.evaluate(run, probes, arrays)
 

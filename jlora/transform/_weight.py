@@ -25,7 +25,7 @@ from jax import lax
 from jlora.contraction import Factorization
 from jlora.products import common_dtype, spec_of
 from jlora.transform._jax import varying_axes
-from jlora.transform._lazy import dense, is_followed
+from jlora.transform._lazy import dense, is_packed
 
 Shape = tuple[int, ...]
 
@@ -84,7 +84,7 @@ class Factor:
         )
         return lax.expand_dims(array, [place for place, axis in enumerate(axes) if axis not in self.axes])
 
-    def ordered(self, axes: Sequence[int], rank_at: int) -> jax.Array:
+    def transposed(self, axes: Sequence[int], rank_at: int) -> jax.Array:
         """The array with its axes in the order `axes`, the rank at position `rank_at`."""
         places = [self.axes.index(axis) for axis in axes]
         places.insert(rank_at, len(self.axes))
@@ -148,7 +148,7 @@ class Weight:
     @property
     def spec(self) -> tuple[Any, ...]:
         """For each axis those of an explicit mesh that the value is split over."""
-        return () if is_followed(self.value) else spec_of(self.value)
+        return () if is_packed(self.value) else spec_of(self.value)
 
     def own(self, factor: Factor) -> tuple[int, ...]:
         """The axes of this factor that not every factor has."""
@@ -216,7 +216,7 @@ class Weight:
             return self._split_delta(dtype)
         sizes = [self.shape[axis] for axis in batch]
         left, right = (
-            factor.ordered((*batch, *self.own(factor)), len(factor.axes))
+            factor.transposed((*batch, *self.own(factor)), len(factor.axes))
             .astype(dtype)
             .reshape(*sizes, self.size(self.own(factor)), self.rank)
             for factor in (first, second)
@@ -240,7 +240,7 @@ class Weight:
 
     def merged(self) -> jax.Array:
         """The value with the update added, times the gains: in float32 at least, rounded once."""
-        if is_followed(self.value):
+        if is_packed(self.value):
             return dataclasses.replace(self, value=dense(self.value)).merged()
         delta = self.delta()
         dtype = common_dtype(delta.dtype, self.value.dtype)

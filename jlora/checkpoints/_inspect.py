@@ -5,8 +5,8 @@ from typing import Any
 
 from jlora import diagnostics
 from jlora.adapter import is_entry
+from jlora.checkpoints._adapter_files import read_adapters
 from jlora.checkpoints._forms import is_adapters
-from jlora.checkpoints._jobs import read_adapters
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._rewrite import Progress
 from jlora.disk import Checkpoint, LazyArray
