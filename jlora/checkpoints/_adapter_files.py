@@ -23,12 +23,19 @@ FORMATS = ("own", "peft", "mlx")
 NAMES = ("gemma", "qwix")
 
 
-def read_adapters(path: str | Path, mapping: Table = NESTED) -> tuple[Any, LoraConfig, str]:
-    """The adapters of a folder, their configuration, and the format that they are in, one of `FORMATS`."""
+def read_adapters(
+    path: str | Path, mapping: Table = NESTED, *, to: str | None = "peft", transposed_experts: bool | None = None
+) -> tuple[Any, LoraConfig, str]:
+    """The adapters of a folder, their configuration, and the format that they are in, one of `FORMATS`.
+
+    What is written `to` PEFT again may leave open how square experts lie; other formats say it. None is the format that
+    was found.
+    """
     form = form_of(path)
     if form == "own":
         return *load_on_host(path), form
-    entries, config = read_entries(path, mapping)
+    is_settled = (to or form) != "peft"
+    entries, config = read_entries(path, mapping, settled_experts=is_settled, transposed_experts=transposed_experts)
     return nest(entries), config, form
 
 
@@ -57,7 +64,7 @@ def resize(
     force: bool = False,
 ) -> LoraConfig:
     """Adapters of another rank, optimal in the Frobenius norm, written to a folder; see `jlora.compose.resize`."""
-    tree, config, found = read_adapters(adapters)
+    tree, config, found = read_adapters(adapters, to=form)
     resized, config = compose.resize(tree, config, rank, rank_pattern=rank_pattern or ())
     write_adapters(out, resized, config, form or found, force=force)
     return config
@@ -78,7 +85,7 @@ def combine(
     Raises:
       DataError: as well where an adapter has no path in common with the others.
     """
-    read = [read_adapters(path) for path in adapters]
+    read = [read_adapters(path, to=form) for path in adapters]
     paths = [set(leaves_by_path(tree, is_leaf=is_entry)) for tree, _, _ in read]
     for path, own in zip(adapters, paths, strict=True):
         others = set().union(*(found for found in paths if found is not own))
@@ -96,6 +103,7 @@ def convert(
     to: str,
     *,
     mapping: Table | None = None,
+    transposed_experts: bool | None = None,
     names: str | None = None,
     alpha: float | None = None,
     force: bool = False,
@@ -109,13 +117,15 @@ def convert(
       to: "own", "peft" or "mlx".
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
         the names with slashes for dots.
+      transposed_experts: as for `jlora.interop.peft.read_peft`.
       names: "gemma" (`lora/a`, `lora/b` beside a weight) or "qwix" (`kernel_lora_a`, `kernel_lora_b`).
       alpha: that qwix was given; it is not in the params.
       force: whether to replace `out` where it is there.
     """
     choice("to", to, FORMATS)
     if names is None:
-        adapters, config, _ = read_adapters(source, NESTED if mapping is None else mapping)
+        table = NESTED if mapping is None else mapping
+        adapters, config, _ = read_adapters(source, table, to=to, transposed_experts=transposed_experts)
     else:
         adapters, config = _from_params(source, choice("names", names, NAMES), alpha)
     write_adapters(out, adapters, config, to, mapping=mapping, force=force)

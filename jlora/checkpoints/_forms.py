@@ -25,13 +25,26 @@ def is_adapters(path: str | Path) -> bool:
     return form_of(path) != "own" or is_adapters_folder(path)
 
 
-def read_entries(path: str | Path, mapping: Mapping = FLAT, *, lazy: bool = False) -> tuple[Entries, LoraConfig]:
-    """The entries by path, lazy ones read when asked for, and the configuration; `mapping` is for other formats."""
+def read_entries(
+    path: str | Path,
+    mapping: Mapping = FLAT,
+    *,
+    lazy: bool = False,
+    settled_experts: bool = False,
+    transposed_experts: bool | None = None,
+) -> tuple[Entries, LoraConfig]:
+    """The entries by path, lazy ones read when asked for, and the configuration.
+
+    `mapping` is for other formats than jlora's own; how experts lie is a question to PEFT's alone.
+    """
     form = form_of(path)
     if form == "own":
         return load_arrays(path)
-    read = {"mlx": read_mlx_arrays, "peft": read_peft_arrays}[form]
-    return read(path, mapping, lazy=lazy)
+    if form == "mlx":
+        return read_mlx_arrays(path, mapping, lazy=lazy)
+    return read_peft_arrays(
+        path, mapping, lazy=lazy, settled_experts=settled_experts, transposed_experts=transposed_experts
+    )
 
 
 def files_of(path: str | Path) -> tuple[Path, ...]:

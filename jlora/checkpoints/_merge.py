@@ -94,6 +94,7 @@ def merge(
     *,
     weights: Sequence[float] | None = None,
     mapping: Mapping = (),
+    transposed_experts: bool | None = None,
     keep_residual: bool = False,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -111,6 +112,8 @@ def merge(
       weights: of the adapters, 1 by default; may be negative.
       mapping: rows of `jlora.interop.peft.Row` from the adapters' names to the checkpoint's, where these are others;
         what transformers 5 renames is known.
+      transposed_experts: whether the model keeps stacked experts as (experts, in, out), as GPT-OSS does, and not as
+        (experts, out, in); by default config.json's model type says it, or the shapes.
       keep_residual: whether to keep beside the output what `unmerge` needs to bring the base back to the bit.
       force: whether to replace `out` where it is there; it is replaced when all is written.
       on_progress: called with (bytes done, bytes in all).
@@ -136,8 +139,8 @@ def merge(
     >>> temporary.cleanup()
     """
     source = Checkpoint(checkpoint)
-    changes = _changes(source, adapters, weights, mapping)
-    record = _record("merge", source, adapters, weights, mapping) | {"residual": keep_residual}
+    changes = _changes(source, adapters, weights, mapping, transposed_experts)
+    record = _record("merge", source, adapters, weights, mapping, transposed_experts) | {"residual": keep_residual}
     if keep_residual:
         check_names(changes)
 
@@ -169,6 +172,7 @@ def unmerge(
     *,
     weights: Sequence[float] | None = None,
     mapping: Mapping = (),
+    transposed_experts: bool | None = None,
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> Unmerged:
@@ -179,7 +183,7 @@ def unmerge(
 
     Args:
       merged: the folder that `merge` wrote.
-      adapters, weights, mapping: those that were merged.
+      adapters, weights, mapping, transposed_experts: those that were merged.
       out: the folder to write.
       force, on_progress: as for `merge`.
 
@@ -188,8 +192,8 @@ def unmerge(
         without a residual, a residual that does not lead back to the base.
     """
     source = Checkpoint(merged)
-    changes = _changes(source, adapters, weights, mapping)
-    record = _record("unmerge", source, adapters, weights, mapping)
+    changes = _changes(source, adapters, weights, mapping, transposed_experts)
+    record = _record("unmerge", source, adapters, weights, mapping, transposed_experts)
     _check_same(source.folder, record)
     exact = (source.folder / RESIDUALS).is_dir()
     if not exact and (lost := [name for name, found in changes.items() if not all(c.is_reversible for c in found)]):
@@ -226,6 +230,7 @@ def _changes(
     adapters: str | Path | Sequence[str | Path],
     weights: Sequence[float] | None,
     mapping: Mapping,
+    transposed_experts: bool | None,
 ) -> dict[str, list[Entry]]:
     """The changes of each tensor, in the order of the checkpoint's bytes."""
     folders = _listed(adapters)
@@ -237,7 +242,7 @@ def _changes(
         entries, config = read_adapter(folder)
         try:
             check_base_of_mlx(config, settings_of(source).get("model_type"))
-            for name, change in changes_of(entries, config, factor, source, mapping).items():
+            for name, change in changes_of(entries, config, factor, source, mapping, transposed_experts).items():
                 found.setdefault(name, []).append(change)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None
@@ -260,6 +265,7 @@ def _record(
     adapters: str | Path | Sequence[str | Path],
     weights: Sequence[float] | None,
     mapping: Mapping,
+    transposed_experts: bool | None,
 ) -> dict[str, Any]:
     """What is done, by which a run that was killed is known again: all that a run is given."""
     folders = _listed(adapters)
@@ -270,6 +276,7 @@ def _record(
         "names": [folder.resolve().name for folder in folders],
         "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
         "mapping": [dataclasses.astuple(row) for row in mapping],
+        "transposed_experts": transposed_experts,
     }
 
 

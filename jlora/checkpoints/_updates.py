@@ -11,12 +11,13 @@ import numpy as np
 from jlora.adapter import Entry
 from jlora.arrays import ShapeDtype
 from jlora.checkpoints._forms import read_entries
+from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
-from jlora.errors import DataError, TargetError, listed, raise_all
+from jlora.errors import DataError, JloraError, listed, raise_all
 from jlora.interop.peft import Mapping, paths_of_name
 from jlora.interop.transformers import RENAMED, facts_of
 from jlora.paths import nearest
@@ -37,52 +38,78 @@ def read_adapter(path: str | Path) -> tuple[Entries, LoraConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What changes one tensor: an entry, or a part of one that the checkpoint keeps in several tensors."""
+    """A tensor that an entry changes: its weight, or the part of it that belongs to one of several experts.
+
+    Attributes:
+      tensor: its name in the checkpoint.
+      path: of the entry.
+      expert: the number of the expert; None where the tensor is the whole weight.
+      part, parts: the matrix of an expert has that many parts, one upon the other, each a tensor; this is which.
+    """
 
     tensor: str
     path: str
-    parts: dict[str, Any]
-    whole: bool = True
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
 
 
 def changes_of(
-    entries: Entries, config: LoraConfig, weight: float, checkpoint: Checkpoint, mapping: Mapping = ()
+    entries: Entries,
+    config: LoraConfig,
+    weight: float,
+    checkpoint: Checkpoint,
+    mapping: Mapping = (),
+    transposed_experts: bool | None = None,
 ) -> dict[str, Entry]:
     """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
 
     Paths and tensors meet where they are the same but for dots and slashes, a prefix that all have or lack, and what
     `mapping` or transformers renames. Experts that an adapter holds as one array are taken apart where the checkpoint
-    has them one by one.
+    has them one by one. `transposed_experts` says how a model lies that the file and config.json leave open.
 
     Raises:
       DataError: every entry without a tensor, or that does not fit its tensor, at once; two entries for one tensor;
-        entries that fit several parts of the checkpoint.
+        entries that fit several parts of the checkpoint; square experts of which nothing says how they lie.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    pieces = _pieces(entries, shapes, (*mapping, *facts_of(settings_of(checkpoint)).renamed, *RENAMED))
+    settings = settings_of(checkpoint)
+    pieces = _pieces(entries, shapes, (*mapping, *facts_of(settings).renamed, *RENAMED))
     quantized = Quantized(checkpoint)
     problems = _missing(entries, pieces, shapes, quantized)
     taken: dict[str, str] = {}
     for piece in (piece for found in pieces.values() for piece in found):
         if taken.setdefault(piece.tensor, piece.path) != piece.path:
             problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
-        problem = quantized.problem(piece.tensor) or _unfit(piece, checkpoint)
-        problems += [problem] if problem else []
-        if weight != 1 and {"value", "magnitude"} & set(piece.parts):
+        if problem := quantized.problem(piece.tensor):
+            problems.append(problem)
+        if weight != 1 and {"value", "magnitude"} & set(entries[piece.path]):
             problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
     raise_all(problems, DataError, "the adapters do not fit the checkpoint")
-    tree = {path: ShapeDtype(_whole_shape(found, shapes), np.dtype(np.float32)) for path, found in pieces.items()}
+    weights = {path: _whole_shape(found, shapes) for path, found in pieces.items()}
+    tree = {path: ShapeDtype(shape, np.dtype(np.float32)) for path, shape in weights.items()}
     try:
-        bound = bind(tree, entries, config)
-    except TargetError as error:
+        bound = bind(tree, entries, with_layouts(config, entries, weights, settings, transposed_experts))
+    except JloraError as error:
         raise DataError(f"the adapters do not fit the checkpoint: {error}") from None
     changes: dict[str, Entry] = {}
     for path, found in pieces.items():
-        entry = bound[path]
+        entry = dataclasses.replace(bound[path], scaling=weight * bound[path].scaling)
         for piece in found:
-            split = entry.split if piece.whole else Factorization("oi")
-            changes[piece.tensor] = Entry(piece.parts, weight * entry.scaling, split)
+            changes[piece.tensor] = entry if piece.expert is None else _of_expert(entry, piece)
     return changes
+
+
+def _of_expert(entry: Entry, piece: _Piece) -> Entry:
+    """The part of a change of stacked experts that belongs to one tensor of one of them."""
+    assert entry.split is not None
+    roles = entry.split.roles.removeprefix("b")
+    a, b = entry.parts["A"][piece.expert], entry.parts["B"][piece.expert]  # (in, r), (r, out)
+    rows = b.shape[1] if roles == "oi" else a.shape[0]
+    width = rows // piece.parts
+    own = slice(piece.part * width, (piece.part + 1) * width)
+    parts = {"A": a, "B": b[:, own]} if roles == "oi" else {"A": a[own], "B": b}
+    return Entry(parts, entry.scaling, Factorization(roles))
 
 
 def _pieces(entries: Entries, shapes: Shapes, mapping: Mapping) -> dict[str, list[_Piece]]:
@@ -151,31 +178,37 @@ def _renamed_pieces(
 
 def _pieces_of(path: str, name: str, parts: dict[str, Any], names: dict[str, str]) -> list[_Piece]:
     if name in names:
-        return [_Piece(names[name], path, parts)]
+        return [_Piece(names[name], path)]
     module, _, last = name.rpartition(".")
     if set(parts) != {"A", "B"} or parts["A"].ndim != 3 or parts["B"].ndim != 3:
         return []
-    a, b = parts["A"], parts["B"]
+    count = parts["A"].shape[0]
     for group in _FUSED.get(last, ()):
-        tensors = [[f"{module}.{e}.{part}.weight" for part in group] for e in range(a.shape[0])]
-        more = f"{module}.{a.shape[0]}.{group[0]}.weight" in names
-        if all(tensor in names for row in tensors for tensor in row) and not more and b.shape[2] % len(group) == 0:
-            width = b.shape[2] // len(group)
-            return [
-                _Piece(names[tensor], path, {"A": a[e], "B": b[e][:, j * width : (j + 1) * width]}, whole=False)
-                for e, row in enumerate(tensors)
-                for j, tensor in enumerate(row)
-            ]
+        if f"{module}.{count}.{group[0]}.weight" in names:
+            continue
+        pieces = []
+        for expert in range(count):
+            for number, part in enumerate(group):
+                tensor = names.get(f"{module}.{expert}.{part}.weight")
+                pieces += [] if tensor is None else [_Piece(tensor, path, expert, number, len(group))]
+        if len(pieces) == count * len(group):
+            return pieces
     return []
 
 
 def _whole_shape(pieces: list[_Piece], shapes: Shapes) -> tuple[int, ...]:
-    """The shape of the weight that an entry is for; of experts one by one, as if they were one array."""
+    """The shape of the weight that an entry is for; of experts one by one, as if they were one array.
+
+    Raises:
+      DataError: experts that differ in shape.
+    """
     first = shapes[pieces[0].tensor]
-    if pieces[0].whole:
+    if pieces[0].expert is None:
         return first
-    modules = len({piece.tensor.rsplit(".", 2)[0] for piece in pieces})
-    return (modules, first[0] * (len(pieces) // modules), first[1])
+    if other := next((piece.tensor for piece in pieces if shapes[piece.tensor] != first), None):
+        raise DataError(f"{other} {shapes[other]}: {pieces[0].path} is for experts of the shape {first}")
+    count, parts = len(pieces) // pieces[0].parts, pieces[0].parts
+    return (count, first[0] * parts, *first[1:])
 
 
 def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes, quantized: Quantized) -> list[str]:
@@ -186,11 +219,3 @@ def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes, quantized
         near = ", ".join(nearest(path.replace("/", "."), shapes))
         shown.append(f"{path}: {packed or f'the checkpoint has no such tensor; nearest: {near}'}")
     return [*shown, *missing[_MOST_SHOWN:]]
-
-
-def _unfit(piece: _Piece, checkpoint: Checkpoint) -> str | None:
-    """Why a part of experts does not fit its tensor; whole entries are checked as they are bound."""
-    if piece.whole:
-        return None
-    found, wanted = checkpoint.entries[piece.tensor].shape, (piece.parts["B"].shape[1], piece.parts["A"].shape[0])
-    return None if found == wanted else f"{piece.tensor} {found}: the experts of {piece.path} want {wanted}"

@@ -82,12 +82,22 @@ def _renames(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _experts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--transposed-experts",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model keeps stacked experts as (experts, in, out), as GPT-OSS does, where neither the model "
+        "type nor a shape says it",
+    )
+
+
 def _merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help=_CHECKPOINT)
     parser.add_argument("adapters", nargs="+", help=_ADAPTERS)
     _out(parser)
     _weights(parser)
     _renames(parser)
+    _experts(parser)
     parser.add_argument("--keep-residual", action="store_true", help="keep what unmerge needs to be exact")
 
 
@@ -97,6 +107,7 @@ def _unmerge(parser: argparse.ArgumentParser) -> None:
     _out(parser)
     _weights(parser)
     _renames(parser)
+    _experts(parser)
 
 
 def _extract(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +150,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         help=f"{_TABLE} of name, path, transpose, reshape, stack; by default paths are the names in the Hugging Face "
         "model, with slashes for dots",
     )
+    _experts(parser)
     parser.add_argument("--names", choices=("gemma", "qwix"), help="read params that hold another library's LoRA")
     parser.add_argument("--alpha", type=float, help="that qwix was given")
 
@@ -163,6 +175,7 @@ def _run_merge(arguments: argparse.Namespace) -> Done:
             arguments.out,
             weights=arguments.weights,
             mapping=_mapping(arguments.mapping) or (),
+            transposed_experts=arguments.transposed_experts,
             keep_residual=arguments.keep_residual,
             force=arguments.force,
             on_progress=show,
@@ -180,6 +193,7 @@ def _run_unmerge(arguments: argparse.Namespace) -> Done:
             arguments.out,
             weights=arguments.weights,
             mapping=_mapping(arguments.mapping) or (),
+            transposed_experts=arguments.transposed_experts,
             force=arguments.force,
             on_progress=show,
         )
@@ -243,6 +257,7 @@ def _run_convert(arguments: argparse.Namespace) -> Done:
         arguments.out,
         arguments.to,
         mapping=_mapping(arguments.mapping),
+        transposed_experts=arguments.transposed_experts,
         names=arguments.names,
         alpha=arguments.alpha,
         force=arguments.force,

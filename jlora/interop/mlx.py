@@ -231,7 +231,7 @@ def write_mlx(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapp
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for entry in entries:
         module, a, b = entry.name.removesuffix(".weight"), entry.parts["A"], entry.parts["B"]
-        if entry.kind == "experts":
+        if entry.kind.startswith("experts"):
             a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)
         tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
         if "magnitude" in entry.parts:
@@ -255,7 +255,7 @@ def _unwritable(entry: ModelEntry, is_dora: bool) -> str | None:
         return f"{entry.path}: a part {min(more)}"
     if entry.kind == "conv1d" or _CONV1D.search(entry.name.removesuffix(".weight")):
         return f"{entry.path}: a weight (in, out), which mlx-lm transposes as it loads it"
-    if entry.kind not in ("linear", "embedding", "experts") or not entry.name.endswith(".weight"):
+    if entry.kind not in ("linear", "embedding", "experts", "experts_open") or not entry.name.endswith(".weight"):
         return (
             f"{entry.path}: {entry.kind} of {entry.name}; wanted the weight of a Linear, a SwitchLinear or an embedding"
         )

@@ -99,6 +99,12 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
     return Facts() if number is None else _facts(number)
 
 
+def has_transposed_experts(config: Mapping[str, Any]) -> bool | None:
+    """Whether the model that a config.json names keeps stacked experts as (experts, in, out); None for unknown ones."""
+    classes = _table()["models"].get(str(config.get("model_type")))
+    return None if classes is None else any(_facts(number).transposed for number in classes.values())
+
+
 def task_of(config: Mapping[str, Any]) -> str | None:
     """PEFT's task type of the model that a config.json names."""
     classes = config.get("architectures")

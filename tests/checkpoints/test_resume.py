@@ -269,8 +269,13 @@ def test_a_run_cut_off_between_the_two_renames(tmp_path, made):
 # What becomes of a run that stopped behind its second shard and goes on with one argument changed: an argument that is
 # new belongs here, and into what a run is known by.
 OTHERS: dict[str, dict[str, Any]] = {
-    "merge": {"weights": [2.0], "mapping": (Row("{name*}", "x.{name*}"),), "keep_residual": True},
-    "unmerge": {"weights": [2.0], "mapping": (Row("{name*}", "x.{name*}"),)},
+    "merge": {
+        "weights": [2.0],
+        "mapping": (Row("{name*}", "x.{name*}"),),
+        "transposed_experts": True,
+        "keep_residual": True,
+    },
+    "unmerge": {"weights": [2.0], "mapping": (Row("{name*}", "x.{name*}"),), "transposed_experts": True},
 }
 ALIKE = {"force": True, "on_progress": lambda done, total: None}
 

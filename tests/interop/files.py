@@ -19,6 +19,7 @@ def write_folder(folder: Path, tensors: dict[str, Any], **config: Any) -> Path:
     data = {"peft_type": "LORA", "r": 2, "lora_alpha": 5}
     data |= {"use_dora": True} if any("magnitude" in name for name in tensors) else {}
     data |= {"lora_bias": True} if any("lora_B.bias" in name for name in tensors) else {}
+    data |= {"peft_version": "0.21.2"} if config.get("target_parameters") else {}
     data |= config
     (folder / "adapter_config.json").write_text(json.dumps(data, indent=2, sort_keys=True))
     with (folder / "adapter_model.safetensors").open("wb") as file:

@@ -75,7 +75,7 @@ def parameters(rng: Rng, folder: Path) -> Made:
     return entries, jlora.LoraConfig(rank=2, alpha=3, factorizations=roles)
 
 
-# What each is, and the first version that knows it. Before 0.20 square experts are transposed ones.
+# What each is, and the first version that knows it. Before 0.19.1 square experts are transposed ones.
 WRITTEN: dict[str, tuple[Callable[[Rng, Path], Made], int]] = {
     "plain": (plain, 6),
     "rslora": (rslora, 8),

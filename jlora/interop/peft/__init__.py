@@ -1,6 +1,6 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
-from jlora.interop.peft._config import base_model_of
+from jlora.interop.peft._config import base_model_of, kept_of, kind_of_experts
 from jlora.interop.peft._derive import of_model, with_kinds_of
 from jlora.interop.peft._keys import names_embedding
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
@@ -15,6 +15,8 @@ __all__ = [
     "Row",
     "base_model_of",
     "is_peft_folder",
+    "kept_of",
+    "kind_of_experts",
     "model_entries",
     "names_embedding",
     "of_model",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,8 +70,38 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def has_transposed_experts(data: Mapping[str, Any]) -> bool:
-    """Whether the base model keeps its experts as (experts, in, out), as far as its name says (transformers 5)."""
+def kind_of_experts(data: Mapping[str, Any], transposed: bool | None) -> str:
+    """The kind of stacked experts in a file with this configuration: which of their axes A belongs to.
+
+    A lies on the first axis of every expert's matrix in PEFT 0.17 and 0.18; since 0.19 on the one that the model takes
+    for in, which 0.19.0 has the wrong way round. The configuration names the version from 0.18 on.
+
+    Args:
+      data: PEFT's configuration.
+      transposed: whether the model keeps its experts as (experts, in, out), as GPT-OSS does; None where it is not known
+        but by the name of the base model.
+    """
+    version = _version(data)
+    if version < (0, 19, 0):
+        return "experts_t"
+    if transposed is None and _names_transposed(data):
+        transposed = True
+    if transposed is None:
+        return "experts_open"
+    return "experts_t" if transposed != (version == (0, 19, 0)) else "experts"
+
+
+def _version(data: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The version that a configuration names, 0.17 where it names none."""
+    named = data.get("peft_version") or "0.17.0"
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(named))
+    if match is None:
+        raise DataError(f"peft_version = {shortened(named)}: wanted a version, such as 0.19.1")
+    return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+def _names_transposed(data: Mapping[str, Any]) -> bool:
+    """Whether the name of the base model is that of one with experts (experts, in, out) (transformers 5)."""
     named = json.dumps([data.get("auto_mapping"), data.get("base_model_name_or_path")]).lower().replace("-", "_")
     return any(f"{end}{name}" in named for name in _TRANSPOSED_EXPERTS for end in ('"', "/", "."))
 

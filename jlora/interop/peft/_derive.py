@@ -24,7 +24,7 @@ _NEW: dict[str, Any] = {
 OLDEST = "0.3.0"
 """The oldest PEFT that the table of keys has."""
 LAYOUT = "0.20.0"
-"""The PEFT that brought the layout in which experts are written."""
+"""A PEFT that has the layout in which experts are written, as all have since 0.19.1."""
 
 _SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
@@ -159,7 +159,7 @@ def _selection(contents: Contents, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _version(contents: Contents, before: Mapping[str, Any]) -> str | None:
-    """Whose layout the experts of parameters are in: PEFT 0.20 changed it; nothing else here depends on the version."""
+    """Whose layout the experts of parameters are in: it has changed twice; nothing else here depends on the version."""
     if not contents.parameters:
         return None
     return before.get("peft_version") if before.get("target_parameters") else LAYOUT
@@ -185,7 +185,7 @@ def _says_scales(data: Mapping[str, Any], config: LoraConfig, modules: Mapping[s
     """Whether a configuration of PEFT's gives each module the rank and the scaling that ours does."""
     scales = Scales(data)
     return bool(data.get("use_rslora")) == (config.scaling == "rslora") and all(
-        scales.rank_of(module) == config.rank_of(path) and scales.alpha_of(module) == config.alpha_of(path)
+        scales.rank_of(module) == config.rank_of(path) and float(scales.alpha_of(module)) == config.alpha_of(path)
         for module, path in modules.items()
     )
 

@@ -8,6 +8,7 @@
     embedding  (vocabulary, dim), which is in, out
     experts    (experts, out, in), a stack of matrices in one parameter
     experts_t  (experts, in, out)
+    experts_open  one of the two, the model is not known; taken for (experts, out, in) as most have it
     whole      no A and B: a tensor, or an offset, as it is
 """
 
@@ -25,7 +26,14 @@ from jlora.interop.peft._mapping import Row
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-_ROLES = {"linear": "oi", "conv1d": "io", "embedding": "io", "experts": "boi", "experts_t": "bio"}
+_ROLES = {
+    "linear": "oi",
+    "conv1d": "io",
+    "embedding": "io",
+    "experts": "boi",
+    "experts_t": "bio",
+    "experts_open": "boi",
+}
 
 
 def roles_of(kind: str, ndim: int) -> str:
@@ -40,11 +48,11 @@ def from_peft(kind: str, parts: Mapping[str, np.ndarray[Any, Any]], rank: int) -
         return arrays, next(iter(arrays.values())).shape
     a, b = arrays["A"], arrays["B"]
     _check(kind, a, b, rank)
-    if kind in ("experts", "experts_t"):
+    if kind.startswith("experts"):
         count = a.shape[0] // rank
         arrays["A"] = a.reshape(count, rank, -1).transpose(0, 2, 1)
         arrays["B"] = b.reshape(-1, rank, count).transpose(2, 1, 0)
-        sides = (b.shape[0], a.shape[1]) if kind == "experts" else (a.shape[1], b.shape[0])
+        sides = (a.shape[1], b.shape[0]) if kind == "experts_t" else (b.shape[0], a.shape[1])
         return arrays, (count, *sides)
     arrays["A"] = np.moveaxis(a, 0, -1)
     arrays["B"] = b.reshape(b.shape[0], rank).T
@@ -65,7 +73,7 @@ def to_peft(kind: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
     if kind == "whole":
         return parts
     a, b = arrays["A"], arrays["B"]
-    if kind in ("experts", "experts_t"):
+    if kind.startswith("experts"):
         count, ins, rank = a.shape
         parts["A"] = a.transpose(0, 2, 1).reshape(count * rank, ins)
         parts["B"] = b.transpose(2, 1, 0).reshape(-1, rank * count)
@@ -160,7 +168,7 @@ def _check(kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], rank: in
             f"{found} hold no numbers: a tensor that is spread over processes was saved without being gathered; under "
             "DeepSpeed's ZeRO-3 set stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py"
         )
-    if kind in ("experts", "experts_t"):
+    if kind.startswith("experts"):
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
             raise DataError(f"{found} do not fit: wanted (experts * {rank}, in) and (out, experts * {rank})")
         return

@@ -15,8 +15,8 @@ from jlora.contraction import Factorization
 from jlora.disk import CONFIG, TENSORS, Pair, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, JloraWarning, TargetError, listed, raise_all, shortened
 from jlora.interop._placed import placed
-from jlora.interop.peft._config import Kept, Scales, check_peft_config, has_transposed_experts
-from jlora.interop.peft._derive import digest_of
+from jlora.interop.peft._config import Kept, Scales, check_peft_config, kind_of_experts
+from jlora.interop.peft._derive import LAYOUT, digest_of
 from jlora.interop.peft._keys import Named, entries_of
 from jlora.interop.peft._layout import Arrays, check_numbers, from_peft, roles_of, to_tree, whole_to_tree
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_names
@@ -27,6 +27,14 @@ from jlora.storage import is_adapters_folder
 from jlora.tree import in_structure
 
 _MOST_SHOWN = 12
+_OTHERS = {
+    "linear": ("conv1d",),
+    "conv1d": ("linear",),
+    "experts": ("experts_t",),
+    "experts_t": ("experts",),
+    "experts_open": ("experts_t",),
+}
+"""What else a weight may be, if its shape says so."""
 
 
 def is_peft_folder(path: str | Path) -> bool:
@@ -57,8 +65,9 @@ def read_peft(
       mapping: how the names of the Hugging Face model meet the paths of your params tree: `FLAT` for a state dict,
         `NESTED` for one that is nested at its dots, or a table of `Row` for any other tree.
       params: the params tree, arrays or shapes: the adapters are checked against it and come in its structure.
-      transposed_experts: whether stacked experts are (experts, in, out), as in GPT-OSS, and not (experts, out, in); by
-        default as the name of the base model says.
+      transposed_experts: whether the model keeps stacked experts as (experts, in, out), as GPT-OSS does, and not as
+        (experts, out, in); by default the shapes in `params` decide, else the name of the base model. Files of PEFT
+        0.17 and 0.18 do not depend on it.
 
     Returns:
       `(adapters, config)`: nested dicts by path, or the structure of `params`. An entry holds A and B, for DoRA
@@ -68,9 +77,11 @@ def read_peft(
     Raises:
       DataError: no such adapter, a damaged file, a variant that A and B do not represent, a configuration that does not
         name what the tensors adapt, names that the mapping does not map, numbers that are not finite, adapters that do
-        not fit `params`.
+        not fit `params`, square experts of which nothing says how they lie.
     """
-    entries, config = read_peft_arrays(path, mapping, params=params, transposed_experts=transposed_experts)
+    entries, config = read_peft_arrays(
+        path, mapping, params=params, transposed_experts=transposed_experts, settled_experts=True
+    )
     adapters = placed(path, entries)
     if params is None:
         try:
@@ -86,9 +97,13 @@ def read_peft_arrays(
     *,
     params: Any = None,
     transposed_experts: bool | None = None,
+    settled_experts: bool = False,
     lazy: bool = False,
 ) -> tuple[dict[str, Arrays], LoraConfig]:
-    """`read_peft` with NumPy arrays by path, whatever dtypes JAX is set to have; lazy ones are read when asked for."""
+    """`read_peft` with NumPy arrays by path, whatever dtypes JAX is set to have; lazy ones are read when asked for.
+
+    Without `settled_experts`, square experts of which nothing says how they lie are read too, as (experts, out, in).
+    """
     folder = Path(path)
     try:
         with Pair(folder).opened() as (text, file):
@@ -99,7 +114,9 @@ def read_peft_arrays(
             arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in names}
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
-    return _read(folder, data, names, arrays, mapping, params, transposed_experts)
+    check_numbers(folder, arrays)
+    reader = _Reader(folder, data, mapping, transposed_experts, settled_experts)
+    return reader.read(names, arrays, params)
 
 
 def read_peft_tensors(
@@ -109,7 +126,7 @@ def read_peft_tensors(
 
     Args:
       source: the file, for errors.
-      data: PEFT's configuration.
+      data: PEFT's configuration, of a version since 0.19.1; experts are (experts, out, in).
       tensors: by their names in PEFT's file; NumPy's arrays, or lazy ones.
       mapping: as for `read_peft`.
     """
@@ -118,7 +135,9 @@ def read_peft_tensors(
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     arrays = {entry.name: {part: tensors[key] for part, key in entry.parts.items()} for entry in names}
-    return _read(Path(source), data, names, arrays, mapping, None, False)
+    check_numbers(source, arrays)
+    reader = _Reader(Path(source), {**data, "peft_version": LAYOUT}, mapping, False, True)
+    return reader.read(names, arrays, None)
 
 
 def _names(data: MappingType[str, Any], keys: Iterable[str]) -> list[Named]:
@@ -130,21 +149,6 @@ def _names(data: MappingType[str, Any], keys: Iterable[str]) -> list[Named]:
         raise DataError(f"{TENSORS} holds no tensors")
     check_together(data, entries)
     return entries
-
-
-def _read(
-    source: Path,
-    data: MappingType[str, Any],
-    entries: list[Named],
-    arrays: dict[str, Arrays],
-    mapping: Mapping,
-    params: Any,
-    transposed_experts: bool | None,
-) -> tuple[dict[str, Arrays], LoraConfig]:
-    check_numbers(source, arrays)
-    if transposed_experts is None:
-        transposed_experts = has_transposed_experts(data)
-    return _Reader(source, data, mapping, transposed_experts).read(entries, arrays, params)
 
 
 def _warn_of_wrappers(folder: Path, keys: Iterable[str]) -> None:
@@ -165,8 +169,16 @@ def _parsed(folder: Path, text: bytes) -> dict[str, Any]:
 class _Reader:
     """One reading: what all entries share."""
 
-    def __init__(self, folder: Path, data: MappingType[str, Any], mapping: Mapping, transposed_experts: bool) -> None:
-        self.folder, self.data, self.mapping, self.transposed_experts = folder, data, mapping, transposed_experts
+    def __init__(
+        self,
+        folder: Path,
+        data: MappingType[str, Any],
+        mapping: Mapping,
+        transposed_experts: bool | None,
+        settled_experts: bool,
+    ) -> None:
+        self.folder, self.data, self.mapping = folder, data, mapping
+        self.transposed_experts, self.settled_experts = transposed_experts, settled_experts
         try:
             self.scales = Scales(data)
         except DataError as error:
@@ -211,19 +223,31 @@ class _Reader:
         rank = self.scales.rank_of(entry.matched)
         kind = self._kind(entry, arrays, rank)
         wanted = None if shapes is None else shapes.get(place.path)
-        for choice in dict.fromkeys((kind, {"linear": "conv1d", "conv1d": "linear"}.get(kind, kind))):
-            parts, shape = from_peft(choice, arrays, rank)
-            parts, roles, shape = to_tree(parts, roles_of(choice, len(shape)), shape, place.row)
-            if wanted is None or (*(count for _, count in place.row.stack), *shape) == wanted:
+        for choice in (kind, *_OTHERS.get(kind, ())):
+            parts, roles, shape = _tree_of(choice, arrays, rank, place)
+            if wanted in (None, shape):
                 break
         else:
             choice = kind
-            parts, shape = from_peft(kind, arrays, rank)
-            parts, roles, shape = to_tree(parts, roles_of(kind, len(shape)), shape, place.row)
-        self.roles[place.path] = "b" * len(place.row.stack) + roles
+            parts, roles, shape = _tree_of(kind, arrays, rank, place)
+        if choice == "experts_open":
+            choice = self._open_or_not(arrays, wanted)
+        self.roles[place.path] = roles
         if choice != "linear":
             self.kinds[entry.name] = choice
         return parts
+
+    def _open_or_not(self, arrays: Arrays, wanted: tuple[int, ...] | None) -> str:
+        """The kind of experts whose model is not known: open where no weight is at hand, or it fits both ways."""
+        (_, ins), (outs, _) = arrays["A"].shape, arrays["B"].shape
+        if ins != outs:
+            return "experts_open" if wanted is None else "experts"
+        if self.settled_experts:
+            raise DataError(
+                f"experts {outs} x {ins}, and nothing says whether the model keeps them as (experts, in, out): give "
+                "transposed_experts, True for models like GPT-OSS, False for most others"
+            )
+        return "experts_open"
 
     def _kind(self, entry: Named, arrays: Arrays, rank: int) -> str:
         if entry.is_embedding:
@@ -231,7 +255,7 @@ class _Reader:
         if entry.is_parameter:
             if arrays["A"].shape[:1] == (rank,):
                 return "linear"
-            return "experts_t" if self.transposed_experts else "experts"
+            return kind_of_experts(self.data, self.transposed_experts)
         if arrays["A"].ndim > 2:
             return "conv"
         a, b = arrays["A"].shape, arrays["B"].shape
@@ -298,3 +322,11 @@ class _Reader:
             )
         except (ConfigError, DataError) as error:
             raise DataError(f"{self.folder / CONFIG}: {error}") from None
+
+
+def _tree_of(kind: str, arrays: Arrays, rank: int, place: Place) -> tuple[Arrays, str, tuple[int, ...]]:
+    """The parts of a weight of this kind in the layout of the tree, the roles of its axes there, and its shape."""
+    parts, shape = from_peft(kind, arrays, rank)
+    parts, roles, shape = to_tree(parts, roles_of(kind, len(shape)), shape, place.row)
+    stack = place.row.stack
+    return parts, "b" * len(stack) + roles, (*(count for _, count in stack), *shape)
