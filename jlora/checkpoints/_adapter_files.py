@@ -6,11 +6,12 @@ from typing import Any
 
 from jlora import compose
 from jlora.adapter import is_entry
-from jlora.checkpoints._forms import form_of, read_entries
+from jlora.checkpoints._forms import form_of, read_entries, shapes_of
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
 from jlora.fields import choice
+from jlora.interop.diffusion import is_flat
 from jlora.interop.gemma import from_gemma
 from jlora.interop.mlx import write_mlx
 from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
@@ -24,19 +25,29 @@ NAMES = ("gemma", "qwix")
 
 
 def read_adapters(
-    path: str | Path, mapping: Table = NESTED, *, to: str | None = "peft", transposed_experts: bool | None = None
+    path: str | Path,
+    mapping: Table = NESTED,
+    *,
+    to: str | None = "peft",
+    transposed_experts: bool | None = None,
+    base: Checkpoint | None = None,
 ) -> tuple[Any, LoraConfig, str]:
-    """The adapters of a folder, their configuration, and the format that they are in, one of `FORMATS`.
+    """The adapters of a folder or a file, their configuration, and the format to write them in, one of `FORMATS`.
 
     What is written `to` PEFT again may leave open how square experts lie; other formats say it. None is the format that
-    was found.
+    was found. Flattened names are found again among those of the tensors of `base`.
     """
     form = form_of(path)
     if form == "own":
         return *load_on_host(path), form
-    is_settled = (to or form) != "peft"
-    entries, config = read_entries(path, mapping, settled_experts=is_settled, transposed_experts=transposed_experts)
-    return nest(entries), config, form
+    entries, config = read_entries(
+        path,
+        mapping,
+        settled_experts=(to or form) != "peft",
+        transposed_experts=transposed_experts,
+        shapes=None if base is None else shapes_of(base),
+    )
+    return nest(entries), config, "own" if form == "file" else form
 
 
 def write_adapters(
@@ -50,6 +61,11 @@ def write_adapters(
     if form == "own":
         save_adapters(folder, adapters, config)
     else:
+        if flat := [path for path in leaves_by_path(adapters, is_leaf=is_entry) if is_flat(path)]:
+            raise DataError(
+                f"{flat[0]}: {len(flat)} names have underscores for dots, which the format {form} has no place for: "
+                "give the base, or a mapping, with which they are renamed"
+            )
         write = {"peft": write_peft, "mlx": write_mlx}[form]
         write(folder, adapters, config, _table(adapters) if mapping is None else mapping)
 
@@ -106,13 +122,14 @@ def convert(
     transposed_experts: bool | None = None,
     names: str | None = None,
     alpha: float | None = None,
+    base: str | Path | None = None,
     force: bool = False,
 ) -> LoraConfig:
     """Adapters in another format, written to a folder.
 
     Args:
-      source: a folder of adapters, jlora's own, PEFT's or mlx-lm's; with `names`, a checkpoint of params that hold
-        adapters.
+      source: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model; with `names`,
+        a checkpoint of params that hold adapters.
       out: the folder to write.
       to: "own", "peft" or "mlx".
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
@@ -120,14 +137,19 @@ def convert(
       transposed_experts: as for `jlora.interop.peft.read_peft`.
       names: "gemma" (`lora/a`, `lora/b` beside a weight) or "qwix" (`kernel_lora_a`, `kernel_lora_b`).
       alpha: that qwix was given; it is not in the params.
+      base: the checkpoint that the adapters are for, among whose names the flattened ones of sd-scripts are found.
       force: whether to replace `out` where it is there.
     """
     choice("to", to, FORMATS)
     if names is None:
-        table = NESTED if mapping is None else mapping
-        adapters, config, _ = read_adapters(source, table, to=to, transposed_experts=transposed_experts)
+        table, checkpoint = NESTED if mapping is None else mapping, None if base is None else Checkpoint(base)
+        adapters, config, _ = read_adapters(
+            source, table, to=to, transposed_experts=transposed_experts, base=checkpoint
+        )
     else:
         adapters, config = _from_params(source, choice("names", names, NAMES), alpha)
+    if names is None and form_of(source) == "file":
+        mapping = None  # which has renamed what such a file names in its own way
     write_adapters(out, adapters, config, to, mapping=mapping, force=force)
     return config
 

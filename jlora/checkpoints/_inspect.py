@@ -18,8 +18,9 @@ def inspect(adapters: str | Path, *, base: str | Path | None = None) -> diagnost
 
     With the checkpoint `base`, also the sizes of the updates beside their weights, and shares of the parameters.
     """
-    tree, config, _ = read_adapters(adapters)
-    return diagnostics.inspect(tree, config, params=None if base is None else _params(base, tree))
+    checkpoint = None if base is None else Checkpoint(base)
+    tree, config, _ = read_adapters(adapters, base=checkpoint)
+    return diagnostics.inspect(tree, config, params=None if checkpoint is None else _params(checkpoint, tree))
 
 
 def diff(
@@ -32,9 +33,9 @@ def diff(
     return diagnostics.diff_checkpoints(left, right, on_progress=on_progress)
 
 
-def _params(base: str | Path, adapters: Any) -> dict[str, LazyArray]:
+def _params(base: Checkpoint, adapters: Any) -> dict[str, LazyArray]:
     """The tensors of a checkpoint, read when they are asked for, by paths as the adapters have them."""
-    params = lazy_tree(Checkpoint(base), lambda _: None)
+    params = lazy_tree(base, lambda _: None)
     if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_entry)):
         return params
     return {path.replace("/", "."): leaf for path, leaf in params.items()}

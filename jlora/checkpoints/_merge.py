@@ -239,7 +239,7 @@ def _changes(
         raise DataError(f"{len(folders)} adapters and {len(factors)} weights: give one weight for each")
     found: dict[str, list[Entry]] = {}
     for folder, factor in zip(folders, factors, strict=True):
-        entries, config = read_adapter(folder)
+        entries, config = read_adapter(folder, source)
         try:
             check_base_of_mlx(config, settings_of(source).get("model_type"))
             for name, change in changes_of(entries, config, factor, source, mapping, transposed_experts).items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.adapter import Entry
 from jlora.arrays import ShapeDtype
-from jlora.checkpoints._forms import read_entries
+from jlora.checkpoints._forms import read_entries, shapes_of
 from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
@@ -31,9 +31,9 @@ _MOST_SHOWN = 12
 _SAMPLE, _MOST_PREFIXES = 100, 1000
 
 
-def read_adapter(path: str | Path) -> tuple[Entries, LoraConfig]:
-    """The entries by path, of arrays that are read when asked for, and the configuration, in any format."""
-    return read_entries(path, lazy=True)
+def read_adapter(path: str | Path, checkpoint: Checkpoint) -> tuple[Entries, LoraConfig]:
+    """The entries for a checkpoint by path, of arrays that are read when asked for, and the configuration."""
+    return read_entries(path, lazy=True, shapes=shapes_of(checkpoint))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def changes_of(
       DataError: every entry without a tensor, or that does not fit its tensor, at once; two entries for one tensor;
         entries that fit several parts of the checkpoint; square experts of which nothing says how they lie.
     """
-    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    shapes = shapes_of(checkpoint)
     settings = settings_of(checkpoint)
     pieces = _pieces(entries, shapes, (*mapping, *facts_of(settings).renamed, *RENAMED))
     quantized = Quantized(checkpoint)

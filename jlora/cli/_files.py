@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LINE = 80  # characters of an error in a table
 
-_ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's"
+_ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's; or a LoRA file of a diffusion model"
 _FORMATS = ("own", "peft", "mlx")
 _TABLE = "a .toml or .json file with tables [[row]]"
 _CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
@@ -153,6 +153,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     _experts(parser)
     parser.add_argument("--names", choices=("gemma", "qwix"), help="read params that hold another library's LoRA")
     parser.add_argument("--alpha", type=float, help="that qwix was given")
+    parser.add_argument("--base", metavar="CHECKPOINT", help="whose names stand for those with underscores for dots")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +261,7 @@ def _run_convert(arguments: argparse.Namespace) -> Done:
         transposed_experts=arguments.transposed_experts,
         names=arguments.names,
         alpha=arguments.alpha,
+        base=arguments.base,
         force=arguments.force,
     )
     return _written(f"written to {arguments.out}", arguments, config)

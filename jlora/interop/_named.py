@@ -11,10 +11,12 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.errors import DataError
-from jlora.interop.peft import Mapping, ModelEntry, of_model, read_peft_tensors
+from jlora.interop.peft import Mapping, ModelEntry, Named, of_model, read_named
 
-PREFIX = "base_model.model."
-_KEYS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
+_KEYS = {
+    "linear": {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+    "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B", "magnitude": "lora_magnitude_vector"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +58,25 @@ def entries_of_modules(
     rank = _most_frequent([module.rank for module in modules])
     alpha = _most_frequent([module.alpha for module in modules])
     parameters = [f"{module.name}.weight" for module in modules if module.kind == "experts"]
+    names: list[Named] = []
     tensors: dict[str, Any] = {}
     for module in modules:
-        keys = _KEYS.get(module.kind, _KEYS["linear"])
-        tensors |= {f"{PREFIX}{module.name}.{key}": part for key, part in zip(keys, (module.a, module.b), strict=True)}
-        if module.magnitude is not None:
-            tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = module.magnitude
+        weight, ways = f"{module.name}.weight", _KEYS.get(module.kind, _KEYS["linear"])
+        keys = {part: f"{module.name}.{way}" for part, way in ways.items()}
+        parts = {keys["A"]: module.a, keys["B"]: module.b, keys["magnitude"]: module.magnitude}
+        there = {part: key for part, key in keys.items() if parts[key] is not None}
+        names.append(Named(weight, weight if module.kind == "experts" else module.name, there))
+        tensors |= {key: parts[key] for key in there.values()}
     data = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "use_dora": any(module.magnitude is not None for module in modules),
         "rank_pattern": {_exactly(module): module.rank for module in modules if module.rank != rank},
         "alpha_pattern": {_exactly(module): module.alpha for module in modules if module.alpha != alpha},
         "target_parameters": parameters or None,
     }
-    entries, config = read_peft_tensors(source, data, tensors, mapping)
+    entries, config = read_named(source, data, names, tensors, mapping)
     kinds = {f"{module.name}.weight": module.kind for module in modules if module.kind != "linear"}
     return entries, of_model(
         config, base_model_name_or_path=base, task_type=task_type, kinds=kinds, target_parameters=parameters

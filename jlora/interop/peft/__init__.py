@@ -1,10 +1,10 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
-from jlora.interop.peft._config import base_model_of, kept_of, kind_of_experts
+from jlora.interop.peft._config import Scales, base_model_of, check_peft_config, kept_of, kind_of_experts
 from jlora.interop.peft._derive import of_model, with_kinds_of
-from jlora.interop.peft._keys import names_embedding
+from jlora.interop.peft._keys import Named, names_embedding
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
-from jlora.interop.peft._read import is_peft_folder, read_peft, read_peft_arrays, read_peft_tensors
+from jlora.interop.peft._read import is_peft_folder, read_named, read_peft, read_peft_arrays
 from jlora.interop.peft._write import ModelEntry, model_entries, write_peft
 
 __all__ = [
@@ -12,8 +12,11 @@ __all__ = [
     "NESTED",
     "Mapping",
     "ModelEntry",
+    "Named",
     "Row",
+    "Scales",
     "base_model_of",
+    "check_peft_config",
     "is_peft_folder",
     "kept_of",
     "kind_of_experts",
@@ -21,9 +24,9 @@ __all__ = [
     "names_embedding",
     "of_model",
     "paths_of_name",
+    "read_named",
     "read_peft",
     "read_peft_arrays",
-    "read_peft_tensors",
     "read_rows",
     "with_kinds_of",
     "write_peft",

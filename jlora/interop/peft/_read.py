@@ -119,21 +119,22 @@ def read_peft_arrays(
     return reader.read(names, arrays, params)
 
 
-def read_peft_tensors(
-    source: str | Path, data: MappingType[str, Any], tensors: MappingType[str, Any], mapping: Mapping = FLAT
+def read_named(
+    source: str | Path,
+    data: MappingType[str, Any],
+    names: list[Named],
+    tensors: MappingType[str, Any],
+    mapping: Mapping = FLAT,
 ) -> tuple[dict[str, Arrays], LoraConfig]:
     """`read_peft_arrays` of what another file holds, said in PEFT's words.
 
     Args:
       source: the file, for errors.
       data: PEFT's configuration, of a version since 0.19.1; experts are (experts, out, in).
-      tensors: by their names in PEFT's file; NumPy's arrays, or lazy ones.
+      names: the entries, whose parts are names of `tensors`.
+      tensors: with the axes that PEFT has; NumPy's arrays, or lazy ones.
       mapping: as for `read_peft`.
     """
-    try:
-        names = _names(data, tensors)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
     arrays = {entry.name: {part: tensors[key] for part, key in entry.parts.items()} for entry in names}
     check_numbers(source, arrays)
     reader = _Reader(Path(source), {**data, "peft_version": LAYOUT}, mapping, False, True)
