@@ -42,8 +42,8 @@ def read_entries(
 ) -> tuple[Entries, LoraConfig]:
     """The entries by path, lazy ones read when asked for, and the configuration.
 
-    `mapping` is for other formats than jlora's own; how experts lie is a question to PEFT's alone. `shapes` are those of
-    the tensors that the adapters are for, for flattened names.
+    `mapping` is for other formats than jlora's own; how experts lie is a question to PEFT's alone. `shapes` are of the
+    tensors that the adapters are for, for flattened names.
     """
     form = form_of(path)
     if form == "file":
