@@ -496,7 +496,7 @@ def _journal(folder: Path, shards: tuple[str, ...]) -> dict[str, Any]:
     (place,) = folder.glob(".out.*.jlora")
     journal = json.loads((place / "journal.json").read_bytes())
     shutil.rmtree(place)
-    return journal | {"done": {shard: [0, 0.0] for shard in shards}}
+    return journal | {"done": {shard: [{}, 0, 0.0] for shard in shards}}
 
 
 def load_record(folder: Path) -> str:

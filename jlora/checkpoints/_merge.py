@@ -2,28 +2,20 @@
 
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jlora.adapter import Entry
 from jlora.checkpoints._arithmetic import Weight
-from jlora.checkpoints._forms import files_of
 from jlora.checkpoints._memory import settings_of
+from jlora.checkpoints._record import check_last_merged, check_not_merged, merges_in, record_of
 from jlora.checkpoints._residuals import RESIDUALS, check_names
-from jlora.checkpoints._rewrite import (
-    RECORD,
-    Progress,
-    ShardWriter,
-    file_digest,
-    fingerprint,
-    rewrite_checkpoint,
-)
+from jlora.checkpoints._rewrite import RECORD, Progress, ShardWriter, rewrite_checkpoint
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._updates import changes_of, read_adapter
 from jlora.disk import Checkpoint, TensorFile, read_json
-from jlora.errors import DataError, listed, printable, shortened
+from jlora.errors import DataError, listed, printable
 from jlora.fields import number
 from jlora.interop.mlx import check_base_of_mlx
 from jlora.interop.peft import Mapping
@@ -36,7 +28,10 @@ class Merged:
     Attributes:
       out: the folder that was written.
       changed: the tensors that are others now.
-      copied: how many are the same, byte by byte.
+      numbers: how many numbers of theirs are others.
+      same: the tensors that the adapters are for and that came out as they were: the update is zero, or is lost to
+        rounding.
+      copied: how many tensors in all are the same, byte by byte.
       size: of the checkpoint, in bytes.
       resumed: how many shards an earlier run had written.
       warnings: what may surprise.
@@ -44,6 +39,8 @@ class Merged:
 
     out: Path
     changed: tuple[str, ...]
+    numbers: int
+    same: tuple[str, ...]
     copied: int
     size: int
     resumed: int
@@ -51,7 +48,7 @@ class Merged:
 
     def __str__(self) -> str:
         resumed = f", {self.resumed} shards of them by an earlier run" if self.resumed else ""
-        tensors = f"{len(self.changed):,} tensors changed and {self.copied:,} copied"
+        tensors = f"{len(self.changed):,} tensors changed ({self.numbers:,} numbers) and {self.copied:,} copied"
         text = f"{tensors}, {self.size / 1e9:.2f} GB{resumed}: {self.out}"
         return "\n".join([text, *(f"warning: {line}" for line in self.warnings)])
 
@@ -63,13 +60,15 @@ class Unmerged:
     Attributes:
       out: the folder that was written.
       changed: the tensors that are others now.
+      same: the tensors that the adapters are for and that came out as they were.
       exact: whether every bit is known to be the base's.
-      uncertain: how many numbers rounding leaves open, of `numbers` in the changed tensors.
+      uncertain: how many numbers rounding leaves open, of `numbers` in the tensors that the adapters are for.
       largest: by how much one of them may be off at most.
     """
 
     out: Path
     changed: tuple[str, ...]
+    same: tuple[str, ...]
     exact: bool
     uncertain: int
     numbers: int
@@ -140,14 +139,18 @@ def merge(
     """
     source = Checkpoint(checkpoint)
     changes = _changes(source, adapters, weights, mapping, transposed_experts)
-    record = _record("merge", source, adapters, weights, mapping, transposed_experts) | {"residual": keep_residual}
+    earlier = merges_in(source) or []
+    options = {"mapping": mapping, "transposed_experts": transposed_experts, "residual": keep_residual}
+    record = record_of("merge", source, _listed(adapters), weights, earlier, **options)
+    check_not_merged(source.folder, earlier, record)
     if keep_residual:
         check_names(changes)
+    tally = Tally()
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
-        merge_tensor(name, changes[name], file, writer, keep_residual)
+        merge_tensor(name, changes[name], file, writer, tally, keep_residual)
 
-    numbers = sum(source.entries[name].stop - source.entries[name].start for name in changes)
+    size_of_changes = sum(source.entries[name].stop - source.entries[name].start for name in changes)
     written = rewrite_checkpoint(
         source,
         out,
@@ -155,14 +158,26 @@ def merge(
         rewrite,
         record,
         inputs=_listed(adapters),
-        extra_bytes=numbers if keep_residual else 0,
+        extra_bytes=size_of_changes if keep_residual else 0,
         leave_out=(RECORD,),
         force=force,
         on_progress=on_progress,
+        note=tally.take,
+        is_note=is_tally,
     )
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
-    copied = len(source.entries) - len(changes)
-    return Merged(Path(out), tuple(changes), copied, size, written.resumed, tuple(_warnings(source, changes)))
+    counts = _counts(written.notes)
+    changed, same = _parted(changes, counts)
+    return Merged(
+        out=Path(out),
+        changed=changed,
+        numbers=sum(counts.values()),
+        same=same,
+        copied=len(source.entries) - len(changed),
+        size=size,
+        resumed=written.resumed,
+        warnings=(*_warnings(source, changes), *_of_the_same(changed, same)),
+    )
 
 
 def unmerge(
@@ -173,6 +188,7 @@ def unmerge(
     weights: Sequence[float] | None = None,
     mapping: Mapping = (),
     transposed_experts: bool | None = None,
+    unrecorded: bool = False,
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> Unmerged:
@@ -185,16 +201,20 @@ def unmerge(
       merged: the folder that `merge` wrote.
       adapters, weights, mapping, transposed_experts: those that were merged.
       out: the folder to write.
+      unrecorded: whether to take the adapters out of a checkpoint that has no record of a merge, such as one that
+        another program merged them into.
       force, on_progress: as for `merge`.
 
     Raises:
-      DataError: as for `merge`; adapters that are not those that were merged, an update that cannot be taken out
-        without a residual, a residual that does not lead back to the base.
+      DataError: as for `merge`; adapters that are not those that were merged last, no record of a merge, an update that
+        cannot be taken out without a residual, a residual that does not lead back to the base.
     """
     source = Checkpoint(merged)
     changes = _changes(source, adapters, weights, mapping, transposed_experts)
-    record = _record("unmerge", source, adapters, weights, mapping, transposed_experts)
-    _check_same(source.folder, record)
+    merges = merges_in(source)
+    options = {"mapping": mapping, "transposed_experts": transposed_experts}
+    record = record_of("unmerge", source, _listed(adapters), weights, (merges or [])[:-1], **options)
+    check_last_merged(source.folder, merges, record, unrecorded)
     exact = (source.folder / RESIDUALS).is_dir()
     if not exact and (lost := [name for name, found in changes.items() if not all(c.is_reversible for c in found)]):
         raise DataError(f"{lost[0]}: a value or a norm that is lost cannot be taken out; keep the base, or a residual")
@@ -203,7 +223,7 @@ def unmerge(
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
         weight = Weight(file.entries[name].shape, file.entries[name].dtype, changes[name])
         if exact:
-            restore_tensor(name, weight, file, writer, source.folder)
+            restore_tensor(name, weight, file, writer, tally, source.folder)
         else:
             unmerge_tensor(name, weight, file, writer, tally)
 
@@ -221,8 +241,30 @@ def unmerge(
         is_note=is_tally,
     )
     numbers = sum(math.prod(source.entries[name].shape) for name in changes)
-    uncertain, largest = sum(count for count, _ in written.notes), max(largest for _, largest in written.notes)
-    return Unmerged(Path(out), tuple(changes), exact, uncertain, numbers, largest)
+    uncertain, largest = sum(note[1] for note in written.notes), max(note[2] for note in written.notes)
+    changed, same = _parted(changes, _counts(written.notes))
+    return Unmerged(Path(out), changed, same, exact, uncertain, numbers, largest)
+
+
+def _counts(notes: Sequence[Any]) -> dict[str, int]:
+    """How many numbers of each tensor are others, from the notes of all shards."""
+    return {name: count for changed, _, _ in notes for name, count in changed.items()}
+
+
+def _parted(changes: Iterable[str], counts: dict[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tensors that are others now, and those that are as they were."""
+    names = list(changes)
+    changed = tuple(name for name in names if counts.get(name))
+    return changed, tuple(name for name in names if not counts.get(name))
+
+
+def _of_the_same(changed: Sequence[str], same: Sequence[str]) -> list[str]:
+    """A warning where an adapter changed nothing."""
+    why = "the updates are zero, as of a B or an alpha that is zero, or are lost to rounding"
+    if not changed:
+        return [f"nothing changed: {why}"]
+    names = listed(map(printable, same), 3)
+    return [f"{len(same):,} of {len(changed) + len(same):,} tensors are as they were, {names}: {why}"] if same else []
 
 
 def _changes(
@@ -257,44 +299,6 @@ def _listed(adapters: str | Path | Sequence[str | Path]) -> list[Path]:
     if not folders:
         raise DataError("no adapters are given")
     return [Path(folder) for folder in folders]
-
-
-def _record(
-    command: str,
-    source: Checkpoint,
-    adapters: str | Path | Sequence[str | Path],
-    weights: Sequence[float] | None,
-    mapping: Mapping,
-    transposed_experts: bool | None,
-) -> dict[str, Any]:
-    """What is done, by which a run that was killed is known again: all that a run is given."""
-    folders = _listed(adapters)
-    return {
-        "command": command,
-        "source": fingerprint(source),
-        "adapters": [[file_digest(path) for path in files_of(folder)] for folder in folders],
-        "names": [folder.resolve().name for folder in folders],
-        "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
-        "mapping": [dataclasses.astuple(row) for row in mapping],
-        "transposed_experts": transposed_experts,
-    }
-
-
-def _check_same(folder: Path, record: dict[str, Any]) -> None:
-    """Refuses adapters that are not those that were merged, where the record of the merge is there."""
-    if not os.path.lexists(folder / RECORD):
-        return
-    merged = read_json(folder / RECORD)
-    if merged.get("command") != "merge":
-        command = shortened(merged.get("command"))
-        raise DataError(f"{folder}: nothing is merged here; its {RECORD} tells of {command}")
-    for key in ("adapters", "weights"):
-        if merged.get(key) != record[key]:
-            names = shortened(merged.get("names")).strip("[]").replace("'", "")
-            raise DataError(
-                f"{folder}: merged were the adapters {names} with the weights {shortened(merged.get('weights'))}; "
-                f"given are {listed(record['names'])} with {record['weights']}"
-            )
 
 
 def _warnings(source: Checkpoint, changes: dict[str, Any]) -> list[str]:

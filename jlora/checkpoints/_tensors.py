@@ -17,30 +17,48 @@ from jlora.errors import DataError
 
 
 class Tally:
-    """What rounding leaves open in a shard, over all threads."""
+    """What was done in a shard, over all threads."""
 
     def __init__(self) -> None:
-        self._lock, self._count, self._largest = threading.Lock(), 0, 0.0
+        self._lock = threading.Lock()
+        self._changed: dict[str, int] = {}
+        self._uncertain, self._largest = 0, 0.0
 
-    def add(self, count: int, largest: float) -> None:
+    def changed(self, name: str, before: Array, after: Array) -> None:
+        """Counts the numbers of a block of a tensor whose bits are others afterwards."""
+        count = _differing(before, after)
         with self._lock:
-            self._count, self._largest = self._count + count, max(self._largest, largest)
+            self._changed[name] = self._changed.get(name, 0) + count
 
-    def take(self) -> tuple[int, float]:
-        """What was added since it was taken before."""
-        count, largest, self._count, self._largest = self._count, self._largest, 0, 0.0
-        return count, largest
+    def uncertain(self, count: int, largest: float) -> None:
+        """Adds numbers that rounding leaves open, and by how much at most."""
+        with self._lock:
+            self._uncertain, self._largest = self._uncertain + count, max(self._largest, largest)
+
+    def take(self) -> tuple[dict[str, int], int, float]:
+        """What was added since it was taken before: changed numbers by tensor, uncertain ones, by how much."""
+        taken = self._changed, self._uncertain, self._largest
+        self._changed, self._uncertain, self._largest = {}, 0, 0.0
+        return taken
 
 
 def is_tally(found: Any) -> bool:
     """Whether what a journal says can come from `Tally.take`."""
-    if not isinstance(found, list) or len(found) != 2:
+    if not isinstance(found, list) or len(found) != 3:
         return False
-    count, largest = found
-    return type(count) is int and 0 <= count < 2**63 and type(largest) in (int, float) and 0 <= largest < math.inf
+    changed, uncertain, largest = found
+    if not isinstance(changed, dict) or not all(map(_is_count, [*changed.values(), uncertain])):
+        return False
+    return type(largest) in (int, float) and 0 <= largest < math.inf
 
 
-def merge_tensor(name: str, changes: list[Entry], file: TensorFile, writer: ShardWriter, keep_residual: bool) -> None:
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def merge_tensor(
+    name: str, changes: list[Entry], file: TensorFile, writer: ShardWriter, tally: Tally, keep_residual: bool
+) -> None:
     entry = file.entries[name]
     weight = Weight(entry.shape, entry.dtype, changes)
     blocks = list(blocks_of(entry, row_blocks(entry.shape)))
@@ -52,6 +70,7 @@ def merge_tensor(name: str, changes: list[Entry], file: TensorFile, writer: Shar
         block = _read(file, at, shape, entry)
         merged = weight.merged(block, start, stop)
         _check_range(name, weight.source(block, start, stop), merged)
+        tally.changed(name, block, merged)
         writer.put(at, merged)
         return block, merged
 
@@ -79,9 +98,10 @@ def unmerge_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWri
     def some(part: list[Any]) -> None:
         for start, stop, at, shape in part:
             block = _read(file, at, shape, entry)
-            tally.add(*weight.uncertain(block, start, stop))
+            tally.uncertain(*weight.uncertain(block, start, stop))
             unmerged = weight.unmerged(block, start, stop)
             _check_range(name, block, unmerged)
+            tally.changed(name, block, unmerged)
             writer.put(at, unmerged)
 
     blocks = list(blocks_of(entry, row_blocks(entry.shape)))
@@ -89,14 +109,18 @@ def unmerge_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWri
         writer.run(some, blocks[first : first + 16])
 
 
-def restore_tensor(name: str, weight: Weight, file: TensorFile, writer: ShardWriter, folder: Path) -> None:
+def restore_tensor(
+    name: str, weight: Weight, file: TensorFile, writer: ShardWriter, tally: Tally, folder: Path
+) -> None:
     entry = file.entries[name]
 
     def all_in_order() -> None:
         with ResidualReader(residual_file(folder, writer.path.name, name)) as residual:
             for start, stop, at, shape in blocks_of(entry, row_blocks(entry.shape)):
                 block = _read(file, at, shape, entry)
-                writer.put(at, residual.restore(weight.unmerged(block, start, stop)))
+                restored = residual.restore(weight.unmerged(block, start, stop))
+                tally.changed(name, block, restored)
+                writer.put(at, restored)
 
     writer.run(all_in_order)
 
@@ -105,6 +129,15 @@ def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry)
     block = SCRATCH.array("block", shape, entry.dtype)
     file.read_into(at, block)
     return block
+
+
+def _differing(before: Array, after: Array) -> int:
+    """How many numbers of two arrays of one dtype differ in their bits."""
+    unsigned = np.dtype(f"u{min(8, before.itemsize)}")
+    left, right = (array.reshape(-1, 1).view(unsigned) for array in (before, after))  # (numbers, words of one)
+    differs = SCRATCH.array("differs", left.shape, np.bool_)
+    np.not_equal(left, right, out=differs)
+    return int(np.count_nonzero(differs if differs.shape[1] == 1 else differs.any(1)))
 
 
 def _check_range(name: str, before: Array, after: Array) -> None:

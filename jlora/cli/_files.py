@@ -108,6 +108,11 @@ def _unmerge(parser: argparse.ArgumentParser) -> None:
     _weights(parser)
     _renames(parser)
     _experts(parser)
+    parser.add_argument(
+        "--unrecorded",
+        action="store_true",
+        help="the adapters are in the checkpoint, though it has no jlora_merge.json",
+    )
 
 
 def _extract(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +200,7 @@ def _run_unmerge(arguments: argparse.Namespace) -> Done:
             weights=arguments.weights,
             mapping=_mapping(arguments.mapping) or (),
             transposed_experts=arguments.transposed_experts,
+            unrecorded=arguments.unrecorded,
             force=arguments.force,
             on_progress=show,
         )

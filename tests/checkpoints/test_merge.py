@@ -252,8 +252,9 @@ def test_a_prefix_under_which_only_some_fit_does_not_win(tmp_path, rng):
 
 def test_what_is_not_changed_is_the_same_byte_for_byte(tmp_path, rng):
     _, base, adapter = write_llama(tmp_path, rng)
-    for name in ("pytorch_model.bin", ".hidden", "jlora_merge.json"):
+    for name in ("pytorch_model.bin", ".hidden"):
         (base / name).write_bytes(b"{}")
+    (base / "jlora_merge.json").write_text(json.dumps({"command": "unmerge", "earlier": []}))
     (base / "onnx").mkdir()
     merged = merge(base, adapter, tmp_path / "out")
     left, right = bits(base), bits(tmp_path / "out")
@@ -268,7 +269,7 @@ def test_what_is_not_changed_is_the_same_byte_for_byte(tmp_path, rng):
     assert merged.copied == len(Checkpoint(base).entries) - 6
     assert merged.size == sum(len(left[shard]) for shard in shards)
     assert (merged.resumed, merged.warnings) == (0, ())
-    assert str(merged) == f"6 tensors changed and 4 copied, 0.00 GB: {tmp_path / 'out'}"
+    assert str(merged) == f"6 tensors changed ({merged.numbers:,} numbers) and 4 copied, 0.00 GB: {tmp_path / 'out'}"
 
 
 def test_the_record_of_a_merge(tmp_path, rng):

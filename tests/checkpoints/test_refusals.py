@@ -291,7 +291,7 @@ def test_what_is_taken_out_is_looked_at_too(tmp_path, rng):
     entry = {"A": np.ones((5, 2), np.float32), "B": np.full((2, 7), 4e4, np.float32)}
     base, adapter = one_weight(tmp_path, rng, weight, entry)
     with pytest.raises(DataError, match=r"^w: a sum is too large for float16"):
-        unmerge(base, adapter, tmp_path / "out")
+        unmerge(base, adapter, tmp_path / "out", unrecorded=True)
 
 
 class FullDisk:
@@ -393,10 +393,16 @@ def test_a_config_that_is_no_json_is_copied_as_it_is(tmp_path, made):
 def test_a_record_that_is_damaged(tmp_path, made):
     merge(*made, tmp_path / "merged")
     record = tmp_path / "merged" / "jlora_merge.json"
-    for text, message in (("{", r"not valid JSON"), (json.dumps({"command": 3}), r"tells of 3")):
+    good = json.loads(record.read_text())
+    odd: list[Any] = [{"command": 3}, good | {"earlier": 3}, good | {"earlier": [3]}, good | {"adapters": {}}, [good]]
+    for text, message in (
+        ("{", r"not valid JSON"),
+        *((json.dumps(each), r"not what jlora writes|object") for each in odd),
+    ):
         record.write_text(text)
-        with pytest.raises(DataError, match=message):
-            unmerge(tmp_path / "merged", made[1], tmp_path / "out")
+        for run in (merge, unmerge):
+            with pytest.raises(DataError, match=message):
+                run(tmp_path / "merged", made[1], tmp_path / "out")
 
 
 def test_shards_without_an_index_are_not_guessed_at(tmp_path, rng):

@@ -165,7 +165,7 @@ def test_other_adapters_or_weights_are_refused(tmp_path, rng, keep_residual):
 def test_what_is_no_merge_is_refused(tmp_path, rng):
     _, adapter = merged_llama(tmp_path, rng)
     unmerge(tmp_path / "merged", adapter, tmp_path / "back")
-    with pytest.raises(DataError, match=r"nothing is merged here; its jlora_merge.json tells of 'unmerge'"):
+    with pytest.raises(DataError, match=r"nothing is merged here, its jlora_merge.json says"):
         unmerge(tmp_path / "back", adapter, tmp_path / "again")
 
 

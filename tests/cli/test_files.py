@@ -98,7 +98,7 @@ def test_merge_and_unmerge(folder, capsys):
     code, out, _ = run(
         capsys, "merge", "base", "adapter", "other", "--weights", 1, -0.5, "-o", "out", "--keep-residual"
     )
-    assert (code, out) == (0, "2 tensors changed and 0 copied, 0.00 GB: out\n")
+    assert (code, out) == (0, "2 tensors changed (442 numbers) and 0 copied, 0.00 GB: out\n")
     read = [checkpoints.read_adapters(name, FLAT)[0] for name in ("adapter", "other")]
     for name, found in tensors("out").items():
         wanted = tensors("base")[name] + delta(read[0], name) - 0.5 * delta(read[1], name)
@@ -270,7 +270,7 @@ REFUSED = [  # arguments, what the one line says
     (("merge", "base", "adapter", "--out", "tuned"), "is there already; give another folder, or --force"),
     (("merge", "base", "adapter", "--out", "base", "--force"), "the output would replace"),
     (("merge", "base", "adapter", "--out", "x", "--weights", "1", "2"), "1 adapters and 2 weights"),
-    (("unmerge", "base", "other", "--out", "tuned"), "is there already"),
+    (("unmerge", "base", "other", "--out", "tuned", "--unrecorded"), "is there already"),
     (("extract", "base", "base", "--out", "x"), "none of the targeted weights changed"),
     (("extract", "base", "tuned", "--out", "x", "--target", "**/k_proj"), "'**/k_proj' matches nothing"),
     (("extract", "base", "tuned", "--out", "x", "--energy", "2"), "0 < energy <= 1"),
