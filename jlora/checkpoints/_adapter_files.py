@@ -13,6 +13,7 @@ from jlora.errors import DataError
 from jlora.fields import choice
 from jlora.interop.diffusion import is_flat
 from jlora.interop.gemma import from_gemma
+from jlora.interop.gguf import gguf_file, write_gguf
 from jlora.interop.mlx import write_mlx
 from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
@@ -21,6 +22,7 @@ from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_on_host, save_adapters
 
 FORMATS = ("own", "peft", "mlx")
+WRITTEN = (*FORMATS, "gguf")
 NAMES = ("gemma", "qwix")
 
 
@@ -131,27 +133,44 @@ def convert(
       source: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model; with `names`,
         a checkpoint of params that hold adapters.
       out: the folder to write.
-      to: "own", "peft" or "mlx".
+      to: "own", "peft", "mlx" or "gguf" (`jlora.interop.gguf`), which wants `base`, and of which `out` may be the file.
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
         the names with slashes for dots.
       transposed_experts: as for `jlora.interop.peft.read_peft`.
       names: "gemma" (`lora/a`, `lora/b` beside a weight) or "qwix" (`kernel_lora_a`, `kernel_lora_b`).
       alpha: that qwix was given; it is not in the params.
-      base: the checkpoint that the adapters are for, among whose names the flattened ones of sd-scripts are found.
+      base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, and its
+        config.json gives GGUF names and the order of rows.
       force: whether to replace `out` where it is there.
     """
-    choice("to", to, FORMATS)
+    choice("to", to, WRITTEN)
+    is_file = names is None and form_of(source) == "file"
     if names is None:
-        table, checkpoint = NESTED if mapping is None else mapping, None if base is None else Checkpoint(base)
+        table, checkpoint = NESTED if mapping is None else mapping, Checkpoint(base) if base and is_file else None
         adapters, config, _ = read_adapters(
             source, table, to=to, transposed_experts=transposed_experts, base=checkpoint
         )
     else:
         adapters, config = _from_params(source, choice("names", names, NAMES), alpha)
-    if names is None and form_of(source) == "file":
+    if is_file:
         mapping = None  # which has renamed what such a file names in its own way
-    write_adapters(out, adapters, config, to, mapping=mapping, force=force)
+    if to == "gguf":
+        _write_gguf(out, adapters, config, mapping, base, force=force)
+    else:
+        write_adapters(out, adapters, config, to, mapping=mapping, force=force)
     return config
+
+
+def _write_gguf(
+    out: str | Path, adapters: Any, config: LoraConfig, mapping: Table | None, base: str | Path | None, *, force: bool
+) -> None:
+    if base is None:
+        raise DataError(
+            "gguf has the names and the order of rows that llama.cpp gives a model: give its folder as base"
+        )
+    if gguf_file(out).exists() and not force:
+        raise there_already(gguf_file(out))
+    write_gguf(out, adapters, config, _table(adapters) if mapping is None else mapping, base=base)
 
 
 def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:

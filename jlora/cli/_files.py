@@ -147,7 +147,7 @@ def _combine(parser: argparse.ArgumentParser) -> None:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=f"{_ADAPTERS}; with --names, a checkpoint")
-    parser.add_argument("--to", choices=_FORMATS, required=True, help="the format to write")
+    parser.add_argument("--to", choices=(*_FORMATS, "gguf"), required=True, help="the format to write")
     _out(parser)
     parser.add_argument(
         "--mapping",
@@ -158,7 +158,11 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     _experts(parser)
     parser.add_argument("--names", choices=("gemma", "qwix"), help="read params that hold another library's LoRA")
     parser.add_argument("--alpha", type=float, help="that qwix was given")
-    parser.add_argument("--base", metavar="CHECKPOINT", help="whose names stand for those with underscores for dots")
+    parser.add_argument(
+        "--base",
+        metavar="CHECKPOINT",
+        help="that the adapters are for: --to gguf reads its config.json; sd-scripts' names are found among its own",
+    )
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
