@@ -14,7 +14,8 @@ class LazyBase(Protocol):
     Its class is a pytree node, registered with JAX, of the arrays that hold the numbers. It may also say `batch_dims`:
     how many leading axes of the weight are the leading axes of each of these arrays too. A scan, a slice or an index
     along one of them takes its part of the arrays, and nothing is made dense for it; the class is then rebuilt of
-    arrays with fewer or shorter leading axes, so its shape has to follow from them. Without it there are none.
+    arrays with fewer or shorter leading axes, so its shape has to follow from them. Without it there are none. It may
+    also say `sharding`, that of the weight: its adapter is placed by it, as by that of an array.
 
     Attributes:
       shape: of the weight.

@@ -17,6 +17,7 @@ from jlora.pytrees import leaves_with_path, path_string
 __all__ = [
     "PatternIndex",
     "format_nearest",
+    "is_param",
     "leaves_by_path",
     "literal_pattern",
     "matched_depths",
@@ -33,6 +34,11 @@ def path_number(path: str) -> int:
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
 
 
+def is_param(node: Any) -> bool:
+    """Whether a node of a pytree stands for one param, whatever is in it: a box, or a lazy base."""
+    return is_box(node) or is_lazy(node)
+
+
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of a pytree by their path, in the order of the tree; of a box what lies in it; a lazy base is one.
 
@@ -42,7 +48,7 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     leaves: dict[str, Any] = {}
 
     def stop(node: Any) -> bool:
-        return is_box(node) or is_lazy(node) or (is_leaf is not None and is_leaf(node))
+        return is_param(node) or (is_leaf is not None and is_leaf(node))
 
     for key_path, leaf in leaves_with_path(tree, stop):
         path = path_string(key_path)

@@ -12,13 +12,13 @@ from flax.errors import CallCompactUnboundModuleError, FlaxError
 
 from jlora import transform
 from jlora.adapter import is_adapter, is_entry
-from jlora.boxes import is_box, unboxed
+from jlora.boxes import unboxed
 from jlora.config import LoraConfig
 from jlora.contraction import factorization_from_shapes
 from jlora.cost import CostModel
 from jlora.errors import AdapterError, TargetError
 from jlora.linen._scope import InPlace, Method, in_scope, lifted
-from jlora.paths import leaves_by_path, literal_pattern, path_string
+from jlora.paths import is_param, leaves_by_path, literal_pattern, path_string
 from jlora.tree import (
     Survey,
     Target,
@@ -282,7 +282,7 @@ def _entries(adapters: Any) -> dict[str, Any]:
 
 def _tree(base: Any, entries: Mapping[str, Any]) -> Any:
     """Entries by path as a tree of the structure of the base."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: entries.get(path_string(path)), base, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(lambda path, _: entries.get(path_string(path)), base, is_leaf=is_param)
 
 
 def _exactly(config: LoraConfig, paths: Iterable[str], factorizations: Mapping[str, str]) -> LoraConfig:

@@ -11,6 +11,7 @@ from jlora.adapter import Entry, part_axes
 from jlora.boxes import names_of
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError
+from jlora.lazy import is_lazy
 from jlora.paths import path_string
 from jlora.transform import Explanation, check_args, explain, lora, resolve_config
 from jlora.tree import bind, init_lora, merge_params
@@ -150,10 +151,10 @@ class LoRA(nnx.Module):
         The function returns the method's output, and the graph and the rest as the method leaves them.
         """
         graphdef, params, rest = _split((self.model, args, kwargs))
-        structure: Any = jax.tree.structure(params)
+        structure: Any = jax.tree.structure(params, is_leaf=is_lazy)
 
         def function(params: Any, rest: Any) -> Any:
-            nodes: Any = nnx.merge(graphdef, structure.unflatten(jax.tree.leaves(params)), rest)
+            nodes: Any = nnx.merge(graphdef, structure.unflatten(jax.tree.leaves(params, is_leaf=is_lazy)), rest)
             model, args, kwargs = nodes
             output = getattr(model, method)(*args, **kwargs)
             graphdef_after, _, rest_after = _split(nodes)
@@ -170,7 +171,7 @@ def _variables(model: nnx.Module, adapters: Any, entries: Mapping[str, Entry]) -
         *at, name = key_path
         path = path_string(at)
         weight = weights[path]
-        axes = part_axes(weight.ndim, entries[path].split)[name.key]
+        axes = part_axes(len(weight.shape), entries[path].split)[name.key]
         return nnx.LoRAParam(part, **_named(weight.get_metadata(), axes))
 
     return jax.tree_util.tree_map_with_path(variable, adapters)

@@ -72,6 +72,7 @@ def custom_derivative(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequenc
     def function(*leaves: Any) -> Any:
         outputs = []
         for output in inner.evaluate(program, treedef.unflatten(leaves)):
+            inner.note_unpacked(eqn, output, "a function with a derivative of its own returns it")
             output = densified(output)
             has_gain = is_weight(output) and output.gains  # which would multiply the derivative, too
             outputs.append(inner.merge(eqn, output, RETURNED) if has_gain else bare(output))
@@ -120,6 +121,8 @@ def cond(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
             found = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(closed)(*leaves))
             outputs = []
             for output, frame in zip(found, frames, strict=True):
+                if frame:
+                    run.note_unpacked(eqn, output, "a branch returns it")
                 outputs.append(combine.fitted(output, frame) if frame else _arrays(run, eqn, [output])[0])
             return outputs
 
@@ -193,7 +196,11 @@ def scan(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         count = len(carry)
         return loop.changing(outputs[:count]), _arrays(run, eqn, outputs[count:])
 
-    slices = list(map(_scanned, stacks))
+    slices = []
+    for stack in stacks:
+        if is_packed(base_of(stack)) and not base_of(stack).front:
+            run.note_unpacked(eqn, stack, "its packed arrays do not have the axis that is scanned (batch_dims)")
+        slices.append(_scanned(stack))
     steps = None if key is None else jnp.arange(length, dtype=jnp.uint32)
     carried, outputs = lax.scan(
         step, loop.initial, (steps, slices), length, params["reverse"], params["unroll"], **scan_options(params)
@@ -254,6 +261,8 @@ def _arrays(run: Run, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 def shard_map(run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
     """Every factor is split over the mesh as the axes of the weight that it has."""
     params = eqn.params
+    for value in inputs:
+        run.note_unpacked(eqn, value, "the axes of its packed arrays are not those that shard_map splits")
     inputs = densified(list(inputs))
 
     def program(key: Any, inputs: Any) -> Any:

@@ -12,17 +12,20 @@ from jlora import tree
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.cost import CostModel
+from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path
 from jlora.tables import html_table, text_table
 from jlora.transform._keywords import name_of
+from jlora.transform._lazy import is_packed
 from jlora.transform._lora import adapted_weights, tell_of_unread
 from jlora.transform._program import Program
 from jlora.transform._registry import registry
-from jlora.transform._run import Run, Settings, Use
+from jlora.transform._run import Run, Settings, Unpacked, Use
 from jlora.transform._uses import check_handed_on, resolve
 from jlora.tree import LeftOut, bind, left_out_html, left_out_text
 
 _COLUMNS = ("path", "shape", "used by", "at", "axes", "computed", "FLOPs", "+ adapter", "bytes", "+ adapter")
+_UNPACKED = ("dense from here on", "shape", "for", "at", "because")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Explanation:
       base_bytes: path -> the bytes of the weight; of a lazy base, of what it packs.
       adapter_bytes: path -> the bytes of A and B.
       left_out: the weights that a pattern spans and that are not adapted, each with the reason.
+      unpacked: where a lazy base, adapted or not, becomes a dense array that the program keeps. Elsewhere it is dense
+        only while it is used.
     """
 
     config: LoraConfig
@@ -42,6 +47,7 @@ class Explanation:
     base_bytes: dict[str, int]
     adapter_bytes: dict[str, int]
     left_out: tuple[LeftOut, ...] = ()
+    unpacked: tuple[Unpacked, ...] = ()
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a last row for the sum."""
@@ -74,13 +80,19 @@ class Explanation:
 
     def __str__(self) -> str:
         *rows, total = self.rows()
-        return text_table(_COLUMNS, rows, total, left=_COLUMNS.index("FLOPs")) + left_out_text(self.left_out)
+        uses = text_table(_COLUMNS, rows, total, left=_COLUMNS.index("FLOPs"))
+        unpacked = text_table(_UNPACKED, self._unpacked_rows(), left=len(_UNPACKED))
+        return uses + left_out_text(self.left_out) + (f"\n\n{unpacked}" if self.unpacked else "")
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         *rows, total = self.rows()
-        return left_out_html(html_table(_COLUMNS, rows, total), self.left_out)
+        above = left_out_html(html_table(_COLUMNS, rows, total), self.left_out)
+        return f"<div>{above}{html_table(_UNPACKED, self._unpacked_rows())}</div>" if self.unpacked else above
+
+    def _unpacked_rows(self) -> list[tuple[str, ...]]:
+        return [(one.path, "x".join(map(str, one.shape)), one.primitive, one.place, one.why) for one in self.unpacked]
 
 
 def explain(
@@ -98,7 +110,8 @@ def explain(
     Every row is a use: the weight's shape there, the primitive and the source line, one letter for each axis (b batch,
     i in, o out), factored or merged and why, and the FLOPs and bytes of the base and of the adapter. FLOPs are those of
     one call, forward; in a scan of all its steps, in a while loop of one. With config.dropout > 0 the call has a
-    dropout key. Below stand the weights that a pattern spans and that are left out, with the reasons.
+    dropout key. Below stand the weights that a pattern spans and that are left out, with the reasons, and the places
+    where a lazy base becomes a dense array that the program keeps.
 
     Args:
       fn: a function whose first argument is params.
@@ -125,7 +138,7 @@ def explain(
     if adapters is None:
         adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
     settings = Settings(registry(), cost_model or CostModel(), dropout=config.dropout)
-    uses = adapted_uses(fn, resolved, params, adapters, args, kwargs, settings)
+    uses, unpacked = adapted_uses(fn, resolved, params, adapters, args, kwargs, settings)
     shapes = leaves_by_path(params)
     found = leaves_by_path(adapters, is_leaf=is_entry)
     return Explanation(
@@ -134,26 +147,35 @@ def explain(
         {path: sum(map(_bytes, jax.tree.leaves(shapes[path]))) for path in found},
         {path: sum(map(_bytes, entry.values())) for path, entry in found.items()},
         left_out,
+        tuple(dict.fromkeys(unpacked)),
     )
 
 
 def adapted_uses(
     fn: Callable[..., Any], config: LoraConfig, params: Any, adapters: Any, args: Any, kwargs: Any, settings: Settings
-) -> list[Use]:
-    """The uses of every adapted weight by `lora(fn, config)`, with a dropout key where there is dropout."""
+) -> tuple[list[Use], list[Unpacked]]:
+    """The uses of every adapted weight by `lora(fn, config)`, with a dropout key where there is dropout.
+
+    Beside them stands where lazy bases become dense.
+    """
     program = Program(fn, params, args, kwargs)
     if settings.strict:
         tell_of_unread(name_of(fn), program, leaves_by_path(adapters, is_leaf=is_entry), strict=True)
     uses: list[Use] = []
-    run = Run(settings, jax.random.key(0) if settings.dropout else None, uses=uses)
+    unpacked: list[Unpacked] = []
+    run = Run(settings, jax.random.key(0) if settings.dropout else None, uses=uses, unpacked=unpacked)
 
     def evaluated(arrays: Any, adapters: Any) -> Any:
         by_path = {path: array for path, array in zip(program.paths, arrays, strict=True) if path is not None}
         weights = adapted_weights(by_path, bind(by_path, leaves_by_path(adapters, is_leaf=is_entry), config))
+        for path, weight in weights.items():
+            if is_lazy(by_path[path]) and not is_packed(weight.value):
+                why = "its entry has a value or an offset"
+                unpacked.append(Unpacked(path, tuple(by_path[path].shape), "", "", why))
         return program.evaluate(run, weights, arrays)
 
     jax.eval_shape(evaluated, program.leaves, adapters)
-    return uses
+    return uses, unpacked
 
 
 def _bytes(array: Any) -> int:

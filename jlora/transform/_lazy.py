@@ -55,7 +55,11 @@ class Move:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """A lazy base after some moves, with the shape and dtype that they give it; a pytree of the packed arrays."""
+    """A lazy base after some moves, with the shape and dtype that they give it; a pytree of the packed arrays.
+
+    `path` is that of a leaf of params, and is given for `explain` alone: as a part of the tree's structure it would
+    make programs of each of its own that are compiled once for all.
+    """
 
     base: Any
     shape: Shape
@@ -63,6 +67,7 @@ class Lazy:
     front: int
     moves: tuple[Move, ...] = ()
     operands: tuple[tuple[Any, ...], ...] = ()
+    path: str = ""
 
     @property
     def ndim(self) -> int:
@@ -88,19 +93,11 @@ class Lazy:
         return dataclasses.replace(self, base=jax.tree.map(taken, self.base), shape=(size, *self.shape[1:]))
 
     def after(self, move: Move, operands: Sequence[Any], shape: Shape, dtype: Any) -> "Lazy":
-        return Lazy(self.base, shape, dtype, move.depth, (*self.moves, move), (*self.operands, tuple(operands)))
+        moves, noted = (*self.moves, move), (*self.operands, tuple(operands))
+        return Lazy(self.base, shape, dtype, move.depth, moves, noted, self.path)
 
 
-def _flatten(lazy: Lazy) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    return (lazy.base, lazy.operands), (lazy.shape, lazy.dtype, lazy.front, lazy.moves)
-
-
-def _unflatten(static: tuple[Any, ...], children: Sequence[Any]) -> Lazy:
-    (base, operands), (shape, dtype, front, moves) = children, static
-    return Lazy(base, shape, dtype, front, moves, operands)
-
-
-jax.tree_util.register_pytree_node(Lazy, _flatten, _unflatten)
+jax.tree_util.register_dataclass(Lazy, ["base", "operands"], ["shape", "dtype", "front", "moves", "path"])
 
 
 def as_lazy(leaf: Any, path: str | None = None) -> Any:
@@ -246,7 +243,7 @@ def _along(key: str, params: Params, operands: Sequence[Any], shape: Shape) -> _
     return None if 0 in axes else ({**params, key: tuple(axis - 1 for axis in axes)}, operands)
 
 
-def _split(params: Params, operands: Sequence[Any], shape: Shape) -> _Within:
+def _of_axis(params: Params, operands: Sequence[Any], shape: Shape) -> _Within:
     return ({**params, "axis": params["axis"] - 1}, operands) if params["axis"] else None
 
 
@@ -276,9 +273,10 @@ _WITHIN: Mapping[str, Callable[[Params, Sequence[Any], Shape], _Within]] = {
     "reshape": _reshape,
     "rev": functools.partial(_along, "dimensions"),
     "slice": _slice,
-    "split": _split,
+    "split": _of_axis,
     "squeeze": functools.partial(_along, "dimensions"),
     "transpose": _transpose,
+    "unstack": _of_axis,
 }
 _UNMOVED = ("copy", "name", "sharding_constraint")  # the packed arrays lie where they lie
 
@@ -330,6 +328,16 @@ def _take_split(lazy: Lazy, params: Params, operands: Sequence[Any]) -> _Taken:
     return pieces, None, operands
 
 
+def _take_unstack(lazy: Lazy, params: Params, operands: Sequence[Any]) -> _Taken:
+    if params["axis"]:
+        return None
+    elements = []
+    for number in range(lazy.shape[0]):
+        one = functools.partial(lax.index_in_dim, index=number, keepdims=False)
+        elements.append(lazy.element(jax.tree.map(one, lazy.base)))
+    return elements, None, operands
+
+
 def _take_gather(lazy: Lazy, params: Params, operands: Sequence[Any]) -> _Taken:
     """One element, looked up by an index; beyond the last one it is what the lookup fills in."""
     numbers, mode = params["dimension_numbers"], params["mode"]
@@ -371,4 +379,5 @@ _TAKES: Mapping[str, Callable[[Lazy, Params, Sequence[Any]], _Taken]] = {
     "slice": _take_slice,
     "split": _take_split,
     "squeeze": _take_squeeze,
+    "unstack": _take_unstack,
 }

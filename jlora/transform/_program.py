@@ -1,5 +1,6 @@
 """A function as a traced program, with the paths of its params."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 
 from jlora.boxes import box_like, is_box, unboxed
 from jlora.lazy import is_lazy
-from jlora.paths import path_string
-from jlora.transform._lazy import as_lazy
+from jlora.paths import is_param, path_string
+from jlora.transform._lazy import as_lazy, is_packed
 from jlora.transform._liveness import live_inputs
 from jlora.transform._run import Run
 from jlora.transform._weight import Plain, Weight
@@ -27,7 +28,7 @@ class Program:
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> None:
-        of_params, first_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda n: is_box(n) or is_lazy(n))
+        of_params, first_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
         others, second_tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_box)
         params_tree: Any = first_tree
         others_tree: Any = second_tree
@@ -60,7 +61,14 @@ class Program:
         """The outputs of the jaxpr for these leaves, with the weights in place of those at their paths."""
         inputs = []
         for path, leaf in zip(self.paths, leaves, strict=True):
-            inputs.append(leaf if path is None else weights.get(path) or Plain(as_lazy(leaf, path)))
+            if path in weights:
+                leaf = weights[path]
+            elif path is not None:
+                value = as_lazy(leaf, path)
+                if run.unpacked is not None and is_packed(value):
+                    value = dataclasses.replace(value, path=path)
+                leaf = Plain(value)
+            inputs.append(leaf)
         return run.merge_outputs(None, run.evaluate(self.jaxpr, inputs), "it is the weight itself")
 
     def read(self) -> set[str]:

@@ -147,7 +147,7 @@ def _moved(found: Moves, run: Run, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequ
     if of_like != wanted:
         raise _wrong(eqn, f"its function of Moves returns the shapes {of_like}, the primitive {wanted}")
     settings = dataclasses.replace(run.settings, strict=False)
-    quiet = dataclasses.replace(run.inner(eqn, None), settings=settings, uses=[], keeps_rows=True)
+    quiet = dataclasses.replace(run.inner(eqn, None), settings=settings, uses=[], unpacked=None, keeps_rows=True)
     moved = quiet.evaluate(program, inputs)
     for number, output in enumerate(moved):
         live = live_inputs(program, [place == number for place in range(len(moved))])

@@ -16,7 +16,7 @@ from jlora.paths import path_number
 from jlora.transform._jax import jaxpr_and_consts, varying_axes
 from jlora.transform._lazy import Lazy, bind, densified, is_packed
 from jlora.transform._primitives import name_of_primitive, primitive_of_jax
-from jlora.transform._weight import Plain, Weight, bare, is_marked, is_weight, of_params
+from jlora.transform._weight import Plain, Weight, bare, base_of, is_marked, is_weight, of_params
 from jlora.transform._whole import UNKNOWN, WHOLE
 
 _PROGRAMS = frozenset(["cond", "custom_jvp_call", "custom_vjp_call", "jit", "remat2", "scan", "shard_map", "while"])
@@ -95,10 +95,39 @@ class Use:
 
     @property
     def place(self) -> str:
-        """`model.py:12` of the source `/some/where/model.py:12:8 (Model.__call__)`."""
-        place, _, _ = self.source.partition(" (")
-        file, *numbers = place.rsplit(":", 2) if place.count(":") > 1 else place.rsplit(":", 1)
-        return ":".join([Path(file).name, *numbers[:1]])
+        """The file and the line of the source."""
+        return _place(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacked:
+    """Where a lazy base becomes a dense array that the program keeps.
+
+    Attributes:
+      path: of the lazy base in params.
+      shape: as it stands there.
+      primitive: that the program applies to it.
+      source: the line of the user's code that called it.
+      why: the reason.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    primitive: str
+    source: str
+    why: str
+
+    @property
+    def place(self) -> str:
+        """The file and the line of the source."""
+        return _place(self.source)
+
+
+def _place(source: str) -> str:
+    """`model.py:12` of the source `/some/where/model.py:12:8 (Model.__call__)`."""
+    place, _, _ = source.partition(" (")
+    file, *numbers = place.rsplit(":", 2) if place.count(":") > 1 else place.rsplit(":", 1)
+    return ":".join([Path(file).name, *numbers[:1]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +140,7 @@ class Run:
       times: how often the program at hand is repeated.
       source: the line that called the program at hand, for equations that do not know theirs.
       uses: where the uses are written to; None for nowhere.
+      unpacked: where it is written down which lazy bases become dense; None for nowhere.
       draws: one entry for each key that was taken.
       undropped: the paths of the weights that are merged although there is a key.
       paths: of the weights in params, by the labels that weights have instead in a program that is compiled once for
@@ -123,6 +153,7 @@ class Run:
     times: int = 1
     source: str = ""
     uses: list[Use] | None = None
+    unpacked: list[Unpacked] | None = None
     draws: list[None] = dataclasses.field(default_factory=list)
     undropped: dict[str, None] = dataclasses.field(default_factory=dict)
     paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -146,10 +177,32 @@ class Run:
 
     def apply(self, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         """The outputs of one equation; they follow from params alone if its inputs do."""
+        uses = len(self.uses or ())
         outputs = self._outputs(eqn, inputs)
-        if eqn.effects or not all(map(of_params, inputs)):
-            return outputs
-        return [value if is_marked(value) else Plain(value) for value in outputs]
+        if not eqn.effects and all(map(of_params, inputs)):
+            outputs = [value if is_marked(value) else Plain(value) for value in outputs]
+        if len(self.uses or ()) == uses and not self.settings.rules.enters(eqn.primitive):
+            self._note_kept(eqn, inputs, outputs)
+        return outputs
+
+    def _note_kept(self, eqn: JaxprEqn, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Notes the lazy bases among the inputs of which the outputs, no activations, are dense arrays."""
+        if self.unpacked is None:
+            return
+        dense = [base_of(value) for value in outputs if is_marked(value) and not is_packed(base_of(value))]
+        for value in inputs:
+            if is_packed(base_of(value)) and sum(array.size for array in dense) >= base_of(value).size:
+                self.note_unpacked(eqn, value, "it makes a dense array of it")
+
+    def note_unpacked(self, eqn: JaxprEqn | None, value: Any, why: str) -> None:
+        """Notes that a value becomes dense for an equation, or as an output of the whole program, if it is lazy."""
+        base = base_of(value)
+        if self.unpacked is None or not is_packed(base):
+            return
+        path = self.path_of(value) if is_weight(value) else base.path
+        if path:  # a merged weight has none: that is a use of its own
+            name = name_of_primitive(eqn.primitive) if eqn else "return"
+            self.unpacked.append(Unpacked(path, tuple(base.shape), name, self.source_of(eqn) if eqn else "", why))
 
     def _outputs(self, eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
@@ -171,6 +224,9 @@ class Run:
 
     def merge_outputs(self, eqn: JaxprEqn | None, outputs: Sequence[Any], why: str) -> list[Any]:
         """What leaves a program as arrays: every weight is merged, and every lazy base dense."""
+        for value in outputs:
+            if isinstance(value, Plain):
+                self.note_unpacked(eqn, value, why)
         return list(densified(self.merge_all(eqn, outputs, why)))
 
     def merge(self, eqn: JaxprEqn | None, weight: Weight, why: str) -> Any:

@@ -10,8 +10,7 @@ from jlora.boxes import is_box
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization, factorization_from_shapes, split_batch_axes
 from jlora.errors import AdapterError, JloraError, TargetError, raise_all
-from jlora.lazy import is_lazy
-from jlora.paths import format_nearest, leaves_by_path, literal_pattern, path_string
+from jlora.paths import format_nearest, is_param, leaves_by_path, literal_pattern, path_string
 from jlora.pytrees import map_with_path
 from jlora.tree._targets import (
     MOST_PROBLEMS,
@@ -123,7 +122,7 @@ def in_structure(params: Any, entries: Mapping[str, Any], config: LoraConfig) ->
             return entry
         return boxed_entry(weight, entry, split_of(path, shapes, entry, config))
 
-    return map_with_path(entry_at, params, lambda node: is_box(node) or is_lazy(node))
+    return map_with_path(entry_at, params, is_param)
 
 
 def _without_effect(params: Any, config: LoraConfig, adapted: list[str]) -> list[str]:

@@ -16,11 +16,11 @@ from jlora.adapter import (
     range_problem,
     unmerged_weight,
 )
-from jlora.boxes import box_like, is_box, unboxed
+from jlora.boxes import box_like, unboxed
 from jlora.config import LoraConfig
 from jlora.errors import AdapterError, DataError, TargetError, raise_all
 from jlora.lazy import is_lazy
-from jlora.paths import leaves_by_path, path_number, path_string
+from jlora.paths import is_param, leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
 from jlora.tree._bind import bind
 from jlora.tree._targets import check_floating, survey
@@ -68,7 +68,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
         )
         return boxed_entry(weight, adapter, target.factorization)
 
-    return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=_is_leaf)
+    return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=is_param)
 
 
 def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:
@@ -179,7 +179,7 @@ def _fold(params: Any, adapters: Any, config: LoraConfig, fold: Callable[..., An
             raise TargetError(f"{path}: {error}") from None
         return box_like(weight, result)
 
-    return jax.tree_util.tree_map_with_path(folded, params, is_leaf=_is_leaf)
+    return jax.tree_util.tree_map_with_path(folded, params, is_leaf=is_param)
 
 
 class _Ranges:
@@ -199,10 +199,6 @@ class _Ranges:
         lost = {path: int(count) for path, count in jax.device_get(self._counts).items() if count}
         problems = [f"{path}: {range_problem(count, *self._sums[path])}" for path, count in lost.items()]
         raise_all(problems, TargetError)
-
-
-def _is_leaf(node: Any) -> bool:
-    return is_box(node) or is_lazy(node)
 
 
 def _concrete(array: Any) -> Any:

@@ -8,6 +8,7 @@ from jlora.adapter import is_entry, part_axes, part_sharding
 from jlora.boxes import box_like, unboxed
 from jlora.config import LoraConfig
 from jlora.errors import JloraError, TargetError
+from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_string
 from jlora.tree._bind import split_of
 from jlora.tree._params import init_lora
@@ -68,7 +69,10 @@ def _with(params: Any, shardings: Any) -> Any:
     """The shapes of params with these shardings, a tree that is a prefix of it."""
 
     def shapes(sharding: Any, subtree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), subtree)
+        def shape(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, subtree, is_leaf=is_lazy)
 
     try:
         return jax.tree.map(shapes, shardings, params, is_leaf=lambda node: node is None)
