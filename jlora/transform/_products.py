@@ -110,7 +110,7 @@ def dot_general(
     dot = whole.flattened() if flatten else whole
     order = weight.order(dot.roles)
     if order is None and not _narrows(weight, dot.roles):
-        return "no axis that is contracted belongs to A alone or to B alone"
+        return "it contracts no in or out axis of the adapter; with what it contracts as an in axis it is factored"
     sizes = dict(zip(whole.x + whole.weight, x.shape + weight.shape, strict=True))
     y_shape = [sizes[c] for c in whole.y]
     if flatten:

@@ -26,6 +26,7 @@ WITHIN = "a part of it is replaced by an adapted weight"
 CARRIED = "the program returns or carries the weight itself"
 TWO = "the other side of the product is an adapted weight too"
 ROWS = "a lookup with a batch of tables"
+BATCHES = "it contracts no in or out axis of the adapter; with what it contracts as an in axis it is factored"
 KERNEL = "the weight is not the kernel of the convolution"
 
 
@@ -122,6 +123,10 @@ def helper(w):
     return jnp.sin(w)  # helper
 
 
+def over_the_batch_axis(p, x):
+    return jnp.tensordot(x[:, :3], p["stack"], 1)  # batch axis
+
+
 def selected(p, x):
     return x @ jnp.where(jnp.arange(7) > 2, p["w"], 0.0)  # selected
 
@@ -204,6 +209,7 @@ UNFACTORED = {
     "carried": (carried, "w", "while", CARRIED),
     "two weights": (two_weights, "v", "dot_general", TWO),
     "along an axis": (along_an_axis, "w", "gather", ROWS),
+    "batch axis": (over_the_batch_axis, "stack", "dot_general", BATCHES),
     "image": (as_the_image, "w", "conv_general_dilated", KERNEL),
 }
 SHAPES = {"w": (5, 7), "v": (7, 3), "stack": (3, 5, 7)}
