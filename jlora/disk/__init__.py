@@ -2,7 +2,7 @@
 
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._checkpoint import Checkpoint
-from jlora.disk._formats import found_instead
+from jlora.disk._formats import format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
 from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
@@ -31,9 +31,11 @@ __all__ = [
     "can_store",
     "dump_json",
     "file_written_whole",
+    "format_of_file",
     "found_instead",
     "locked_folder",
     "open_to_read",
+    "orbax_instead",
     "parse_json",
     "parse_json_value",
     "parse_toml",

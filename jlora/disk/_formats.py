@@ -8,7 +8,7 @@ _PICKLE = (
     "which can run code as it is loaded, so that jlora loads none: load it with the library that wrote it, and save it "
     "again as safetensors, as save_pretrained does"
 )
-_GGUF = "a GGUF file, packed for llama.cpp: give the safetensors that it was made from"
+_GGUF = "a GGUF file, packed for llama.cpp, which jlora does not read: give the safetensors that it was made from"
 _HDF5 = "an HDF5 file: save the model as safetensors"
 _STARTS = (
     (b"version https://git-lfs", "a pointer of git-lfs in place of the file: `git lfs pull` fetches the file"),
@@ -19,11 +19,19 @@ _STARTS = (
     (b"<", "a web page, or other XML: the download did not give the file"),
 )
 _ENDS = {
-    (".bin", ".pt", ".pth", ".ckpt", ".pkl"): f"a pickle, {_PICKLE}",
+    (".bin", ".pt", ".pth", ".pth.lora", ".ckpt", ".pkl"): f"a pickle, {_PICKLE}",
     (".gguf",): _GGUF,
     (".h5",): _HDF5,
     (".msgpack",): "Flax's own format: save the model as safetensors",
+    (".npz",): "an archive of NumPy's, as mlx-lm once wrote its adapters: load it with MLX, and mx.save_safetensors",
+    (".nemo",): "an archive of NeMo's: export it to Hugging Face with NeMo",
+    (".onnx_adapter",): "an adapter for ONNX Runtime, packed: give the PEFT adapter that it was made from",
 }
+_ORBAX = (
+    "an Orbax checkpoint: restore it with Orbax, and save its adapters with jlora.save_adapters; jlora.interop.gemma "
+    "and jlora.interop.qwix read those of gemma and of qwix from the params that were restored"
+)
+_OF_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin")
 _MOST_NAMES = 1000
 
@@ -31,6 +39,19 @@ _MOST_NAMES = 1000
 def format_of(start: bytes) -> str:
     """What a file is that begins so, and what to do; "" where nothing is known of it."""
     return next((what for known, what in _STARTS if start.startswith(known)), "")
+
+
+def format_of_file(path: Path) -> str:
+    """What a file is by its first bytes and its name, and what to do; "" where nothing is known of it."""
+    if path.suffix == ".safetensors":  # the length that it begins with may look like any of them
+        return ""
+    by_name = next((what for ends, what in _ENDS.items() if path.name.endswith(ends)), "")
+    try:
+        with path.open("rb") as file:
+            start = file.read(START)
+    except OSError:
+        return by_name
+    return by_name if by_name and start.startswith(b"PK") else format_of(start) or by_name
 
 
 def found_instead(folder: Path, wanted: str) -> str:
@@ -43,11 +64,18 @@ def found_instead(folder: Path, wanted: str) -> str:
         return f"this is Hugging Face's cache of a repository: give {folder / 'snapshots' / versions[-1]}"
     if caches := [name for name in names if name.startswith(("models--", "datasets--"))]:
         return f"this is Hugging Face's cache: give a folder in {folder / caches[0] / 'snapshots'}"
+    if orbax := orbax_instead(folder):
+        return orbax
     for ends, what in _ENDS.items():
         if found := [name for name in names if name.endswith(ends) and name not in _OF_TRAINING]:
             return f"{found[0]} is {what}"
     below = [name for name in names if any(inner.endswith(wanted) for inner in _names(folder / name))]
     return f"but {' and '.join(below[:3])} in it {'hold one' if len(below) > 1 else 'holds one'}" if below else ""
+
+
+def orbax_instead(folder: Path) -> str:
+    """That a folder is one of Orbax, and what to do; "" where it is none."""
+    return "" if _OF_ORBAX.isdisjoint(_names(folder)) else f"this is {_ORBAX}"
 
 
 def _names(folder: Path) -> list[str]:

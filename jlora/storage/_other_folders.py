@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jlora.disk import CONFIG, TENSORS, Pair, found_instead, parse_json
+from jlora.disk import CONFIG, TENSORS, Pair, format_of_file, found_instead, orbax_instead, parse_json
 from jlora.errors import listed
 from jlora.paths import nearest
 
@@ -13,6 +13,8 @@ PEFT = "this is a PEFT adapter: read it with jlora.interop.peft.read_peft"
 def what_it_is(folder: Path) -> str:
     """What a path is that holds no tensors of adapters."""
     if os.path.isfile(folder):
+        if what := format_of_file(folder):
+            return f"is {what}"
         return f"is a file: wanted the folder that save_adapters wrote, with {CONFIG} and {TENSORS}"
     if not os.path.isdir(folder):
         siblings = [path.name for path in _listed(folder.parent) if os.path.isfile(path / TENSORS)]
@@ -22,9 +24,9 @@ def what_it_is(folder: Path) -> str:
         return PEFT
     if os.path.lexists(folder / TENSORS):
         return f"{TENSORS} is no regular file"
+    if orbax := orbax_instead(folder):
+        return orbax
     names = {path.name for path in _listed(folder)}
-    if names & {"_CHECKPOINT_METADATA", "_METADATA", "_sharding"}:
-        return "this is an Orbax checkpoint: restore it with Orbax"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "this is a checkpoint of a model, not a folder of adapters"
     if inside := [path.name for path in _listed(folder) if os.path.isfile(path / TENSORS)]:

@@ -1,6 +1,7 @@
 """What stands in the place of safetensors: each gets its name, and the way out."""
 
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -67,6 +68,8 @@ def adapter(folder, rng):
         ("model.gguf", "model.gguf is a GGUF file"),
         ("tf_model.h5", "tf_model.h5 is an HDF5 file"),
         ("flax_model.msgpack", "flax_model.msgpack is Flax's own format"),
+        ("model.nemo", "model.nemo is an archive of NeMo's: export it"),
+        ("manifest.ocdbt", "this is an Orbax checkpoint: restore it with Orbax"),
         ("training_args.bin", "no safetensors file: wanted a checkpoint: one file, or several with an index"),
     ],
 )
@@ -135,3 +138,48 @@ def test_the_configuration_is_what_is_blamed(change, message, tmp_path, rng):
         with pytest.raises(DataError, match=message):
             read(folder)
     assert path.read_bytes() == (before / "adapter_config.json").read_bytes()
+
+
+NAMED = {
+    "x.gguf": (
+        b"GGUF\3\0\0\0",
+        "x.gguf: is a GGUF file, packed for llama.cpp, which jlora does not read: give the saf",
+    ),
+    "without_an_end": (b"GGUF\3\0\0\0", "without_an_end: is a GGUF file"),
+    "adapters.npz": (b"PK\3\4", "adapters.npz: is an archive of NumPy's, as mlx-lm once wrote its adapters"),
+    "lora.bin": (b"PK\3\4", "lora.bin: is a pickle, which can run code"),
+    "lora.pt": (b"\x80\2", "lora.pt: is a pickle, which can run code"),
+    "lit_model.pth.lora": (b"", "lit_model.pth.lora: is a pickle"),
+    "x.onnx_adapter": (b"TSTO", "x.onnx_adapter: is an adapter for ONNX Runtime"),
+    "x.lora.h5": (b"\x89HDF", "x.lora.h5: is an HDF5 file"),
+    "notes.txt": (b"notes", "notes.txt: is a file: wanted the folder that save_adapters wrote"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_file_in_the_place_of_adapters(name, tmp_path):
+    start, message = NAMED[name]
+    (tmp_path / name).write_bytes(start + bytes(99) * bool(start))
+    model(tmp_path / "base")
+    for given in (
+        lambda: checkpoints.merge(tmp_path / "base", tmp_path / name, tmp_path / "out"),
+        lambda: checkpoints.inspect(tmp_path / name),
+        lambda: checkpoints.convert(tmp_path / name, tmp_path / "out", "own"),
+    ):
+        with pytest.raises(DataError, match=re.escape(message)):
+            given()
+
+
+def test_a_folder_of_orbax(tmp_path):
+    (tmp_path / "_CHECKPOINT_METADATA").write_text("{}")
+    for given in (checkpoints.inspect, lambda path: checkpoints.convert(path, tmp_path / "out", "own", names="gemma")):
+        with pytest.raises(
+            DataError, match="this is an Orbax checkpoint: restore it with Orbax, and save its adapters"
+        ):
+            given(tmp_path)
+
+
+def test_the_tensors_alone_of_a_folder_with_its_configuration(tmp_path, rng):
+    path = adapter(tmp_path / "adapter", rng) / "adapter_model.safetensors"
+    with pytest.raises(DataError, match=r"its scaling is in adapter_config\.json beside it: give the folder of both"):
+        checkpoints.inspect(path)

@@ -324,6 +324,20 @@ def test_checkpoints_of_one_file_are_still_compared_as_such(tmp_path: Path, rng:
     assert not checkpoints.diff(path, folder).is_identical
 
 
+def test_a_folder_of_one_file_is_that_file(tmp_path: Path, rng: Rng) -> None:
+    base_of(rng, tmp_path / "base", {"m.q": (7, 7)})
+    path = lora(rng, tmp_path / "x" / "pytorch_lora_weights.safetensors", "lora_unet_m_q")
+    (tmp_path / "x" / "README.md").write_text("LoRA")
+    for number, given in enumerate((path, path.parent)):
+        checkpoints.merge(tmp_path / "base", given, tmp_path / str(number))
+    found = [Checkpoint(tmp_path / str(number)).read("m.q.weight") for number in range(2)]
+    np.testing.assert_array_equal(*found)
+    assert (found[0] != Checkpoint(tmp_path / "base").read("m.q.weight")).any()
+    lora(rng, tmp_path / "x" / "other.safetensors", "lora_unet_m_q")
+    with pytest.raises(DataError, match=r"holds several LoRA files, other\.safetensors.*: give one of them"):
+        checkpoints.inspect(path.parent)
+
+
 @pytest.mark.slow
 def test_what_diffusers_says(tmp_path: Path) -> None:
     pytest.importorskip("peft")
