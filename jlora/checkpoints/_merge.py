@@ -11,11 +11,12 @@ from jlora.checkpoints._arithmetic import Weight
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._record import check_last_merged, check_not_merged, merges_in, record_of
 from jlora.checkpoints._residuals import RESIDUALS, check_names
-from jlora.checkpoints._rewrite import RECORD, Progress, ShardWriter, rewrite_checkpoint
+from jlora.checkpoints._rewrite import Progress, ShardWriter, rewrite_checkpoint
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._updates import changes_of, read_adapter
-from jlora.disk import Checkpoint, TensorFile, read_json
-from jlora.errors import DataError, listed, printable
+from jlora.checkpoints._warnings import warnings_of, warnings_of_the_same
+from jlora.disk import Checkpoint, TensorFile
+from jlora.errors import DataError, listed
 from jlora.fields import number
 from jlora.interop.mlx import check_base_of_mlx
 from jlora.interop.peft import Mapping
@@ -33,6 +34,7 @@ class Merged:
         rounding.
       copied: how many tensors in all are the same, byte by byte.
       size: of the checkpoint, in bytes.
+      left_out: what lies beside the checkpoint and was not copied, such as weights in other formats.
       resumed: how many shards an earlier run had written.
       warnings: what may surprise.
     """
@@ -43,6 +45,7 @@ class Merged:
     same: tuple[str, ...]
     copied: int
     size: int
+    left_out: tuple[str, ...]
     resumed: int
     warnings: tuple[str, ...]
 
@@ -50,7 +53,8 @@ class Merged:
         resumed = f", {self.resumed} shards of them by an earlier run" if self.resumed else ""
         tensors = f"{len(self.changed):,} tensors changed ({self.numbers:,} numbers) and {self.copied:,} copied"
         text = f"{tensors}, {self.size / 1e9:.2f} GB{resumed}: {self.out}"
-        return "\n".join([text, *(f"warning: {line}" for line in self.warnings)])
+        lines = [text, *_not_copied(self.left_out), *(f"warning: {line}" for line in self.warnings)]
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Unmerged:
       out: the folder that was written.
       changed: the tensors that are others now.
       same: the tensors that the adapters are for and that came out as they were.
+      left_out: as of `Merged`.
       exact: whether every bit is known to be the base's.
       uncertain: how many numbers rounding leaves open, of `numbers` in the tensors that the adapters are for.
       largest: by how much one of them may be off at most.
@@ -69,13 +74,14 @@ class Unmerged:
     out: Path
     changed: tuple[str, ...]
     same: tuple[str, ...]
+    left_out: tuple[str, ...]
     exact: bool
     uncertain: int
     numbers: int
     largest: float
 
     def __str__(self) -> str:
-        text = f"{len(self.changed):,} tensors unmerged: {self.out}"
+        text = "\n".join([f"{len(self.changed):,} tensors unmerged: {self.out}", *_not_copied(self.left_out)])
         if self.exact:
             return f"{text}\nevery bit is the base's, checked by its hash"
         share = self.uncertain / max(1, self.numbers)
@@ -159,7 +165,6 @@ def merge(
         record,
         inputs=_listed(adapters),
         extra_bytes=size_of_changes if keep_residual else 0,
-        leave_out=(RECORD,),
         force=force,
         on_progress=on_progress,
         note=tally.take,
@@ -175,8 +180,9 @@ def merge(
         same=same,
         copied=len(source.entries) - len(changed),
         size=size,
+        left_out=written.left_out,
         resumed=written.resumed,
-        warnings=(*_warnings(source, changes), *_of_the_same(changed, same)),
+        warnings=(*warnings_of(source, _listed(adapters), changes), *warnings_of_the_same(changed, same)),
     )
 
 
@@ -234,7 +240,6 @@ def unmerge(
         rewrite,
         record,
         inputs=_listed(adapters),
-        leave_out=(RECORD,),
         force=force,
         on_progress=on_progress,
         note=tally.take,
@@ -243,7 +248,12 @@ def unmerge(
     numbers = sum(math.prod(source.entries[name].shape) for name in changes)
     uncertain, largest = sum(note[1] for note in written.notes), max(note[2] for note in written.notes)
     changed, same = _parted(changes, _counts(written.notes))
-    return Unmerged(Path(out), changed, same, exact, uncertain, numbers, largest)
+    return Unmerged(Path(out), changed, same, written.left_out, exact, uncertain, numbers, largest)
+
+
+def _not_copied(left_out: Sequence[str]) -> list[str]:
+    """The line of a report on what was left out."""
+    return [f"not copied: {listed(left_out, 5)}"] if left_out else []
 
 
 def _counts(notes: Sequence[Any]) -> dict[str, int]:
@@ -256,15 +266,6 @@ def _parted(changes: Iterable[str], counts: dict[str, int]) -> tuple[tuple[str, 
     names = list(changes)
     changed = tuple(name for name in names if counts.get(name))
     return changed, tuple(name for name in names if not counts.get(name))
-
-
-def _of_the_same(changed: Sequence[str], same: Sequence[str]) -> list[str]:
-    """A warning where an adapter changed nothing."""
-    why = "the updates are zero, as of a B or an alpha that is zero, or are lost to rounding"
-    if not changed:
-        return [f"nothing changed: {why}"]
-    names = listed(map(printable, same), 3)
-    return [f"{len(same):,} of {len(changed) + len(same):,} tensors are as they were, {names}: {why}"] if same else []
 
 
 def _changes(
@@ -299,18 +300,3 @@ def _listed(adapters: str | Path | Sequence[str | Path]) -> list[Path]:
     if not folders:
         raise DataError("no adapters are given")
     return [Path(folder) for folder in folders]
-
-
-def _warnings(source: Checkpoint, changes: dict[str, Any]) -> list[str]:
-    config = source.folder / "config.json"
-    if not config.is_file():
-        return []
-    try:
-        tied = read_json(config).get("tie_word_embeddings")
-    except DataError:
-        return []
-    embeddings = [name for name in changes if any(part in name for part in ("embed_tokens", "wte", "word_embeddings"))]
-    if tied and embeddings and not any("lm_head" in name for name in source.entries):
-        first = printable(embeddings[0])
-        return [f"{first} is the output head too (tie_word_embeddings): the adapter acts on both now"]
-    return []

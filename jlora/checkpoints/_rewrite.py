@@ -26,6 +26,7 @@ from jlora.disk import (
     TensorEntry,
     TensorFile,
     Workplace,
+    beside,
     bring_back,
     dump_json,
     read_json,
@@ -36,6 +37,8 @@ from jlora.disk import (
 from jlora.errors import DataError, listed, shortened
 
 RECORD = "jlora_merge.json"
+_OWN = (RECORD, RESIDUALS)
+_FOLDERS = "folders"
 _JOURNAL = "journal.json"
 _COPY = 64 << 20
 _SPARE = 64 << 20
@@ -100,10 +103,11 @@ class ShardWriter:
 
 
 class Rewritten(NamedTuple):
-    """How many shards an earlier run had written, and the notes of all, that run's too."""
+    """How many shards an earlier run had written, the notes of all, that run's too, and what was not copied."""
 
     resumed: int
     notes: list[Any]
+    left_out: tuple[str, ...]
 
 
 def rewrite_checkpoint(
@@ -115,7 +119,6 @@ def rewrite_checkpoint(
     *,
     inputs: Iterable[Path] = (),
     extra_bytes: int = 0,
-    leave_out: Iterable[str] = (),
     force: bool = False,
     on_progress: Progress | None = None,
     note: Callable[[], Any] = lambda: None,
@@ -132,7 +135,6 @@ def rewrite_checkpoint(
       record: what is done, for `jlora_merge.json` in the output; a run that was killed resumes where it is the same.
       inputs: folders that are read beside the source; `out` may not hold them.
       extra_bytes: what is written beside the checkpoint at most.
-      leave_out: side files that are not copied.
       force: whether a folder that is there is replaced, when all is written.
       on_progress: called with (bytes done, bytes in all).
       note: called after each shard; what it returns, plain data, is kept with the shard.
@@ -144,6 +146,9 @@ def rewrite_checkpoint(
     """
     target = Path(out).resolve()
     _check_names(source)
+    others = beside(source)
+    files = [name for name in others.files if name.partition("/")[0] not in _OWN]
+    record = {**record, _FOLDERS: [name for name in files if "/" in name]}
     journal: _Journal | None = None
     try:
         bring_back(target)
@@ -155,7 +160,8 @@ def rewrite_checkpoint(
             journal = _Journal(place.path, record, source)
             done = journal.begin(place.new, is_note)
             total = sum((source.folder / shard).stat().st_size for shard in source.shards)
-            _check_room(target.parent, total + extra_bytes, place.new)
+            more = sum((source.folder / name).stat().st_size for name in files)
+            _check_room(target.parent, total + more + extra_bytes, place.new)
             progress = _Progress(on_progress, total)
             for shard in source.shards:
                 if shard in done:
@@ -164,16 +170,17 @@ def rewrite_checkpoint(
                 _write_shard(source, place.new / shard, shard, set(changed), rewrite, progress, workers)
                 journal.finished(place.new, shard, note())
             source.check_unchanged()
-            for file in source.side_files():
-                if file.name not in leave_out:
-                    shutil.copy2(file, place.new / file.name)
+            for name in files:
+                (place.new / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source.folder / name, place.new / name)
             write_whole(place.new / RECORD, dump_json(record), sync=False)
             _put_in_place(place, journal, force)
             place.remove()
     except OSError as error:
         way_out = "; the same command resumes" if journal is not None and journal.digests else ""
         raise DataError(f"{error.filename or target}: {error.strerror}{way_out}") from None
-    return Rewritten(len(done), [journal.notes[shard] for shard in source.shards])
+    left_out = tuple(name for name in others.left_out if name.partition(" with ")[0] not in _OWN)
+    return Rewritten(len(done), [journal.notes[shard] for shard in source.shards], left_out)
 
 
 def _put_in_place(place: Workplace, journal: "_Journal", force: bool) -> None:
@@ -334,12 +341,31 @@ def _check_replaceable(target: Path) -> None:
     if not any(name == RECORD or name.endswith(".safetensors") for name in names):
         found = listed(map(shortened, names), 3)
         raise DataError(f"{target}: holds no checkpoint, but {found}; give another folder, or empty this one")
-    foreign = [name for name in names if name != RESIDUALS and not (target / name).is_file()]
+    ours = _copied_folders(target)
+    foreign = [name for name in names if name not in _OWN and not _is_ours(target, name, ours)]
     if foreign:
         raise DataError(
             f"{target}: would be replaced with {listed(map(shortened, foreign), 3)} in it, which is no part of a "
             "checkpoint; move it away, or give another folder"
         )
+
+
+def _copied_folders(target: Path) -> set[str]:
+    """The files in folders of an output that were copied there, as its record says."""
+    try:
+        found = read_json(target / RECORD).get(_FOLDERS)
+    except DataError:
+        return set()
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+
+
+def _is_ours(target: Path, name: str, ours: set[str]) -> bool:
+    """Whether this is a file, or a folder that holds nothing but what was copied there."""
+    path = target / name
+    if path.is_symlink() or not path.is_dir():
+        return path.is_file()
+    inner = [inner for inner in path.rglob("*") if not inner.is_dir()]
+    return bool(inner) and all(str(each.relative_to(target)) in ours for each in inner)
 
 
 def _check_names(source: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, tensors in safetensors, checkpoints of one file or of many."""
 
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
+from jlora.disk._beside import WEIGHTS, Beside, beside
 from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._formats import format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
@@ -21,12 +22,15 @@ __all__ = [
     "CONFIG",
     "MOST_CONFIG",
     "TENSORS",
+    "WEIGHTS",
+    "Beside",
     "Checkpoint",
     "LazyArray",
     "Pair",
     "TensorEntry",
     "TensorFile",
     "Workplace",
+    "beside",
     "bring_back",
     "can_store",
     "dump_json",

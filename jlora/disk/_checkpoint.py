@@ -14,7 +14,7 @@ from jlora.disk._small import read_json
 from jlora.errors import DataError, listed, shortened
 
 INDEX = "model.safetensors.index.json"
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".safetensors")
+_SINGLE = "model.safetensors"
 
 
 class Checkpoint:
@@ -80,16 +80,6 @@ class Checkpoint:
         with self.open(self.shard_of[name]) as file:
             return file.read(name)
 
-    def side_files(self) -> list[Path]:
-        """What else belongs to the model, such as configuration and tokenizer; no weights of other formats."""
-        if os.path.isfile(self.path):
-            return []
-        return [
-            self.folder / name
-            for name in _names(self.folder)
-            if os.path.isfile(self.folder / name) and name[0] != "." and Path(name).suffix not in _OTHER_WEIGHTS
-        ]
-
 
 def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
     """The folder of a checkpoint, the names of its files, and its index."""
@@ -97,17 +87,27 @@ def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
         return path.parent, [path.name], None
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such file or folder")
-    if os.path.isfile(path / INDEX):
+    if os.path.isfile(path / INDEX) and not _is_passed_over(path):
         return path, *_indexed(path)
     found = [name for name in _names(path) if name.endswith(".safetensors")]
-    if "model.safetensors" in found:
-        found = ["model.safetensors"]
+    if _SINGLE in found:
+        found = [_SINGLE]
     if len(found) != 1:
         if not found and (instead := found_instead(path, ".safetensors")):
             raise DataError(f"{path}: no safetensors file; {instead}")
         what = f"{len(found)} safetensors files and no {INDEX}" if found else "no safetensors file"
         raise DataError(f"{path}: {what}: wanted a checkpoint: one file, or several with an index")
     return path, found, None
+
+
+def _is_passed_over(folder: Path) -> bool:
+    """Whether an index is of other files than the one that transformers loads where it is there."""
+    if not os.path.isfile(folder / _SINGLE):
+        return False
+    try:
+        return _indexed(folder)[0] != [_SINGLE]
+    except DataError:
+        return True
 
 
 def _indexed(folder: Path) -> tuple[list[str], dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from jlora import DataError
-from jlora.disk import Checkpoint
+from jlora.disk import Checkpoint, beside
 
 INDEX = "model.safetensors.index.json"
 
@@ -44,7 +44,7 @@ def test_a_folder_of_files(tmp_path, rng):
         np.testing.assert_array_equal(found.read(name), array)
     with pytest.raises(DataError, match="no tensor 'd'"):
         found.read("d")
-    assert [path.name for path in found.side_files()] == ["config.json", INDEX, "tokenizer.json"]
+    assert beside(found).files == ("config.json", INDEX, "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors"])
@@ -55,7 +55,7 @@ def test_one_file(tmp_path, rng, name):
         found = Checkpoint(path)
         np.testing.assert_array_equal(found.read("a"), array)
         assert found.index is None
-        assert found.side_files() == []
+        assert beside(found) == ((), ())
 
 
 def test_one_file_by_its_name_among_others(tmp_path, rng):

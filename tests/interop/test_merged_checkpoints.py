@@ -94,3 +94,15 @@ def test_the_base_comes_back_to_the_byte(tmp_path: Path) -> None:
     unmerge(tmp_path / "merged", [adapter], tmp_path / "back")
     for shard in base.glob("*.safetensors"):
         assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_of_an_index_and_one_file_jlora_reads_what_transformers_loads(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    base = checkpoint(case, tmp_path / "base")
+    other = {name: value + 1 for name, value in base_of(case).state_dict().items() if not name.startswith("lm_head")}
+    save_file(other, str(base / "model.safetensors"), {"format": "pt"})
+    loaded = type(base_of(case)).from_pretrained(str(base)).state_dict()
+    found = Checkpoint(base)
+    assert found.shards == ["model.safetensors"]
+    for name in found.entries:
+        np.testing.assert_array_equal(found.read(name), loaded[name].numpy())

@@ -1,0 +1,64 @@
+"""What may surprise about a merge that was done."""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from jlora.checkpoints._forms import files_of
+from jlora.checkpoints._memory import settings_of
+from jlora.disk import CONFIG, WEIGHTS, Checkpoint, parse_json, read_bytes
+from jlora.errors import DataError, listed, printable
+
+_OF_TRAINING = ("optimizer", "scheduler", "rng_state", "training_args", "scaler", "adapter_model")
+_MOST = 3
+
+
+def warnings_of(source: Checkpoint, adapters: Sequence[Path], changed: Collection[str]) -> tuple[str, ...]:
+    """What a merge of adapters from these folders into these tensors leaves out, or does beside."""
+    found = list(_tied(source, changed))
+    for folder in adapters:
+        found += _beside(folder)
+        found += _biases(folder, source, changed)
+    return tuple(found)
+
+
+def warnings_of_the_same(changed: Sequence[str], same: Sequence[str]) -> tuple[str, ...]:
+    """A warning where an adapter changed nothing."""
+    why = "the updates are zero, as of a B or an alpha that is zero, or are lost to rounding"
+    if not changed:
+        return (f"nothing changed: {why}",)
+    text = f"{len(same):,} of {len(changed) + len(same):,} tensors are as they were, {listed(same, _MOST)}: {why}"
+    return (text,) if same else ()
+
+
+def _beside(folder: Path) -> Iterator[str]:
+    """Weights beside an adapter, as some trainers put them there."""
+    if not folder.is_dir():
+        return
+    own = {path.name for path in files_of(folder)}
+    names = sorted(name for name in os.listdir(folder) if name.endswith(WEIGHTS) and not name.startswith(_OF_TRAINING))
+    if others := [name for name in names if name not in own]:
+        yield f"{folder}: {listed(others, _MOST)} beside the adapter is not merged; jlora reads the adapter alone"
+
+
+def _biases(folder: Path, source: Checkpoint, changed: Collection[str]) -> Iterator[str]:
+    """Biases that PEFT's configuration says were trained, and that its file does not hold."""
+    try:
+        bias = parse_json(read_bytes(folder / CONFIG, 1 << 20)).get("bias")
+    except (DataError, ValueError):  # it is no file of PEFT's
+        return
+    if bias not in ("all", "lora_only"):
+        return
+    of_adapted = {f"{name.removesuffix('weight')}bias" for name in changed if name.endswith(".weight")}
+    wanted = [name for name in source.entries if name.endswith(".bias") and (bias == "all" or name in of_adapted)]
+    if missing := [name for name in wanted if name not in changed]:
+        yield f"{folder}: the configuration says bias={bias}, but the file does not hold {listed(missing, _MOST)}"
+
+
+def _tied(source: Checkpoint, changed: Collection[str]) -> Iterator[str]:
+    """An embedding that is the output head too."""
+    tied = settings_of(source).get("tie_word_embeddings")
+    embeddings = [name for name in changed if any(part in name for part in ("embed_tokens", "wte", "word_embeddings"))]
+    if tied and embeddings and not any("lm_head" in name for name in source.entries):
+        first = printable(embeddings[0])
+        yield f"{first} is the output head too (tie_word_embeddings): the adapter acts on both now"
