@@ -7,6 +7,7 @@ from typing import Any
 from jlora import compose
 from jlora.adapter import is_entry
 from jlora.checkpoints._forms import form_of, read_entries, shapes_of
+from jlora.checkpoints._orbax import is_orbax_folder, read_orbax_params
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError
@@ -131,7 +132,7 @@ def convert(
 
     Args:
       source: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model; with `names`,
-        a checkpoint of params that hold adapters.
+        a checkpoint of params that hold adapters, safetensors or Orbax's.
       out: the folder to write.
       to: "own", "peft", "mlx" or "gguf" (`jlora.interop.gguf`), which wants `base`, and of which `out` may be the file.
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
@@ -174,8 +175,11 @@ def _write_gguf(
 
 
 def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:
-    checkpoint = Checkpoint(source)
-    params = {name: checkpoint.read(name) for name in checkpoint.entries}
+    if is_orbax_folder(source):
+        params = read_orbax_params(source)
+    else:
+        checkpoint = Checkpoint(source)
+        params = {name: checkpoint.read(name) for name in checkpoint.entries}
     if names == "gemma":
         _, adapters, config = from_gemma(params)
     elif alpha is None:

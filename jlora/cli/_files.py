@@ -146,7 +146,7 @@ def _combine(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help=f"{_ADAPTERS}; with --names, a checkpoint")
+    parser.add_argument("source", help=f"{_ADAPTERS}; with --names, a checkpoint, safetensors or Orbax's")
     parser.add_argument("--to", choices=(*_FORMATS, "gguf"), required=True, help="the format to write")
     _out(parser)
     parser.add_argument(

@@ -28,8 +28,8 @@ _ENDS = {
     (".onnx_adapter",): "an adapter for ONNX Runtime, packed: give the PEFT adapter that it was made from",
 }
 _ORBAX = (
-    "an Orbax checkpoint: restore it with Orbax, and save its adapters with jlora.save_adapters; jlora.interop.gemma "
-    "and jlora.interop.qwix read those of gemma and of qwix from the params that were restored"
+    "an Orbax checkpoint: restore it with Orbax, and save its adapters with jlora.save_adapters; where its params hold "
+    "the LoRA of gemma or of qwix (tunix), `jlora convert --names` reads it"
 )
 _OF_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin")
