@@ -83,6 +83,8 @@ class Weight:
     def merged(self, block: Array, start: int, stop: int) -> Array:
         """Rows start to stop of the merged tensor, from those of the base; until this thread's next block."""
         with np.errstate(over="ignore", invalid="ignore"):
+            if not (self._offsets or self._products):  # a value as it is, which may be of integers
+                return SCRATCH.cast("merged", self.source(block, start, stop), self.dtype)
             total = self._sum(block, start, stop)
             if self._magnitude is not None:
                 rows = self._rows(self._norms, start, stop)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jlora.checkpoints._memory import settings_of
 from jlora.disk import Checkpoint
 
@@ -48,10 +50,16 @@ class Quantized:
                 if name.endswith(end) and name != end:
                     self._packed[name.removesuffix(end)] = name, form
 
-    def problem(self, tensor: str) -> str | None:
-        """Why nothing can be added to a tensor that the checkpoint has; None where it is an ordinary weight."""
+    def problem(self, tensor: str, value: np.dtype[Any] | None = None) -> str | None:
+        """Why nothing can be added to a tensor that the checkpoint has; None where it is an ordinary weight.
+
+        `value` is the dtype of what takes its place as a whole, which a buffer of integers allows too.
+        """
         code = self._entries[tensor].code
         if code not in _FLOATING:
+            if value is not None and self._is_buffer(tensor):
+                own = self._entries[tensor].dtype
+                return None if value == own else f"{tensor}: the value for it is {value}, wanted {own}"
             return f"{tensor}: dtype {code} is not floating{self._as(self._beside(tensor))}; {_WAY_OUT}"
         if not code.startswith("F8"):
             return None
@@ -60,6 +68,11 @@ class Quantized:
             reason = f", with {others[0]} beside it" if others else ""
             return f"{tensor}: {code} is in other units than the model's{reason}{self._as('')}; {_WAY_OUT}"
         return None
+
+    def _is_buffer(self, tensor: str) -> bool:
+        """Whether a tensor that is not floating counts or points at something, as the batches of a BatchNorm do."""
+        is_packed = tensor.rpartition(".")[2] == "weight" or tensor.endswith(tuple(_PACKED))
+        return not is_packed and not self._beside(tensor)
 
     def packed(self, path: str) -> str | None:
         """Where the weight of a path that the checkpoint lacks is packed under another name, and what to do."""

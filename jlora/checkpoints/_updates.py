@@ -81,7 +81,8 @@ def changes_of(
     for piece in (piece for found in pieces.values() for piece in found):
         if taken.setdefault(piece.tensor, piece.path) != piece.path:
             problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
-        if problem := quantized.problem(piece.tensor):
+        value = entries[piece.path].get("value") if set(entries[piece.path]) == {"value"} else None
+        if problem := quantized.problem(piece.tensor, None if value is None else value.dtype):
             problems.append(problem)
         if weight != 1 and {"value", "magnitude"} & set(entries[piece.path]):
             problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")

@@ -142,6 +142,38 @@ def test_what_is_left_in_floats_is_merged(tmp_path, rng):
     assert merge(base, adapter, tmp_path / "out").changed == (f"{MODULE}.weight",)
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "given", "message"),
+    [
+        ("norm.num_batches_tracked", np.int64, np.int32, r"the value for it is int32, wanted int64"),
+        ("norm.num_batches_tracked", np.int64, np.float32, r"the value for it is float32, wanted int64"),
+        ("norm.mask", np.bool_, np.uint8, r"the value for it is uint8, wanted bool"),
+        ("up_proj.weight", np.int8, np.int8, f"dtype I8 is not floating{WAY_OUT}"),
+        ("up_proj.qweight", np.int32, np.int32, f"dtype I32 is not floating{WAY_OUT}"),
+        ("up_proj.W_q", np.uint8, np.uint8, f"dtype U8 is not floating{WAY_OUT}"),
+    ],
+)
+def test_integers_are_replaced_by_their_own_dtype_and_not_where_they_are_packed(
+    tmp_path, rng, name, found, given, message
+):
+    value = packed(rng, given, OUT, IN)
+    base = write_checkpoint(tmp_path / "base", {name: packed(rng, found, OUT, IN), "up": random(rng, (OUT, IN))}, 1)
+    entries = {name: {"value": value}, "up": factors(rng, (OUT, IN), "oi", 2)}
+    adapter = write_own(tmp_path / "adapter", entries, CONFIG)
+    with pytest.raises(DataError, match=f"{name}: {message}"):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.bool_])
+def test_a_buffer_of_integers_is_replaced(tmp_path, rng, dtype):
+    name, value = "norm.buffer", packed(rng, dtype, OUT, 3)
+    value.reshape(-1)[0] = np.iinfo(dtype).max if dtype is not np.bool_ else True
+    base = write_checkpoint(tmp_path / "base", {name: ~value, "up": random(rng, (OUT, IN))}, 1)
+    entries = {name: {"value": value}, "up": factors(rng, (OUT, IN), "oi", 2)}
+    merge(base, write_own(tmp_path / "adapter", entries, CONFIG), tmp_path / "out")
+    np.testing.assert_array_equal(Checkpoint(tmp_path / "out").read(name), value)
+
+
 def test_no_adapter_is_extracted_of_scaled_weights(tmp_path, rng):
     for name in ("base", "tuned"):
         write_checkpoint(tmp_path / name, beside(rng, f"{MODULE}.weight_scale"), 1)

@@ -10,7 +10,19 @@ from jlora.checkpoints import merge, unmerge
 from jlora.disk import Checkpoint
 from jlora.interop.peft import paths_of_name
 from jlora.interop.transformers import RENAMED
-from tests.interop.models import CASES, Case, Net, adapted, base_of, load_file, logits_of, quiet, save, transformers
+from tests.interop.models import (
+    CASES,
+    Case,
+    Net,
+    adapted,
+    base_of,
+    load_file,
+    logits_of,
+    quiet,
+    save,
+    torch,
+    transformers,
+)
 
 save_file = pytest.importorskip("safetensors.torch").save_file
 
@@ -92,6 +104,35 @@ def test_the_base_comes_back_to_the_byte(tmp_path: Path) -> None:
     base, adapter = checkpoint(case, tmp_path / "base"), save(case, live, tmp_path / "adapter")
     merge(base, [adapter], tmp_path / "merged", keep_residual=True)
     unmerge(tmp_path / "merged", [adapter], tmp_path / "back")
+    for shard in base.glob("*.safetensors"):
+        assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def resnet() -> Any:
+    sizes = {"embedding_size": 5, "hidden_sizes": [7, 11], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+
+
+def test_the_integers_of_a_batch_norm_are_merged(tmp_path: Path) -> None:
+    """A BatchNorm counts its batches; the count is not a number that float32 has."""
+    case = Case(resnet, {"target_modules": ["convolution"], "modules_to_save": ["normalization", "classifier"]})
+    _, live = adapted(case)
+    with torch.no_grad():
+        live.train()(torch.randn(3, 3, 16, 16))
+        live.eval()
+        for name, buffer in live.named_buffers():
+            if name.endswith("default.num_batches_tracked"):
+                buffer.fill_(2**24 + 1)
+    base, adapter = checkpoint(case, tmp_path / "base"), save(case, live, tmp_path / "adapter")
+    merge(base, adapter, tmp_path / "merged", keep_residual=True)
+    model = reloaded(case, tmp_path / "merged")
+    wanted = logits_of(live)
+    assert np.abs(logits_of(reloaded(case, base)) - wanted).max() > 1e-2
+    np.testing.assert_allclose(logits_of(model), wanted, rtol=0, atol=1e-5 * max(1, np.abs(wanted).max()))
+    counts = [int(buffer) for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert set(counts) == {2**24 + 1}
+    unmerge(tmp_path / "merged", adapter, tmp_path / "back")
     for shard in base.glob("*.safetensors"):
         assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
 
