@@ -1,26 +1,65 @@
 """`inspect` and `diff` for what lies on the disk."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlora import diagnostics
 from jlora.adapter import is_entry
+from jlora.arrays import ShapeDtype
 from jlora.checkpoints._adapter_files import read_adapters
-from jlora.checkpoints._forms import is_adapters
+from jlora.checkpoints._forms import is_adapters, shapes_of
+from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._lazy import lazy_tree
+from jlora.checkpoints._memory import settings_of, stack_of
 from jlora.checkpoints._rewrite import Progress
-from jlora.disk import Checkpoint, LazyArray
+from jlora.checkpoints._updates import Entries, Located, locate
+from jlora.config import LoraConfig
+from jlora.disk import Checkpoint
+from jlora.errors import DataError, listed, raise_all
+from jlora.interop.peft import Mapping
 from jlora.paths import leaves_by_path
+from jlora.tree import batch_dims_of, given_split
 
 
-def inspect(adapters: str | Path, *, base: str | Path | None = None) -> diagnostics.Inspection:
+def inspect(
+    adapters: str | Path,
+    *,
+    base: str | Path | None = None,
+    mapping: Mapping = (),
+    transposed_experts: bool | None = None,
+) -> diagnostics.Inspection:
     """The table of what a folder of adapters holds, and what looks wrong; see `jlora.diagnostics.inspect`.
 
-    With the checkpoint `base`, also the sizes of the updates beside their weights, and shares of the parameters.
+    With the checkpoint `base`, also the sizes of the updates beside their weights, and shares of the parameters. The
+    weights are those that `merge` would change, found in the same way; beside one that is packed or in other units than
+    the model's there is no size, and of a checkpoint with such weights no share.
+
+    Args:
+      adapters: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model.
+      base: a folder of safetensors in the layout of Hugging Face, or one file.
+      mapping, transposed_experts: as for `merge`; they say something of the base alone.
+
+    Raises:
+      DataError: files that cannot be read, adapters that do not fit the base, a mapping without a base.
     """
-    checkpoint = None if base is None else Checkpoint(base)
+    if base is None:
+        if mapping:
+            raise DataError("a mapping leads to the names of a checkpoint: give it as base (--base)")
+        tree, config, _ = read_adapters(adapters, transposed_experts=transposed_experts)
+        return diagnostics.inspect(tree, config)
+    checkpoint = Checkpoint(base)
     tree, config, _ = read_adapters(adapters, base=checkpoint)
-    return diagnostics.inspect(tree, config, params=None if checkpoint is None else _params(checkpoint, tree))
+    entries = leaves_by_path(tree, is_leaf=is_entry)
+    located = locate(entries, checkpoint, mapping)
+    raise_all(located.problems, DataError, f"{adapters}: the adapters do not fit the checkpoint")
+    shapes = located.shapes(shapes_of(checkpoint))
+    config = with_layouts(config, entries, shapes, settings_of(checkpoint), transposed_experts)
+    weights = _weights(checkpoint, located, entries, config)
+    return _beside(diagnostics.inspect(tree, config, params=weights), checkpoint, located)
 
 
 def diff(
@@ -33,9 +72,41 @@ def diff(
     return diagnostics.diff_checkpoints(left, right, on_progress=on_progress)
 
 
-def _params(base: Checkpoint, adapters: Any) -> dict[str, LazyArray]:
-    """The tensors of a checkpoint, read when they are asked for, by paths as the adapters have them."""
-    params = lazy_tree(base, lambda _: None)
-    if any("/" in path for path in leaves_by_path(adapters, is_leaf=is_entry)):
-        return params
-    return {path.replace("/", "."): leaf for path, leaf in params.items()}
+def _weights(checkpoint: Checkpoint, located: Located, entries: Entries, config: LoraConfig) -> dict[str, Any]:
+    """The weights of all entries by path, read when they are asked for; of quantized ones the shape alone."""
+    tensors = lazy_tree(checkpoint, lambda _: None)
+    weights: dict[str, Any] = {}
+    for path, found in located.pieces.items():
+        if path in located.quantized:
+            weights[path] = ShapeDtype(_shape_of(path, entries[path], config), np.dtype(np.float32))
+            continue
+        own = [tensors[piece.tensor.replace(".", "/")] for piece in found]
+        width = found[0].parts
+        rows = [own[start : start + width] for start in range(0, len(own), width)]
+        weights[path] = own[0] if found[0].expert is None else stack_of(rows)
+    return weights
+
+
+def _shape_of(path: str, entry: Any, config: LoraConfig) -> tuple[int, ...]:
+    """The shape of the weight that an entry is for, as the entry itself says it."""
+    if "A" not in entry:
+        return tuple(next(iter(entry.values())).shape)
+    split, batch = given_split(path, entry, config), batch_dims_of(path, entry, config)
+    a, b = entry["A"].shape[:-1], entry["B"].shape[batch + 1 :]
+    roles = "b" * batch + "i" * (len(a) - batch) + "o" * len(b) if split is None else split.roles
+    sizes = {"b": iter(a[:batch]), "i": iter(a[batch:]), "o": iter(b)}
+    return tuple(next(sizes[role]) for role in roles)
+
+
+def _beside(found: diagnostics.Inspection, checkpoint: Checkpoint, located: Located) -> diagnostics.Inspection:
+    """What was found, with shares of all of a checkpoint, and a warning for what is not compared."""
+    is_quantized = bool(located.quantized)
+    total = None if is_quantized else sum(math.prod(shape) for shape in shapes_of(checkpoint).values())
+    entries = tuple(
+        dataclasses.replace(entry, share=entry.parameters / total if total else None) for entry in found.entries
+    )
+    warnings = found.warnings
+    if is_quantized:
+        few = listed([reason.partition(";")[0] for reason in located.quantized.values()], 3)
+        warnings += (f"not compared, {len(located.quantized):,} of {len(entries):,} weights: {few}",)
+    return dataclasses.replace(found, entries=entries, warnings=warnings, total=total)

@@ -83,11 +83,11 @@ def _stacked(left: Tree, template: str, parts: tuple[str, ...]) -> Tree:
         grid = [[names.get((expert, place)) for place in range(len(parts))] for expert in range(count)]
         if any(name is None for row in grid for name in row):
             raise DataError(f"{memory}: of its {count} experts only {len(names)} tensors are there")
-        found[memory] = _stack([[left.pop(str(name)) for name in row] for row in grid])
+        found[memory] = stack_of([[left.pop(str(name)) for name in row] for row in grid])
     return found
 
 
-def _stack(grid: list[list[LazyArray]]) -> LazyArray:
+def stack_of(grid: list[list[LazyArray]]) -> LazyArray:
     """The experts of all rows as one array (experts, rows, columns)."""
     first = grid[0]
     shape = (len(grid), sum(part.shape[0] for part in first), *first[0].shape[1:])

@@ -28,6 +28,7 @@ _PACKED = {  # the end of a tensor's name, in place of the weight's, and the for
     ".codes": "AQLM",
     "_blocks": "MXFP4",
 }
+_PARAMETERS = ("_blocks",)  # of which the weight is a parameter by its own name, no module's `weight`
 _BESIDE = {  # what stands beside a weight that is packed under its own name
     ".weight.absmax": "bitsandbytes",
     ".weight.quant_map": "bitsandbytes",
@@ -36,11 +37,16 @@ _BESIDE = {  # what stands beside a weight that is packed under its own name
 
 
 class Quantized:
-    """What is known of a checkpoint's packed weights."""
+    """What is known of a checkpoint's packed weights.
+
+    Attributes:
+      weights: the tensor that holds a packed weight, by the name that the weight would have.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._entries = checkpoint.entries
         self._method = _method_of(settings_of(checkpoint))
+        self.weights: dict[str, str] = {}
         self._packed: dict[str, tuple[str, str]] = {}
         self._modules: dict[str, list[str]] = {}
         self._marks = [name for name in self._entries if name.rpartition(".")[2] == "scaled_fp8"]
@@ -48,7 +54,9 @@ class Quantized:
             self._modules.setdefault(name.rpartition(".")[0], []).append(name)
             for end, form in _PACKED.items():
                 if name.endswith(end) and name != end:
-                    self._packed[name.removesuffix(end)] = name, form
+                    weight = name.removesuffix(end) + ("" if end in _PARAMETERS else ".weight")
+                    self.weights[weight] = name
+                    self._packed[name] = weight, form
 
     def problem(self, tensor: str, value: np.dtype[Any] | None = None) -> str | None:
         """Why nothing can be added to a tensor that the checkpoint has; None where it is an ordinary weight.
@@ -56,6 +64,9 @@ class Quantized:
         `value` is the dtype of what takes its place as a whole, which a buffer of integers allows too.
         """
         code = self._entries[tensor].code
+        if tensor in self._packed and (code not in _FLOATING or code.startswith("F8")):
+            weight, form = self._packed[tensor]
+            return f"{weight}: the checkpoint has it packed, as {tensor}{self._as(form)}; {_WAY_OUT}"
         if code not in _FLOATING:
             if value is not None and self._is_buffer(tensor):
                 own = self._entries[tensor].dtype
@@ -73,14 +84,6 @@ class Quantized:
         """Whether a tensor that is not floating counts or points at something, as the batches of a BatchNorm do."""
         is_packed = tensor.rpartition(".")[2] == "weight" or tensor.endswith(tuple(_PACKED))
         return not is_packed and not self._beside(tensor)
-
-    def packed(self, path: str) -> str | None:
-        """Where the weight of a path that the checkpoint lacks is packed under another name, and what to do."""
-        name = path.replace("/", ".").removesuffix(".weight")
-        for module, (tensor, form) in self._packed.items():
-            if module == name or module.endswith(f".{name}") or name.endswith(f".{module}"):
-                return f"the checkpoint has it packed, as {tensor}{self._as(form)}; {_WAY_OUT}"
-        return None
 
     def _companions(self, tensor: str) -> list[str]:
         """What stands beside a weight and is no part of an ordinary module, such as its scale."""

@@ -54,6 +54,52 @@ class _Piece:
     parts: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """Where the entries of an adapter belong in a checkpoint.
+
+    Attributes:
+      pieces: the tensors of each entry, by path; none of an entry that the checkpoint has no tensor for.
+      problems: entries without a tensor, and tensors that two entries change.
+      quantized: why nothing can be added to the weight of an entry, by path: it is packed or in other units.
+    """
+
+    pieces: dict[str, list[_Piece]]
+    problems: list[str]
+    quantized: dict[str, str]
+
+    def shapes(self, shapes: Shapes) -> Shapes:
+        """The shapes of the weights by path, from those of the tensors; of packed weights they are not known."""
+        return {path: _whole_shape(found, shapes) for path, found in self.pieces.items() if path not in self.quantized}
+
+
+def locate(entries: Entries, checkpoint: Checkpoint, mapping: Mapping = ()) -> Located:
+    """The tensors of a checkpoint that entries are for.
+
+    Paths and tensors meet where they are the same but for dots and slashes, a prefix that all have or lack, and what
+    `mapping` or transformers renames. Experts that an adapter holds as one array are taken apart where the checkpoint
+    has them one by one. Packed weights are found too, by the names that they would have.
+
+    Raises:
+      DataError: entries that fit several parts of the checkpoint.
+    """
+    shapes, quantized = shapes_of(checkpoint), Quantized(checkpoint)
+    names = {name.replace("/", "."): name for name in shapes}
+    rows = (*mapping, *facts_of(settings_of(checkpoint)).renamed, *RENAMED)
+    pieces = _pieces(entries, quantized.weights | names, rows)
+    problems = _missing(entries, pieces, shapes)
+    taken: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for piece in (piece for found in pieces.values() for piece in found):
+        if taken.setdefault(piece.tensor, piece.path) != piece.path:
+            problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
+        value = entries[piece.path].get("value") if set(entries[piece.path]) == {"value"} else None
+        reason = quantized.problem(piece.tensor, None if value is None else value.dtype)
+        if reason:
+            reasons.setdefault(piece.path, reason)
+    return Located(pieces, problems, reasons)
+
+
 def changes_of(
     entries: Entries,
     config: LoraConfig,
@@ -64,37 +110,27 @@ def changes_of(
 ) -> dict[str, Entry]:
     """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
 
-    Paths and tensors meet where they are the same but for dots and slashes, a prefix that all have or lack, and what
-    `mapping` or transformers renames. Experts that an adapter holds as one array are taken apart where the checkpoint
-    has them one by one. `transposed_experts` says how a model lies that the file and config.json leave open.
+    They are found as by `locate`. `transposed_experts` says how a model lies that the file and config.json leave open.
 
     Raises:
       DataError: every entry without a tensor, or that does not fit its tensor, at once; two entries for one tensor;
         entries that fit several parts of the checkpoint; square experts of which nothing says how they lie.
     """
-    shapes = shapes_of(checkpoint)
-    settings = settings_of(checkpoint)
-    pieces = _pieces(entries, shapes, (*mapping, *facts_of(settings).renamed, *RENAMED))
-    quantized = Quantized(checkpoint)
-    problems = _missing(entries, pieces, shapes, quantized)
-    taken: dict[str, str] = {}
-    for piece in (piece for found in pieces.values() for piece in found):
-        if taken.setdefault(piece.tensor, piece.path) != piece.path:
-            problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
-        value = entries[piece.path].get("value") if set(entries[piece.path]) == {"value"} else None
-        if problem := quantized.problem(piece.tensor, None if value is None else value.dtype):
-            problems.append(problem)
-        if weight != 1 and {"value", "magnitude"} & set(entries[piece.path]):
-            problems.append(f"{piece.path}: a whole value or a magnitude has no weight {weight:g}")
+    located = locate(entries, checkpoint, mapping)
+    problems = [*located.problems, *located.quantized.values()]
+    for path in located.pieces:
+        if weight != 1 and {"value", "magnitude"} & set(entries[path]):
+            problems.append(f"{path}: a whole value or a magnitude has no weight {weight:g}")
     raise_all(problems, DataError, "the adapters do not fit the checkpoint")
-    weights = {path: _whole_shape(found, shapes) for path, found in pieces.items()}
+    weights = located.shapes(shapes_of(checkpoint))
     tree = {path: ShapeDtype(shape, np.dtype(np.float32)) for path, shape in weights.items()}
+    settings = settings_of(checkpoint)
     try:
         bound = bind(tree, entries, with_layouts(config, entries, weights, settings, transposed_experts))
     except JloraError as error:
         raise DataError(f"the adapters do not fit the checkpoint: {error}") from None
     changes: dict[str, Entry] = {}
-    for path, found in pieces.items():
+    for path, found in located.pieces.items():
         entry = dataclasses.replace(bound[path], scaling=weight * bound[path].scaling)
         for piece in found:
             changes[piece.tensor] = entry if piece.expert is None else _of_expert(entry, piece)
@@ -113,13 +149,12 @@ def _of_expert(entry: Entry, piece: _Piece) -> Entry:
     return Entry(parts, entry.scaling, Factorization(roles))
 
 
-def _pieces(entries: Entries, shapes: Shapes, mapping: Mapping) -> dict[str, list[_Piece]]:
-    """The pieces of each entry, by path; none where the checkpoint has no tensor for it.
+def _pieces(entries: Entries, names: dict[str, str], mapping: Mapping) -> dict[str, list[_Piece]]:
+    """The pieces of each entry, by path; none where none of the tensors, given by dotted name, is for it.
 
     Raises:
       DataError: all entries fit under one prefix and under another too.
     """
-    names = {name.replace("/", "."): name for name in shapes}
     dotted = {path: path.replace("/", ".") for path in entries}
     some = list(entries)[:: max(1, len(entries) // _SAMPLE)]
     whole: dict[str, list[_Piece]] = {}
@@ -212,11 +247,10 @@ def _whole_shape(pieces: list[_Piece], shapes: Shapes) -> tuple[int, ...]:
     return (count, first[0] * parts, *first[1:])
 
 
-def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes, quantized: Quantized) -> list[str]:
+def _missing(entries: Entries, pieces: dict[str, Any], shapes: Shapes) -> list[str]:
     missing = [path for path in entries if path not in pieces]
     shown = []
     for path in missing[:_MOST_SHOWN]:
-        packed = quantized.packed(path)
         near = ", ".join(nearest(path.replace("/", "."), shapes))
-        shown.append(f"{path}: {packed or f'the checkpoint has no such tensor; nearest: {near}'}")
+        shown.append(f"{path}: the checkpoint has no such tensor; nearest: {near}")
     return [*shown, *missing[_MOST_SHOWN:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jlora.cli._done import DIFFERENT, DONE, REFUSED, Done, add_output_options, plain_fields
@@ -168,6 +168,8 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", help=f"{_ADAPTERS}; several give a line each")
     parser.add_argument("--base", metavar="CHECKPOINT", help="to compare with: sizes of the updates, shares")
+    _renames(parser)
+    _experts(parser)
 
 
 def _diff(parser: argparse.ArgumentParser) -> None:
@@ -284,20 +286,25 @@ def _written(text: str, arguments: argparse.Namespace, config: LoraConfig) -> Do
 def _run_inspect(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
+    how = {
+        "base": arguments.base,
+        "mapping": _mapping(arguments.mapping) or (),
+        "transposed_experts": arguments.transposed_experts,
+    }
     if len(arguments.adapters) > 1:
-        return _inspected_each(arguments.adapters, arguments.base)
-    found = checkpoints.inspect(arguments.adapters[0], base=arguments.base)
+        return _inspected_each(arguments.adapters, how)
+    found = checkpoints.inspect(arguments.adapters[0], **how)
     return Done(str(found), _inspection_fields(found))
 
 
-def _inspected_each(folders: Sequence[str], base: str | None) -> Done:
+def _inspected_each(folders: Sequence[str], how: Mapping[str, Any]) -> Done:
     """A line for each folder; one that cannot be read has its error there, and does not hide the others."""
     from jlora import checkpoints
 
     rows, found, refused = [], [], False
     for folder in folders:
         try:
-            inspection = checkpoints.inspect(folder, base=base)
+            inspection = checkpoints.inspect(folder, **how)
         except (JloraError, OSError) as error:
             refused = True
             text = plain(str(error))

@@ -91,7 +91,7 @@ class Inspection:
     Attributes:
       entries: one for each entry, in the order of the adapters.
       warnings: a sentence for whatever looks wrong.
-      total: the number of scalars of params, where they were given.
+      total: the number of scalars of params, where they were given and can be counted.
     """
 
     entries: tuple[InspectedEntry, ...]
@@ -154,7 +154,12 @@ _COLUMNS = (
     _Column("largest", lambda e: short(e.largest)),
     _Column("eff. rank", lambda e: "-" if e.effective_rank is None else f"{e.effective_rank:.2f}"),
     _Column("parameters", lambda e: f"{e.parameters:,}"),
-    _Column("update/W", lambda e: short(e.relative), False, lambda i: i.total is not None),
+    _Column(
+        "update/W",
+        lambda e: short(e.relative),
+        False,
+        lambda i: i.total is not None or any(e.relative is not None for e in i.entries),
+    ),
     _Column("share", lambda e: "-" if e.share is None else f"{e.share:.2%}", False, lambda i: i.total is not None),
 )
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jlora.checkpoints import merge, unmerge
+from jlora.checkpoints import inspect, merge, unmerge
 from jlora.disk import Checkpoint
 from jlora.interop.peft import paths_of_name
 from jlora.interop.transformers import RENAMED
@@ -54,7 +54,10 @@ def test_transformers_loads_what_jlora_merged(name: str, tmp_path: Path) -> None
     wanted = logits_of(live)
     if name == "llama embeddings":  # PEFT saves the base's embeddings beside their adapters
         assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / "adapter_model.safetensors")
-    merge(base, [adapter], tmp_path / "merged")
+    merged = merge(base, [adapter], tmp_path / "merged")
+    sizes = [entry.relative for entry in inspect(adapter, base=base).entries]
+    assert None not in sizes
+    assert len([size for size in sizes if size > 0]) <= len(merged.changed)  # of stacked experts many are in one entry
     found = logits_of(reloaded(case, tmp_path / "merged"))
     before = logits_of(reloaded(case, base))
     assert np.abs(before - wanted).max() > 1e-3
