@@ -34,6 +34,8 @@ from jlora.checkpoints import merge, unmerge
 from jlora.checkpoints._rewrite import RECORD
 from jlora.config import write_mapping
 from jlora.disk import Checkpoint, dump_json, file_written_whole, write_tensors
+from jlora.interop.diffusion import read_lora_file
+from jlora.interop.mlx import read_mlx
 from jlora.interop.peft import read_peft, read_rows, write_peft
 from jlora.recipes import JobConfig
 from jlora.storage import load_adapters, save_adapters
@@ -361,6 +363,54 @@ def load_peft(folder: Path) -> str:
     return "read"
 
 
+def make_mlx(folder: Path, number: int) -> None:
+    """A folder of mlx-lm: a linear layer, experts and an embedding, or DoRA."""
+    rng = np.random.default_rng(number)
+    shapes = {"m.up.lora_a": (7, 2), "m.up.lora_b": (2, 5)}
+    if number:
+        shapes["m.up.m"] = (5,)
+    else:
+        shapes |= {"m.switch.lora_a": (3, 2, 7), "m.switch.lora_b": (3, 5, 2)}
+        shapes |= {"embed.lora_a": (11, 2), "embed.lora_b": (2, 7)}
+    parameters = {"rank": 2, "scale": 3.5 + number, "dropout": 0.1, "keys": ["m.up"]}
+    config = {"fine_tune_type": "dora" if number else "lora", "num_layers": 4, "model": "some/model"}
+    folder.mkdir(exist_ok=True)
+    with file_written_whole(folder / "adapters.safetensors") as file:
+        write_tensors(file, {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()})
+    (folder / "adapter_config.json").write_bytes(dump_json(config | {"lora_parameters": parameters}))
+
+
+def load_mlx(folder: Path) -> str:
+    """That the folder could be read."""
+    read_mlx(folder)
+    return "read"
+
+
+def make_diffusion(folder: Path, number: int) -> None:
+    """A LoRA file of a diffusion model: with alphas and a middle, or with PEFT's configuration in its metadata."""
+    rng = np.random.default_rng(number)
+    down, up = ("lora_A", "lora_B") if number else ("lora_down", "lora_up")
+    shapes: dict[str, tuple[int, ...]] = {"unet.m.q": (5, 7), "unet.conv": (3, 2, 2, 3)}
+    tensors = {}
+    for name, (out, *ins) in shapes.items():
+        tensors[f"{name}.{down}.weight"] = rng.standard_normal((2, *ins), np.float32)
+        tensors[f"{name}.{up}.weight"] = rng.standard_normal((out, 2, *(1 for _ in ins[1:])), np.float32)
+    metadata = {"unet.r": 2, "unet.lora_alpha": 5, "unet.alpha_pattern": {"q": 3}, "unet.use_rslora": True}
+    if not number:
+        tensors |= {f"{name}.alpha": np.float32(1.5).reshape(()) for name in shapes}
+        tensors["unet.conv.lora_down.weight"] = rng.standard_normal((2, 2, 1, 1), np.float32)
+        tensors["unet.conv.lora_mid.weight"] = rng.standard_normal((2, 2, 2, 3), np.float32)
+    folder.mkdir(exist_ok=True)
+    with file_written_whole(folder / "x.safetensors") as file:
+        write_tensors(file, tensors, {"lora_adapter_metadata": json.dumps(metadata)} if number else {})
+
+
+def load_diffusion(folder: Path) -> str:
+    """That the file could be read."""
+    read_lora_file(folder / "x.safetensors")
+    return "read"
+
+
 def make_checkpoint(folder: Path, number: int) -> None:
     """A checkpoint of two files with an index."""
     rng = np.random.default_rng(number)
@@ -517,6 +567,8 @@ def load_record(folder: Path) -> str:
 FORMATS: dict[str, Any] = {
     "own": (make_own, load_own, seal_own),
     "peft": (make_peft, load_peft, None),
+    "mlx": (make_mlx, load_mlx, None),
+    "diffusion": (make_diffusion, load_diffusion, None),
     "checkpoint": (make_checkpoint, load_checkpoint, None),
     "mapping": (make_mapping, load_mapping, None),
     "config": (make_config, load_config, None),

@@ -224,7 +224,8 @@ def _with_mid(down: Any, mid: Any) -> Any:
     """The convolution (r, in, window) that down (r, in, 1...) and mid (r, r, window) are one after the other."""
 
     def product() -> np.ndarray[Any, Any]:
-        first = np.asarray(down).astype(np.float64).reshape(down.shape[:2])
-        return np.einsum("rs...,si->ri...", np.asarray(mid).astype(np.float64), first).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later, by its name
+            first = np.asarray(down).astype(np.float64).reshape(down.shape[:2])
+            return np.einsum("rs...,si->ri...", np.asarray(mid).astype(np.float64), first).astype(np.float32)
 
     return LazyArray((mid.shape[0], down.shape[1], *mid.shape[2:]), np.float32, product)

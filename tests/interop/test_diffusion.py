@@ -297,6 +297,15 @@ def test_what_it_does_not_read_it_names(case: str, tmp_path: Path, rng: Rng) -> 
         checkpoints.read_adapters(path)
 
 
+@pytest.mark.parametrize("size", [np.inf, np.nan, 1e30])
+def test_numbers_that_are_not_finite_are_refused(size: float, tmp_path: Path, rng: Rng) -> None:
+    """Also where only the product of two of them is not."""
+    names = {f"{Q}.lora_down.weight": (2, 3, 1, 1), f"{Q}.lora_mid.weight": (2, 2, 3, 3), f"{Q}.lora_up.weight": (5, 2)}
+    tensors = {name: np.full(shape, size, np.float32) for name, shape in names.items()}
+    with pytest.raises(DataError, match=r"A of unet\.m\.q\.weight holds a NaN or an infinity"):
+        read_lora_file(write_file(tmp_path / "x.safetensors", tensors))
+
+
 def test_metadata_that_contradicts_is_refused(tmp_path: Path, rng: Rng) -> None:
     tensors = {name: normal(rng, *shape) for name, shape in PAIR.items()}
     cases = (
