@@ -16,6 +16,7 @@ from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._memory import settings_of, stack_of
 from jlora.checkpoints._rewrite import Progress
+from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
 from jlora.checkpoints._updates import Entries, Located, locate
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint
@@ -56,7 +57,7 @@ def inspect(
     entries = leaves_by_path(tree, is_leaf=is_entry)
     located = locate(entries, checkpoint, mapping)
     raise_all(located.problems, DataError, f"{adapters}: the adapters do not fit the checkpoint")
-    shapes = located.shapes(shapes_of(checkpoint))
+    shapes = located.shapes(weight_shapes(checkpoint, tie_of(checkpoint)))
     config = with_layouts(config, entries, shapes, settings_of(checkpoint), transposed_experts)
     weights = _weights(checkpoint, located, entries, config)
     return _beside(diagnostics.inspect(tree, config, params=weights), checkpoint, located)
@@ -74,13 +75,13 @@ def diff(
 
 def _weights(checkpoint: Checkpoint, located: Located, entries: Entries, config: LoraConfig) -> dict[str, Any]:
     """The weights of all entries by path, read when they are asked for; of quantized ones the shape alone."""
-    tensors = lazy_tree(checkpoint, lambda _: None)
+    tensors, tie = lazy_tree(checkpoint, lambda _: None), tie_of(checkpoint)
     weights: dict[str, Any] = {}
     for path, found in located.pieces.items():
         if path in located.quantized:
             weights[path] = ShapeDtype(_shape_of(path, entries[path], config), np.dtype(np.float32))
             continue
-        own = [tensors[piece.tensor.replace(".", "/")] for piece in found]
+        own = [tensors[stored_as(tie, piece.tensor).replace(".", "/")] for piece in found]
         width = found[0].parts
         rows = [own[start : start + width] for start in range(0, len(own), width)]
         weights[path] = own[0] if found[0].expert is None else stack_of(rows)

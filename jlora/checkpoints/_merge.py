@@ -13,6 +13,7 @@ from jlora.checkpoints._record import check_last_merged, check_not_merged, merge
 from jlora.checkpoints._residuals import RESIDUALS, check_names
 from jlora.checkpoints._rewrite import Progress, ShardWriter, rewrite_checkpoint
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
+from jlora.checkpoints._tied import check_apart, parted, tie_of, write_apart
 from jlora.checkpoints._updates import changes_of, read_adapter
 from jlora.checkpoints._warnings import warnings_of, warnings_of_the_same
 from jlora.disk import Checkpoint, TensorFile
@@ -100,6 +101,7 @@ def merge(
     weights: Sequence[float] | None = None,
     mapping: Mapping = (),
     transposed_experts: bool | None = None,
+    tied: bool = False,
     keep_residual: bool = False,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -119,6 +121,8 @@ def merge(
         what transformers 5 renames is known.
       transposed_experts: whether the model keeps stacked experts as (experts, in, out), as GPT-OSS does, and not as
         (experts, out, in); by default config.json's model type says it, or the shapes.
+      tied: whether an output head that is the embedding too stays that, so that an adapter of one of them acts on
+        both; by default the head gets a tensor of its own where the adapters change one, and config.json says so.
       keep_residual: whether to keep beside the output what `unmerge` needs to bring the base back to the bit.
       force: whether to replace `out` where it is there; it is replaced when all is written.
       on_progress: called with (bytes done, bytes in all).
@@ -144,9 +148,9 @@ def merge(
     >>> temporary.cleanup()
     """
     source = Checkpoint(checkpoint)
-    changes = _changes(source, adapters, weights, mapping, transposed_experts)
+    changes, apart = parted(tie_of(source), _changes(source, adapters, weights, mapping, transposed_experts), tied)
     earlier = merges_in(source) or []
-    options = {"mapping": mapping, "transposed_experts": transposed_experts, "residual": keep_residual}
+    options = {"mapping": mapping, "transposed_experts": transposed_experts, "tied": tied, "residual": keep_residual}
     record = record_of("merge", source, _listed(adapters), weights, earlier, **options)
     check_not_merged(source.folder, earlier, record)
     if keep_residual:
@@ -154,9 +158,17 @@ def merge(
     tally = Tally()
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
-        merge_tensor(name, changes[name], file, writer, tally, keep_residual)
+        merge_tensor(name, file.entries[name], changes[name], file, writer, tally, keep_residual)
 
-    size_of_changes = sum(source.entries[name].stop - source.entries[name].start for name in changes)
+    def finish(new: Path) -> None:
+        if apart is not None:
+            write_apart(source, apart, changes.get(apart.head, []), new, tally, keep_residual)
+
+    if apart is not None:
+        check_apart(source, apart)
+    sizes = {name: entry.stop - entry.start for name, entry in source.entries.items()}
+    size_of_changes = sum(sizes[name] for name in changes if name in sizes)
+    size_of_head = 0 if apart is None else sizes[apart.embedding]
     written = rewrite_checkpoint(
         source,
         out,
@@ -164,11 +176,12 @@ def merge(
         rewrite,
         record,
         inputs=_listed(adapters),
-        extra_bytes=size_of_changes if keep_residual else 0,
+        extra_bytes=size_of_head + (size_of_changes if keep_residual else 0),
         force=force,
         on_progress=on_progress,
         note=tally.take,
         is_note=is_tally,
+        finish=finish,
     )
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
     counts = _counts(written.notes)
@@ -178,11 +191,14 @@ def merge(
         changed=changed,
         numbers=sum(counts.values()),
         same=same,
-        copied=len(source.entries) - len(changed),
+        copied=len(source.entries.keys() - set(changed)),
         size=size,
         left_out=written.left_out,
         resumed=written.resumed,
-        warnings=(*warnings_of(source, _listed(adapters), changes), *warnings_of_the_same(changed, same)),
+        warnings=(
+            *warnings_of(source, _listed(adapters), changes, apart),
+            *warnings_of_the_same(changed, same),
+        ),
     )
 
 
@@ -194,6 +210,7 @@ def unmerge(
     weights: Sequence[float] | None = None,
     mapping: Mapping = (),
     transposed_experts: bool | None = None,
+    tied: bool = False,
     unrecorded: bool = False,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -205,7 +222,7 @@ def unmerge(
 
     Args:
       merged: the folder that `merge` wrote.
-      adapters, weights, mapping, transposed_experts: those that were merged.
+      adapters, weights, mapping, transposed_experts, tied: those that were merged.
       out: the folder to write.
       unrecorded: whether to take the adapters out of a checkpoint that has no record of a merge, such as one that
         another program merged them into.
@@ -216,9 +233,14 @@ def unmerge(
         cannot be taken out without a residual, a residual that does not lead back to the base.
     """
     source = Checkpoint(merged)
-    changes = _changes(source, adapters, weights, mapping, transposed_experts)
+    changes, apart = parted(tie_of(source), _changes(source, adapters, weights, mapping, transposed_experts), tied)
+    if apart is not None:
+        raise DataError(
+            f"{source.folder}: {apart.head} is {apart.embedding} here, so that the adapters were merged into both: "
+            "give tied (--tied)"
+        )
     merges = merges_in(source)
-    options = {"mapping": mapping, "transposed_experts": transposed_experts}
+    options = {"mapping": mapping, "transposed_experts": transposed_experts, "tied": tied}
     record = record_of("unmerge", source, _listed(adapters), weights, (merges or [])[:-1], **options)
     check_last_merged(source.folder, merges, record, unrecorded)
     exact = (source.folder / RESIDUALS).is_dir()
@@ -289,7 +311,7 @@ def _changes(
                 found.setdefault(name, []).append(change)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None
-    changes = {name: found[name] for name in source.entries if name in found}
+    changes = {name: found.pop(name) for name in source.entries if name in found} | found
     if alone := [name for name, own in changes.items() if len(own) > 1 and not all(c.is_reversible for c in own)]:
         raise DataError(f"{alone[0]}: an update with a magnitude or a whole value goes alone; merge one by one")
     return changes

@@ -48,10 +48,15 @@ Rewrite = Callable[[str, TensorFile, "ShardWriter"], None]
 
 
 class ShardWriter:
-    """A shard of the output, of which tensors are written by ranges; a context manager."""
+    """A shard of the output, of which tensors are written by ranges; a context manager.
 
-    def __init__(self, path: Path, source: TensorFile, advance: Callable[[int], None], workers: int) -> None:
-        self.path, self.source, self.advance = path, source, advance
+    Ranges are those of the source; in the output they lie `shift` bytes further on.
+    """
+
+    def __init__(
+        self, path: Path, source: TensorFile, advance: Callable[[int], None], workers: int, shift: int = 0
+    ) -> None:
+        self.path, self.source, self.advance, self._shift = path, source, advance, shift
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._pool, self._running, self._most = ThreadPoolExecutor(workers), set[Future[None]](), 2 * workers
 
@@ -82,7 +87,7 @@ class ShardWriter:
         """Writes the bytes of an array from byte `start` on."""
         left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         while left.nbytes:
-            count = os.pwrite(self._handle, left, start)
+            count = os.pwrite(self._handle, left, start + self._shift)
             left, start = left[count:], start + count
         self.advance(array.nbytes)
 
@@ -90,7 +95,7 @@ class ShardWriter:
         """Copies a range of the source, in the kernel where it can."""
         while start < stop:
             count = min(_COPY, stop - start)
-            copied = _copy_range(self.source.fileno(), self._handle, start, count)
+            copied = _copy_range(self.source.fileno(), self._handle, start, start + self._shift, count)
             if not copied:
                 raise DataError(f"{self.source.path}: cut short at byte {start:,} while it was copied")
             start += copied
@@ -123,6 +128,7 @@ def rewrite_checkpoint(
     on_progress: Progress | None = None,
     note: Callable[[], Any] = lambda: None,
     is_note: Callable[[Any], bool] = lambda found: found is None,
+    finish: Callable[[Path], None] | None = None,
     workers: int | None = None,
 ) -> Rewritten:
     """Writes the checkpoint `source` to the folder `out`, the tensors `changed` by `rewrite`.
@@ -139,6 +145,7 @@ def rewrite_checkpoint(
       on_progress: called with (bytes done, bytes in all).
       note: called after each shard; what it returns, plain data, is kept with the shard.
       is_note: whether what a journal says can be a note.
+      finish: called with the folder of the output when all shards and side files are in it; it has a note too.
       workers: threads; as many as processors by default, eight at most.
 
     Raises:
@@ -160,8 +167,8 @@ def rewrite_checkpoint(
             journal = _Journal(place.path, record, source)
             done = journal.begin(place.new, is_note)
             total = sum((source.folder / shard).stat().st_size for shard in source.shards)
-            more = sum((source.folder / name).stat().st_size for name in files)
-            _check_room(target.parent, total + more + extra_bytes, place.new)
+            beside_it = sum((source.folder / name).stat().st_size for name in files)
+            _check_room(target.parent, total + beside_it + extra_bytes, place.new)
             progress = _Progress(on_progress, total)
             for shard in source.shards:
                 if shard in done:
@@ -173,6 +180,10 @@ def rewrite_checkpoint(
             for name in files:
                 (place.new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source.folder / name, place.new / name)
+            more = []
+            if finish is not None:
+                finish(place.new)
+                more = [note()]
             write_whole(place.new / RECORD, dump_json(record), sync=False)
             _put_in_place(place, journal, force)
             place.remove()
@@ -180,7 +191,7 @@ def rewrite_checkpoint(
         way_out = "; the same command resumes" if journal is not None and journal.digests else ""
         raise DataError(f"{error.filename or target}: {error.strerror}{way_out}") from None
     left_out = tuple(name for name in others.left_out if name.partition(" with ")[0] not in _OWN)
-    return Rewritten(len(done), [journal.notes[shard] for shard in source.shards], left_out)
+    return Rewritten(len(done), [*(journal.notes[shard] for shard in source.shards), *more], left_out)
 
 
 def _put_in_place(place: Workplace, journal: "_Journal", force: bool) -> None:
@@ -383,12 +394,12 @@ def _check_room(folder: Path, wanted: int, partial: Path) -> None:
         raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
 
 
-def _copy_range(source: int, target: int, start: int, count: int) -> int:
+def _copy_range(source: int, target: int, start: int, at: int, count: int) -> int:
     if hasattr(os, "copy_file_range"):
         with contextlib.suppress(OSError):
-            return os.copy_file_range(source, target, count, start, start)
+            return os.copy_file_range(source, target, count, start, at)
     data = os.pread(source, min(count, 1 << 20), start)
-    return os.pwrite(target, data, start) if data else 0
+    return os.pwrite(target, data, at) if data else 0
 
 
 def _machine() -> str:

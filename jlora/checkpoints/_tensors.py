@@ -57,9 +57,15 @@ def _is_count(value: Any) -> bool:
 
 
 def merge_tensor(
-    name: str, changes: list[Entry], file: TensorFile, writer: ShardWriter, tally: Tally, keep_residual: bool
+    name: str,
+    entry: TensorEntry,
+    changes: list[Entry],
+    file: TensorFile,
+    writer: ShardWriter,
+    tally: Tally,
+    keep_residual: bool,
 ) -> None:
-    entry = file.entries[name]
+    """Writes a tensor, which starts from what lies at `entry` in the source."""
     weight = Weight(entry.shape, entry.dtype, changes)
     blocks = list(blocks_of(entry, row_blocks(entry.shape)))
     if weight.needs_norms:

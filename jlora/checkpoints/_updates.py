@@ -14,6 +14,7 @@ from jlora.checkpoints._forms import read_entries, shapes_of
 from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
+from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
@@ -83,7 +84,8 @@ def locate(entries: Entries, checkpoint: Checkpoint, mapping: Mapping = ()) -> L
     Raises:
       DataError: entries that fit several parts of the checkpoint.
     """
-    shapes, quantized = shapes_of(checkpoint), Quantized(checkpoint)
+    tie, quantized = tie_of(checkpoint), Quantized(checkpoint)
+    shapes = weight_shapes(checkpoint, tie)
     names = {name.replace("/", "."): name for name in shapes}
     rows = (*mapping, *facts_of(settings_of(checkpoint)).renamed, *RENAMED)
     pieces = _pieces(entries, quantized.weights | names, rows)
@@ -94,7 +96,7 @@ def locate(entries: Entries, checkpoint: Checkpoint, mapping: Mapping = ()) -> L
         if taken.setdefault(piece.tensor, piece.path) != piece.path:
             problems.append(f"{piece.tensor}: both {taken[piece.tensor]} and {piece.path} change it")
         value = entries[piece.path].get("value") if set(entries[piece.path]) == {"value"} else None
-        reason = quantized.problem(piece.tensor, None if value is None else value.dtype)
+        reason = quantized.problem(stored_as(tie, piece.tensor), None if value is None else value.dtype)
         if reason:
             reasons.setdefault(piece.path, reason)
     return Located(pieces, problems, reasons)
@@ -122,7 +124,7 @@ def changes_of(
         if weight != 1 and {"value", "magnitude"} & set(entries[path]):
             problems.append(f"{path}: a whole value or a magnitude has no weight {weight:g}")
     raise_all(problems, DataError, "the adapters do not fit the checkpoint")
-    weights = located.shapes(shapes_of(checkpoint))
+    weights = located.shapes(weight_shapes(checkpoint, tie_of(checkpoint)))
     tree = {path: ShapeDtype(shape, np.dtype(np.float32)) for path, shape in weights.items()}
     settings = settings_of(checkpoint)
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jlora.checkpoints._forms import files_of
 from jlora.checkpoints._memory import settings_of
+from jlora.checkpoints._tied import EMBEDDINGS, Tie, tie_of
 from jlora.disk import CONFIG, WEIGHTS, Checkpoint, parse_json, read_bytes
 from jlora.errors import DataError, listed, printable
 
@@ -13,9 +14,11 @@ _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "training_args", "scaler"
 _MOST = 3
 
 
-def warnings_of(source: Checkpoint, adapters: Sequence[Path], changed: Collection[str]) -> tuple[str, ...]:
+def warnings_of(
+    source: Checkpoint, adapters: Sequence[Path], changed: Collection[str], apart: Tie | None
+) -> tuple[str, ...]:
     """What a merge of adapters from these folders into these tensors leaves out, or does beside."""
-    found = list(_tied(source, changed))
+    found = [*_apart(apart), *_tied(source, changed, apart)]
     for folder in adapters:
         found += _beside(folder)
         found += _biases(folder, source, changed)
@@ -55,10 +58,19 @@ def _biases(folder: Path, source: Checkpoint, changed: Collection[str]) -> Itera
         yield f"{folder}: the configuration says bias={bias}, but the file does not hold {listed(missing, _MOST)}"
 
 
-def _tied(source: Checkpoint, changed: Collection[str]) -> Iterator[str]:
-    """An embedding that is the output head too."""
-    tied = settings_of(source).get("tie_word_embeddings")
-    embeddings = [name for name in changed if any(part in name for part in ("embed_tokens", "wte", "word_embeddings"))]
-    if tied and embeddings and not any("lm_head" in name for name in source.entries):
-        first = printable(embeddings[0])
-        yield f"{first} is the output head too (tie_word_embeddings): the adapter acts on both now"
+def _apart(tie: Tie | None) -> Iterator[str]:
+    if tie is not None:
+        yield (
+            f"{printable(tie.head)} was {printable(tie.embedding)} and has a tensor of its own now, as an adapter "
+            "changes one of them; config.json says tie_word_embeddings false. --tied keeps them one"
+        )
+
+
+def _tied(source: Checkpoint, changed: Collection[str], apart: Tie | None) -> Iterator[str]:
+    """A tensor that is several weights of the model."""
+    if apart is None and (tie := tie_of(source)) is not None and tie.embedding in changed:
+        yield f"{printable(tie.embedding)} is {printable(tie.head)} too: the adapter acts on both"
+    elif apart is None and settings_of(source).get("tie_word_embeddings"):
+        names = [name for name in changed if name.endswith(EMBEDDINGS)]
+        if names and not any("lm_head" in name for name in source.entries):
+            yield f"{printable(names[0])} is several weights (tie_word_embeddings): the adapter acts on all of them"

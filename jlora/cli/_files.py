@@ -20,6 +20,7 @@ _LINE = 80  # characters of an error in a table
 
 _ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's; or a LoRA file of a diffusion model"
 _FORMATS = ("own", "peft", "mlx")
+_TIED = "an output head that is the embedding too stays that: an adapter of one of them acts on both"
 _TABLE = "a .toml or .json file with tables [[row]]"
 _CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
 
@@ -98,6 +99,7 @@ def _merge(parser: argparse.ArgumentParser) -> None:
     _weights(parser)
     _renames(parser)
     _experts(parser)
+    parser.add_argument("--tied", action="store_true", help=_TIED)
     parser.add_argument("--keep-residual", action="store_true", help="keep what unmerge needs to be exact")
 
 
@@ -108,6 +110,7 @@ def _unmerge(parser: argparse.ArgumentParser) -> None:
     _weights(parser)
     _renames(parser)
     _experts(parser)
+    parser.add_argument("--tied", action="store_true", help="merged was with --tied")
     parser.add_argument(
         "--unrecorded",
         action="store_true",
@@ -188,6 +191,7 @@ def _run_merge(arguments: argparse.Namespace) -> Done:
             weights=arguments.weights,
             mapping=_mapping(arguments.mapping) or (),
             transposed_experts=arguments.transposed_experts,
+            tied=arguments.tied,
             keep_residual=arguments.keep_residual,
             force=arguments.force,
             on_progress=show,
@@ -206,6 +210,7 @@ def _run_unmerge(arguments: argparse.Namespace) -> Done:
             weights=arguments.weights,
             mapping=_mapping(arguments.mapping) or (),
             transposed_experts=arguments.transposed_experts,
+            tied=arguments.tied,
             unrecorded=arguments.unrecorded,
             force=arguments.force,
             on_progress=show,

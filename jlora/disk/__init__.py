@@ -2,12 +2,12 @@
 
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._beside import WEIGHTS, Beside, beside
-from jlora.disk._checkpoint import Checkpoint
+from jlora.disk._checkpoint import INDEX, Checkpoint
 from jlora.disk._formats import format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
 from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
-from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, tensor_bytes, write_tensors
+from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, header_bytes, tensor_bytes, write_tensors
 from jlora.disk._small import (
     dump_json,
     parse_json,
@@ -20,6 +20,7 @@ from jlora.disk._workplace import Workplace, bring_back, there_already, workplac
 
 __all__ = [
     "CONFIG",
+    "INDEX",
     "MOST_CONFIG",
     "TENSORS",
     "WEIGHTS",
@@ -37,6 +38,7 @@ __all__ = [
     "file_written_whole",
     "format_of_file",
     "found_instead",
+    "header_bytes",
     "locked_folder",
     "open_to_read",
     "orbax_instead",

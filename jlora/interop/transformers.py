@@ -92,11 +92,21 @@ class Facts:
 
 def facts_of(config: Mapping[str, Any]) -> Facts:
     """The facts of the model that a config.json names; none where the table does not have it."""
+    number = _number_of(config)
+    return Facts() if number is None else _facts(number)
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the table has the model that a config.json names."""
+    return _number_of(config) is not None
+
+
+def _number_of(config: Mapping[str, Any]) -> int | None:
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes:
-        return Facts()
-    number = _table()["models"].get(str(config.get("model_type")), {}).get(str(classes[0]))
-    return Facts() if number is None else _facts(number)
+        return None
+    number: int | None = _table()["models"].get(str(config.get("model_type")), {}).get(str(classes[0]))
+    return number
 
 
 def has_transposed_experts(config: Mapping[str, Any]) -> bool | None:

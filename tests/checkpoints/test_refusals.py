@@ -308,8 +308,8 @@ class FullDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.pwrite(handle, data, start)
 
-    def copy(self, source: int, target: int, start: int, count: int) -> int:
-        return self(target, os.pread(source, min(count, 5000), start), start)
+    def copy(self, source: int, target: int, start: int, at: int, count: int) -> int:
+        return self(target, os.pread(source, min(count, 5000), start), at)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -379,7 +379,7 @@ def test_an_embedding_that_is_the_output_head_too(tmp_path, rng, tied, head, war
     entry = {"model/embed_tokens/weight": factors(rng, (7, 5), "io", 2)}
     config = LoraConfig(rank=2, factorizations={"**": "io"})
     merged = merge(base, write_own(tmp_path / "adapter", entry, config), tmp_path / "out")
-    line = "model.embed_tokens.weight is the output head too (tie_word_embeddings): the adapter acts on both now"
+    line = "model.embed_tokens.weight is several weights (tie_word_embeddings): the adapter acts on all of them"
     assert merged.warnings == ((line,) if warned else ())
     assert (f"warning: {line}" in str(merged)) == warned
 

@@ -273,12 +273,14 @@ OTHERS: dict[str, dict[str, Any]] = {
         "weights": [2.0],
         "mapping": (Row("{name*}", "x.{name*}"),),
         "transposed_experts": True,
+        "tied": True,
         "keep_residual": True,
     },
     "unmerge": {
         "weights": [2.0],
         "mapping": (Row("{name*}", "x.{name*}"),),
         "transposed_experts": True,
+        "tied": True,
     },
 }
 ALIKE = {"force": True, "on_progress": lambda done, total: None}

@@ -61,7 +61,8 @@ def _contradictions(data: Mapping[str, Any], entries: Iterable[Named]) -> Iterat
             yield f"{module} {found}, use_dora is {shortened(data.get('use_dora', False))}"
         if entry.is_embedding and (data.get("lora_bias") or data.get("target_modules") == "all-linear"):
             yield f"{module} is an embedding, which PEFT does not adapt with lora_bias or as one of all-linear"
-        if why := targeted.why_not(module):
+        is_tied = bool(data.get("ensure_weight_tying")) and not _FIRST_NUMBER.search(module)  # head or embedding
+        if (why := targeted.why_not(module)) and not is_tied:
             yield f"{module} has A and B, and {why}"
 
 
