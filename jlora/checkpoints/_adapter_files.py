@@ -16,6 +16,7 @@ from jlora.interop.diffusion import is_flat
 from jlora.interop.gemma import from_gemma
 from jlora.interop.gguf import gguf_file, write_gguf
 from jlora.interop.mlx import write_mlx
+from jlora.interop.openpi import from_openpi
 from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
 from jlora.interop.qwix import from_qwix
@@ -24,7 +25,7 @@ from jlora.storage import load_on_host, save_adapters
 
 FORMATS = ("own", "peft", "mlx")
 WRITTEN = (*FORMATS, "gguf")
-NAMES = ("gemma", "qwix")
+NAMES = ("gemma", "qwix", "openpi")
 
 
 def read_adapters(
@@ -138,8 +139,9 @@ def convert(
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
         the names with slashes for dots.
       transposed_experts: as for `jlora.interop.peft.read_peft`.
-      names: "gemma" (`lora/a`, `lora/b` beside a weight) or "qwix" (`kernel_lora_a`, `kernel_lora_b`).
-      alpha: that qwix was given; it is not in the params.
+      names: "gemma" (`lora/a`, `lora/b` beside a weight), "qwix" (`kernel_lora_a`, `kernel_lora_b`) or
+        "openpi" (`lora_a`, `lora_b` beside `w`).
+      alpha: that qwix or openpi was given; it is not in the params. Of openpi by default the rank.
       base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, and its
         config.json gives GGUF names and the order of rows.
       force: whether to replace `out` where it is there.
@@ -182,6 +184,8 @@ def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[A
         params = {name: checkpoint.read(name) for name in checkpoint.entries}
     if names == "gemma":
         _, adapters, config = from_gemma(params)
+    elif names == "openpi":
+        _, adapters, config = from_openpi(params, alpha=alpha)
     elif alpha is None:
         raise DataError("qwix keeps alpha outside of the params: give alpha")
     else:

@@ -159,8 +159,10 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         "model, with slashes for dots",
     )
     _experts(parser)
-    parser.add_argument("--names", choices=("gemma", "qwix"), help="read params that hold another library's LoRA")
-    parser.add_argument("--alpha", type=float, help="that qwix was given")
+    parser.add_argument(
+        "--names", choices=("gemma", "qwix", "openpi"), help="read params that hold another library's LoRA"
+    )
+    parser.add_argument("--alpha", type=float, help="that qwix or openpi was given; of openpi the rank by default")
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",

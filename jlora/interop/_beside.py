@@ -41,27 +41,27 @@ def converted(
     roles: dict[str, str] = {}
     for each in found:
         if each.weight in adapters:
-            problems.append(f"{_path(each.a)}: a second LoRA of {_path(each.weight)}")
+            problems.append(f"{path_of(each.a)}: a second LoRA of {path_of(each.weight)}")
             continue
         try:
             split, adapter = _adapter(each, leaves, given, flattened=library == "qwix")
         except DataError as error:
-            problems.append(f"{_path(each.weight)}: {error}")
+            problems.append(f"{path_of(each.weight)}: {error}")
         else:
-            adapters[each.weight], roles[_path(each.weight)] = adapter, split
+            adapters[each.weight], roles[path_of(each.weight)] = adapter, split
     unused = [pattern for pattern in given if not any(matched_depths(pattern, path) for path in roles)]
     if not problems:
         for pattern in unused:
             near = format_nearest(pattern, roles)
             problems.append(f"factorizations: {pattern!r} matches nothing that is adapted; {near}")
-    ranks = {_path(keys): adapter["A"].shape[-1] for keys, adapter in adapters.items()}
+    ranks = {path_of(keys): adapter["A"].shape[-1] for keys, adapter in adapters.items()}
     alphas = {path: _alpha(alpha, path, rank, problems) for path, rank in ranks.items()}
     if not problems and not adapters:
         problems.append(f"no params of {library} LoRA among {len(leaves)} leaves")
     raise_all(problems, DataError, library)
     lora = {each.a for each in found} | {each.b for each in found}
     base = {keys: leaf for keys, leaf in leaves.items() if keys not in lora}
-    return _nested(base), _nested({keys: adapters.get(keys) for keys in base}), _config(ranks, alphas, roles)
+    return nested(base), nested({keys: adapters.get(keys) for keys in base}), config_of(ranks, alphas, roles)
 
 
 def paired(
@@ -71,18 +71,18 @@ def paired(
     for at, pair in pairs.items():
         if len(pair) < 2:
             (keys,) = pair.values()
-            problems.append(f"{_path(keys)}: stands without its {'a' if 'b' in pair else 'b'}")
+            problems.append(f"{path_of(keys)}: stands without its {'a' if 'b' in pair else 'b'}")
             continue
         found = [keys for keys in weights(at, leaves) if keys in leaves]
         if not found:
             problems.append(
-                f"{_path(pair['a'])}: no weight beside it; pass the params of the base and of LoRA in one tree"
+                f"{path_of(pair['a'])}: no weight beside it; pass the params of the base and of LoRA in one tree"
             )
         elif len(found) > 1:
-            problems.append(f"{_path(pair['a'])}: several weights beside it: {listed(map(_path, found))}")
+            problems.append(f"{path_of(pair['a'])}: several weights beside it: {listed(map(path_of, found))}")
         elif not _is_array(leaves[found[0]]):
             kind = type(leaves[found[0]]).__name__
-            problems.append(f"{_path(found[0])}: found {kind}, wanted an array; dequantize the weight first")
+            problems.append(f"{path_of(found[0])}: found {kind}, wanted an array; dequantize the weight first")
         else:
             yield LoraParams(found[0], pair["a"], pair["b"])
 
@@ -97,15 +97,15 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     {'up': {'kernel': 1, 'bias': 2}}
     """
     separator = "/" if any("/" in name for name in flat) else "."
-    return _nested({tuple(name.split(separator)): leaf for name, leaf in flat.items()})
+    return nested({tuple(name.split(separator)): leaf for name, leaf in flat.items()})
 
 
-def _nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     modules = {keys[:depth] for keys in leaves for depth in range(len(keys))}
     for keys, leaf in leaves.items():
         if keys in modules:
-            raise DataError(f"{_path(keys)}: a leaf and a module at once")
+            raise DataError(f"{path_of(keys)}: a leaf and a module at once")
         node = tree
         for key in keys[:-1]:
             node = node.setdefault(key, {})
@@ -141,7 +141,7 @@ def _walk(node: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
         yield keys, unboxed(node) if is_box(node) else node
 
 
-def _path(keys: Iterable[Any]) -> str:
+def path_of(keys: Iterable[Any]) -> str:
     return "/".join(map(str, keys))
 
 
@@ -165,7 +165,7 @@ def _alpha(alpha: Any, path: str, rank: int, problems: list[str]) -> float:
     return 0.0
 
 
-def _config(ranks: Mapping[str, int], alphas: Mapping[str, float], roles: Mapping[str, str]) -> LoraConfig:
+def config_of(ranks: Mapping[str, int], alphas: Mapping[str, float], roles: Mapping[str, str]) -> LoraConfig:
     """The configuration that gives each path its rank, alpha and factorization; the most frequent as the default."""
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
@@ -186,7 +186,7 @@ def _adapter(
     shape, a, b = (tuple(leaves[keys].shape) for keys in found)
     text = f"lora a {a} and b {b} do not fit the weight {shape}"
     readings = list(possible_factorizations(shape, a, b, flattened)) if len(shape) <= _MOST_AXES else []
-    path = _path(found.weight)
+    path = path_of(found.weight)
     wanted = next((roles for pattern, roles in given.items() if matched_depths(pattern, path)), None)
     if wanted is not None:
         if wanted not in readings:
@@ -209,7 +209,7 @@ def _adapter(
 
 def _is_einsum(found: LoraParams) -> bool:
     """Whether a name next to the weight or to its LoRA says so, as `Einsum_0/kernel` and `_LoRAEinsum_0/lora/a`."""
-    return "einsum" in _path(found.weight[-2:] + found.a[-3:]).lower()
+    return "einsum" in path_of(found.weight[-2:] + found.a[-3:]).lower()
 
 
 def _reshaped(part: Any, shape: tuple[int, ...]) -> Any:
