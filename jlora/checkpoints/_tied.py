@@ -18,7 +18,7 @@ from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._residuals import RESIDUALS
 from jlora.checkpoints._rewrite import ShardWriter
 from jlora.checkpoints._tensors import Tally, merge_tensor
-from jlora.disk import INDEX, Checkpoint, dump_json, header_bytes, read_json, write_whole
+from jlora.disk import Checkpoint, dump_json, header_bytes, read_json, write_whole
 from jlora.errors import DataError
 from jlora.interop.peft import paths_of_name
 from jlora.interop.transformers import facts_of, is_known, task_of
@@ -114,7 +114,7 @@ def write_apart(
     weight_map = {name: renamed[shard] for name, shard in source.shard_of.items()} | {tie.head: file_of_head}
     metadata = dict(source.index.get("metadata") or {}) if source.index is not None else {}
     metadata["total_size"] = sum(each.stop - each.start for each in (*source.entries.values(), entry))
-    write_whole(new / INDEX, dump_json({"metadata": metadata, "weight_map": weight_map}), sync=False)
+    write_whole(new / source.index_name, dump_json({"metadata": metadata, "weight_map": weight_map}), sync=False)
     settings = dict(read_json(source.folder / _CONFIG))
     settings[_KEY] = False
     if isinstance(settings.get("text_config"), dict):

@@ -2,7 +2,7 @@
 
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._beside import WEIGHTS, Beside, beside
-from jlora.disk._checkpoint import INDEX, Checkpoint
+from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._formats import format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
@@ -20,7 +20,6 @@ from jlora.disk._workplace import Workplace, bring_back, there_already, workplac
 
 __all__ = [
     "CONFIG",
-    "INDEX",
     "MOST_CONFIG",
     "TENSORS",
     "WEIGHTS",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jlora.disk._checkpoint import INDEX, Checkpoint
+from jlora.disk._checkpoint import INDEXES, Checkpoint
 from jlora.disk._open import read_bytes, reason
 from jlora.disk._small import MOST_BYTES, parse_json_value
 from jlora.errors import DataError
@@ -46,11 +46,16 @@ def beside(checkpoint: Checkpoint) -> Beside:
             else:
                 files += [file for file, is_file in inner if is_file]
                 left_out += [file for file, is_file in inner if not is_file]
-        elif not os.path.isfile(path) or name.endswith(WEIGHTS) or (name == INDEX and checkpoint.index is None):
+        elif not os.path.isfile(path) or name.endswith(WEIGHTS) or _is_of_others(checkpoint, name):
             left_out.append(name)
         else:
             files.append(name)
     return Beside(tuple(files), tuple(left_out))
+
+
+def _is_of_others(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether this is an index of other files than those of the checkpoint."""
+    return name.endswith(INDEXES) and (checkpoint.index is None or name != checkpoint.index_name)
 
 
 def _inner(root: Path, folder: str) -> Iterator[tuple[str, bool]]:

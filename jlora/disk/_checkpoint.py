@@ -14,6 +14,8 @@ from jlora.disk._small import read_json
 from jlora.errors import DataError, listed, shortened
 
 INDEX = "model.safetensors.index.json"
+INDEXES = ".safetensors.index.json"
+"""The end of the names of indexes; those of diffusers are called after the model's class."""
 _SINGLE = "model.safetensors"
 
 
@@ -26,6 +28,7 @@ class Checkpoint:
       entries: tensor -> TensorEntry.
       shard_of: tensor -> the file that holds it.
       index: the contents of the index file, None where there is none.
+      index_name: the name of that file, or the one that it would have.
       identities: shard -> what changes when somebody replaces the file or writes to it.
 
     Raises:
@@ -34,7 +37,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.folder, self.shards, self.index = _files(self.path)
+        self.folder, self.shards, self.index, self.index_name = _files(self.path)
         self.entries: dict[str, TensorEntry] = {}
         self.shard_of: dict[str, str] = {}
         self.identities: dict[str, tuple[int, ...]] = {}
@@ -47,7 +50,7 @@ class Checkpoint:
                 self.entries |= file.entries
                 self.shard_of |= dict.fromkeys(file.entries, shard)
         if self.index is not None:
-            _check_index(self.folder / INDEX, self.index["weight_map"], self.shard_of)
+            _check_index(self.folder / self.index_name, self.index["weight_map"], self.shard_of)
 
     def open(self, shard: str) -> TensorFile:
         """One of the files, for reading.
@@ -81,14 +84,15 @@ class Checkpoint:
             return file.read(name)
 
 
-def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
-    """The folder of a checkpoint, the names of its files, and its index."""
+def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None, str]:
+    """The folder of a checkpoint, the names of its files, its index, and the name of that."""
     if os.path.isfile(path):
-        return path.parent, [path.name], None
+        return path.parent, [path.name], None, INDEX
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such file or folder")
-    if os.path.isfile(path / INDEX) and not _is_passed_over(path):
-        return path, *_indexed(path)
+    index = _index_in(path)
+    if index is not None:
+        return path, *_indexed(path / index), index
     found = [name for name in _names(path) if name.endswith(".safetensors")]
     if _SINGLE in found:
         found = [_SINGLE]
@@ -97,7 +101,19 @@ def _files(path: Path) -> tuple[Path, list[str], dict[str, Any] | None]:
             raise DataError(f"{path}: no safetensors file; {instead}")
         what = f"{len(found)} safetensors files and no {INDEX}" if found else "no safetensors file"
         raise DataError(f"{path}: {what}: wanted a checkpoint: one file, or several with an index")
-    return path, found, None
+    return path, found, None, INDEX
+
+
+def _index_in(folder: Path) -> str | None:
+    """The name of the index of a folder; None where there is none that counts."""
+    names = [name for name in _names(folder) if name.endswith(INDEXES) and os.path.isfile(folder / name)]
+    if INDEX in names:
+        return None if _is_passed_over(folder) else INDEX
+    fewest = min((name.count(".") for name in names), default=0)  # a variant has a dot more: x.fp16.safetensors
+    plain = [name for name in names if name.count(".") == fewest]
+    if len(plain) > 1:
+        raise DataError(f"{folder}: several indexes: {listed(plain)}; wanted the folder of one model")
+    return plain[0] if plain else None
 
 
 def _is_passed_over(folder: Path) -> bool:
@@ -105,20 +121,20 @@ def _is_passed_over(folder: Path) -> bool:
     if not os.path.isfile(folder / _SINGLE):
         return False
     try:
-        return _indexed(folder)[0] != [_SINGLE]
+        return _indexed(folder / INDEX)[0] != [_SINGLE]
     except DataError:
         return True
 
 
-def _indexed(folder: Path) -> tuple[list[str], dict[str, Any]]:
+def _indexed(path: Path) -> tuple[list[str], dict[str, Any]]:
     """The names of the files in an index, and the index."""
-    index = read_json(folder / INDEX)
+    folder, index = path.parent, read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
-        raise DataError(f"{folder / INDEX}: wanted a weight_map from tensors to files")
+        raise DataError(f"{path}: wanted a weight_map from tensors to files")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if not name or "\0" in name or Path(name).name != name]:
-        raise DataError(f"{folder / INDEX}: {shortened(outside[0])} is no file name of this folder")
+        raise DataError(f"{path}: {shortened(outside[0])} is no file name of this folder")
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
         raise DataError(
             f"{folder}: {len(missing)} files of the index are missing: {listed(map(shortened, missing), 3)}"

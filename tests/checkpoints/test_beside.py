@@ -138,6 +138,37 @@ def test_an_index_of_one_model_file_is_kept(tmp_path, rng):
     assert Checkpoint(tmp_path / "out").index == index
 
 
+@pytest.mark.parametrize("variant", [False, True])
+def test_the_index_of_diffusers(tmp_path, rng, variant):
+    """It is called after the class of the model; a variant of another dtype may lie beside it."""
+    tensors = {f"{name}.weight": random(rng, (7, 5)) for name in "qk"}
+    base = write_checkpoint(tmp_path / "base", tensors, 2)
+    stem = "diffusion_pytorch_model"
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    (base / "model.safetensors.index.json").unlink()
+    for part in (1, 2):
+        (base / f"model-0000{part}-of-00002.safetensors").rename(base / f"{stem}-{part}.safetensors")
+    index["weight_map"] = {name: f"{stem}-{n + 1}.safetensors" for n, name in enumerate(tensors)}
+    (base / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    if variant:
+        write_file(base / f"{stem}.fp16-1.safetensors", tensors)
+        (base / f"{stem}.fp16.safetensors.index.json").write_text(json.dumps(index))
+    adapter = write_folder(tmp_path / "adapter", pair(rng, "q", 7, 5))
+    done = merge(base, adapter, tmp_path / "out")
+    others = (f"{stem}.fp16-1.safetensors", f"{stem}.fp16.safetensors.index.json")
+    assert (done.changed, done.left_out) == (("q.weight",), others if variant else ())
+    assert Checkpoint(tmp_path / "out").index == index
+
+
+def test_several_indexes_are_not_guessed_at(tmp_path, rng):
+    base = write_checkpoint(tmp_path / "base", {"q.weight": random(rng, (7, 5))}, 1)
+    (base / "model.safetensors").rename(base / "a.safetensors")
+    for name in "ab":
+        (base / f"{name}.safetensors.index.json").write_text("{}")
+    with pytest.raises(DataError, match=r"several indexes: a\.safetensors\.index\.json, b\.safetensors\.index\.json"):
+        Checkpoint(base)
+
+
 def test_weights_beside_an_adapter_are_named(tmp_path, rng):
     tensors, base, adapter = write_llama(tmp_path, rng)
     put(adapter, "optimizer.pt", "rng_state_0.pth", "training_args.bin", "adapter_model.bin", "README.md")
