@@ -1,7 +1,8 @@
 """Adapters of a checkpoint and its fine-tuned copy."""
 
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._memory import in_memory, is_converted, kind_in_memory, roles_of, settings_of
 from jlora.checkpoints._quantized import problems_of
 from jlora.checkpoints._rewrite import Progress
+from jlora.checkpoints._wholes import for_peft
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint
 from jlora.errors import DataError, raise_all
@@ -19,6 +21,8 @@ from jlora.interop.transformers import Facts, facts_of, task_of
 from jlora.paths import PatternIndex, literal_pattern, nest
 from jlora.tree import find_targets, is_targeted
 
+_UNFIT = "PEFT cannot adapt it, or nobody knows its axes"
+_CONVERTED = "other numbers in memory, in a way that is not known here"
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -38,6 +42,7 @@ def extract(
     factorizations: Mapping[str, str] | None = None,
     form: str = "own",
     seed: int = 0,
+    whole: bool = True,
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> compose.Extraction:
@@ -46,22 +51,27 @@ def extract(
     One weight at a time is in memory. Paths are the tensors' names with slashes for dots. For the format "peft" they
     are the names that transformers gives them in memory, as config.json says, and so are the axes: experts that the
     disk has one by one are one array, and a head that is tied to the embedding has an adapter of its own beside it.
+    What changed and has no adapter (norms, biases, buffers, tokens, an embedding with more rows) is carried whole, for
+    PEFT in `modules_to_save`, as a bias, or as a tensor of the base. A model whose vocabulary grew takes it after
+    `resize_token_embeddings`.
 
     Args:
-      base, tuned: checkpoints with the same tensors; the folder or the name of the base is written down for PEFT.
+      base, tuned: checkpoints with the same tensors, but for those that are left out; the base's folder or name is
+        written down for PEFT.
       out: the folder to write.
       rank: of each adapter, at most; less where a weight has a smaller side.
       energy: where given, each weight has the smallest rank that keeps this share of its squared Frobenius norm.
       target_modules, exclude_modules: patterns on the paths; the weights that changed.
       factorizations: pattern -> letters, over what names and shapes say: "oi" for a `weight` of two axes, "io" for an
         embedding, "oi..." for a convolution, "boi" for experts in one array.
-      form: "own" or "peft".
+      form: "own", "peft" or "mlx", which has nothing whole.
       seed: of the random sketches.
+      whole: whether to carry whole what has no adapter.
       force: whether to replace `out` where it is there.
       on_progress: called with (bytes read, bytes in all).
 
     Returns:
-      The table of what is kept of each weight.
+      The table of what is kept of each weight, what is carried whole, and what is left out and why.
 
     Raises:
       DataError, TargetError, AdapterError: checkpoints that cannot be read or do not fit each other, nothing changed.
@@ -82,41 +92,57 @@ def extract(
     if form == "peft":
         before, after = in_memory(before, facts), in_memory(after, facts_of(settings[1]))
     given = dict(factorizations or {})
-    left_out = list(_not_for_peft(before, facts, PatternIndex(given.items()))) if form == "peft" else []
-    config = LoraConfig(
-        rank=rank,
-        alpha=rank,
-        target_modules=_listed(target_modules),
-        exclude_modules=(*_listed(exclude_modules), *map(literal_pattern, left_out)),
-    )
+    named = LoraConfig(target_modules=_listed(target_modules), exclude_modules=_listed(exclude_modules))
+    converted = {path for path in before if form == "peft" and is_converted(path.replace("/", "."), facts)}
+    carried = [path for path in before if path in after and is_targeted(named, path) and path not in converted]
+    unfit = _not_for_peft(before, facts, PatternIndex(given.items())) if form == "peft" else ()
+    reasons = {**dict.fromkeys(unfit, _UNFIT), **dict.fromkeys(converted, _CONVERTED)}
+    excluded = (*named.exclude_modules, *map(literal_pattern, reasons))
+    config = named.replace(rank=rank, alpha=rank, exclude_modules=excluded)
     config = _with_factorizations(config, before, given, facts)
-    adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed)
+    wholes = tuple(map(literal_pattern, carried)) if whole and form != "mlx" else ()
+    adapters, config, report = compose.extract(before, after, config, energy=energy, seed=seed, whole=wholes)
     entries = {path: entry for path, entry in adapters.items() if entry is not None}
     raise_all(_quantized(checkpoints, entries, facts), DataError, "no adapter can be extracted")
     if form == "peft":
-        config = _for_peft(config, list(entries), checkpoints[0], settings[0], facts)
+        entries, of_base = for_peft(entries, before, after, facts)
+        config = _for_peft(config, entries, of_base, checkpoints[0], settings[0], facts)
     write_adapters(out, nest(entries), config, form, force=force)
-    return report
+    why = {
+        path: reasons.get(path, reason) if is_targeted(named, path) else reason for path, reason in report.why.items()
+    }
+    return dataclasses.replace(report, why=why)
 
 
 def _quantized(checkpoints: Sequence[Checkpoint], entries: Mapping[str, Any], facts: Facts) -> Iterator[str]:
     """What stands against the difference of weights that are in other units than the model's."""
     for checkpoint in checkpoints:
-        names = []
+        names = {}
         for name in checkpoint.entries:
             paths = (name.replace(".", "/"), facts.in_memory(name).replace(".", "/"))
-            if any(path in entries for path in paths):
-                names.append(name)
+            entry = next((entries[path] for path in paths if path in entries), None)
+            if entry is not None:
+                names[name] = checkpoint.entries[name].dtype if "value" in entry else None
         yield from (f"{checkpoint.path}: {problem}" for problem in problems_of(checkpoint, names))
 
 
 def _not_for_peft(tree: Mapping[str, Any], facts: Facts, given: PatternIndex) -> Iterator[str]:
-    """The paths of tensors that have no place in PEFT's files: of other numbers in memory, or of axes nobody knows."""
+    """The paths of tensors that PEFT cannot adapt, or of which nobody knows the axes."""
     for path, leaf in tree.items():
         if leaf.ndim > 1 and not given.matches(path):
-            has_no_axes = roles_of(path, leaf.ndim, facts) is None or _holds_others(path, tree)
-            if has_no_axes or is_converted(path.replace("/", "."), facts):
+            is_open = roles_of(path, leaf.ndim, facts) is None
+            if is_open or _holds_others(path, tree) or _is_no_plain_convolution(path, leaf.shape):
                 yield path
+
+
+def _is_no_plain_convolution(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a convolution is none in PEFT's hands.
+
+    One of a channel of its own for each output is grouped, and A would have another shape. The convolutions before an
+    audio encoder are asked for their stride (Whisper, Voxtral, Qwen2-Audio), which PEFT's layer does not say.
+    """
+    is_grouped = len(shape) > 2 and path.endswith("/weight") and shape[1] == 1 < shape[0]
+    return is_grouped or (len(shape) == 3 and path.endswith(("/conv1/weight", "/conv2/weight")))
 
 
 def _holds_others(path: str, tree: Mapping[str, Any]) -> bool:
@@ -128,7 +154,12 @@ def _holds_others(path: str, tree: Mapping[str, Any]) -> bool:
 
 
 def _for_peft(
-    config: LoraConfig, paths: Sequence[str], base: Checkpoint, settings: Mapping[str, Any], facts: Facts
+    config: LoraConfig,
+    paths: Iterable[str],
+    of_base: Iterable[str],
+    base: Checkpoint,
+    settings: Mapping[str, Any],
+    facts: Facts,
 ) -> LoraConfig:
     """The configuration, with what PEFT is told of the model."""
     kinds = {path.replace("/", "."): kind for path in paths if (kind := kind_in_memory(path, facts))}
@@ -140,7 +171,7 @@ def _for_peft(
         config,
         base_model_name_or_path=_name_of(base.folder),
         task_type=task,
-        kinds=kinds,
+        kinds=kinds | dict.fromkeys(of_base, "base"),
         target_parameters=facts.parameters,
     )
 

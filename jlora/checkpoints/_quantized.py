@@ -1,6 +1,6 @@
 """Weights that a checkpoint holds packed, or in other units than the model's: nothing can be added to them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -121,8 +121,8 @@ def _method_of(settings: Mapping[str, Any]) -> str:
     return _METHODS.get(method, method[:40])
 
 
-def problems_of(checkpoint: Checkpoint, tensors: Iterable[str]) -> list[str]:
-    """What stands against adding to each of these tensors."""
+def problems_of(checkpoint: Checkpoint, tensors: Mapping[str, np.dtype[Any] | None]) -> list[str]:
+    """What stands against adding to each of these tensors, or putting a value of this dtype in its place."""
     quantized = Quantized(checkpoint)
-    found = [quantized.problem(tensor) for tensor in tensors]
+    found = [quantized.problem(tensor, value) for tensor, value in tensors.items()]
     return [problem for problem in found if problem]

@@ -126,6 +126,11 @@ def _extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy", type=float, help="the share of each difference that its rank has to keep, up to 1")
     parser.add_argument("--target", action="append", metavar="PATTERN", help="weights to adapt, such as '**/q_proj'")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", default=[], help="weights to leave out")
+    parser.add_argument(
+        "--adapters-only",
+        action="store_true",
+        help="leave out what changed and has no adapter (norms, biases, new rows), and do not carry it whole",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random sketches (0)")
 
 
@@ -234,6 +239,7 @@ def _run_extract(arguments: argparse.Namespace) -> Done:
             exclude_modules=arguments.exclude,
             form=arguments.format or "own",
             seed=arguments.seed,
+            whole=not arguments.adapters_only,
             force=arguments.force,
             on_progress=show,
         )

@@ -2,22 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jlora.arrays import is_floating, is_jax_array, is_number
+from jlora.arrays import is_floating, is_jax_array
 from jlora.compose._difference import difference_of, squared_norm, squared_residual
 from jlora.compose._factors import balanced, rounded, unit_config
+from jlora.compose._leaves import UNFIT, UNTARGETED, copied, is_changed, unlike
 from jlora.compose._report import Extracted, Extraction
 from jlora.compose._svd import stacked_triples
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError, ConfigError, TargetError, raise_all
 from jlora.fields import integer, number, refusal
-from jlora.paths import format_nearest, leaves_by_path, path_number
-from jlora.tree import find_targets, in_structure
+from jlora.paths import PatternIndex, format_nearest, leaves_by_path, path_number
+from jlora.tree import find_targets, in_structure, is_targeted
 
 
 def extract_weight(
@@ -70,21 +71,30 @@ def extract_weight(
 
 
 def extract(
-    base: Any, tuned: Any, config: LoraConfig, *, energy: float | None = None, seed: int = 0
+    base: Any,
+    tuned: Any,
+    config: LoraConfig,
+    *,
+    energy: float | None = None,
+    seed: int = 0,
+    whole: str | Sequence[str] = (),
 ) -> tuple[Any, LoraConfig, Extraction]:
     """The best adapters of the difference of two params trees; see `extract_weight`.
 
     Args:
       base: the params that the adapters will be added to.
-      tuned: the fine-tuned params, of the same paths and shapes.
+      tuned: the fine-tuned params, of the same paths and shapes but for what `config` does not target.
       config: which weights are adapted, with what rank and dtype (float32, float64 for float64 weights, unless given).
       energy: where given, each weight has the smallest rank that keeps this share of its squared Frobenius norm, at
         most that of `config`.
       seed: of the random sketches, together with each path.
+      whole: patterns on the paths of leaves that are carried as they are, as `{'value': array}`, where they changed and
+        have no adapter: biases, norms, buffers, embeddings with more rows.
 
     Returns:
       Adapters in the structure of `base`, `None` also where a weight did not change at all; their configuration, which
-      targets each by its path, with the ranks found and a scaling of 1; and a table of what is kept of each.
+      targets each by its path, with the ranks found and a scaling of 1; and a table of what is kept of each, which
+      says what is carried whole and what is left out.
 
     Raises:
       TargetError: the trees differ in paths or shapes, or the configuration does not fit; every problem is named.
@@ -97,10 +107,15 @@ def extract(
     (1, (3, 1), ('up/bias',))
     """
     share, seed = _energy(energy), integer("seed", seed, 0, 2**32)
-    targets = find_targets(base, config)
     leaves, others = leaves_by_path(base), leaves_by_path(tuned)
-    raise_all(_differences(leaves, others), TargetError)
-    changed = {path: _changed(leaf, others[path]) for path, leaf in leaves.items()}
+    targets = find_targets(base, _of_base(config, leaves, others))
+    wholes = _wholes(whole, [path for path in leaves if path in others], config)
+    other = {path: (why, problem) for path, why, problem in unlike(leaves, others)}
+    wanted = [path for path in other if is_targeted(config, path) and path not in wholes]
+    raise_all((other[path][1] for path in wanted), TargetError)
+    targets = {path: target for path, target in targets.items() if path not in other}
+    changed = {path: path in other or is_changed(leaf, others[path]) for path, leaf in leaves.items()}
+    changed |= dict.fromkeys((path for path in other if path not in leaves), True)
     adapters: dict[str, Any] = {}
     found: list[Extracted] = []
     for path, target in targets.items():
@@ -118,11 +133,12 @@ def extract(
     ranks = {one.path: one.rank for one in found}
     roles = {path: targets[path].factorization.roles for path in ranks}
     roles = {path: own for path, own in roles.items() if own != "io" or any(config.matches("factorizations", path))}
-    report = Extraction(
-        tuple(found),
-        tuple(path for path in targets if path not in adapters),
-        tuple(path for path, is_changed in changed.items() if is_changed and path not in adapters),
-    )
+    unchanged = tuple(path for path in targets if path not in adapters)
+    rest = [path for path, differs in changed.items() if differs and path not in adapters]
+    carried = [path for path in rest if path in wholes]
+    adapters |= {path: {"value": copied(others[path])} for path in carried}
+    why = {path: _why(path, config, other) for path in rest if path not in wholes}
+    report = Extraction(tuple(found), unchanged, tuple(why), tuple(carried), why)
     own = unit_config(config, ranks, roles)
     return in_structure(base, adapters, own), own, report
 
@@ -136,23 +152,36 @@ def _energy(energy: Any) -> float | None:
     return share
 
 
-def _differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[str]:
-    for path in tuned:
-        if path not in base:
-            yield f"{path}: in tuned, not in base; {format_nearest(path, base)}"
-    for path, leaf in base.items():
-        if path not in tuned:
-            yield f"{path}: in base, not in tuned; {format_nearest(path, tuned)}"
-        elif (shape := getattr(leaf, "shape", ())) != (other := getattr(tuned[path], "shape", ())):
-            yield f"{path}: shape {tuple(shape)} in base, {tuple(other)} in tuned"
+def _wholes(patterns: str | Sequence[str], paths: Sequence[str], config: LoraConfig) -> frozenset[str]:
+    """The paths that the patterns match.
+
+    Raises:
+      TargetError: a pattern that matches nothing.
+    """
+    given = config.replace(target_modules=patterns, exclude_modules=()).target_modules if patterns else ()
+    index = PatternIndex((pattern, None) for pattern in given)
+    matched = {path: [pattern for pattern, _ in index.matches(path)] for path in paths}
+    used = {pattern for found in matched.values() for pattern in found}
+    unused = [pattern for pattern in given if pattern not in used]
+    problems = (f"whole: {pattern!r} matches nothing; {format_nearest(pattern, paths)}" for pattern in unused)
+    raise_all(problems, TargetError)
+    return frozenset(path for path, found in matched.items() if found)
 
 
-def _changed(base: Any, tuned: Any) -> bool:
-    """Whether two numeric leaves differ; what is no array of numbers does not count."""
-    if not all(hasattr(leaf, "dtype") and is_number(leaf.dtype) for leaf in (base, tuned)):
-        return False
-    x, y = np.asarray(base), np.asarray(tuned)
-    return not bool(np.all((x == y) | ((x != x) & (y != y))))
+def _of_base(config: LoraConfig, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> LoraConfig:
+    """The configuration without the patterns that exclude what is in the tuned params alone."""
+    used: dict[str, None] = {}
+    alone: dict[str, None] = {}
+    for path in {**base, **tuned}:
+        (used if path in base else alone).update(config.matches("exclude_modules", path))
+    return config.replace(exclude_modules=tuple(p for p in config.exclude_modules if p in used or p not in alone))
+
+
+def _why(path: str, config: LoraConfig, other: Mapping[str, tuple[str, str]]) -> str:
+    """Why a leaf that changed is left out."""
+    if path in other:
+        return other[path][0]
+    return UNFIT if is_targeted(config, path) else UNTARGETED
 
 
 def _extracted(

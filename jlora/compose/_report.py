@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+from collections.abc import Mapping
 
 from jlora.errors import listed
 from jlora.tables import html_table, text_table
@@ -40,11 +41,15 @@ class Extraction:
       unchanged: paths that the configuration targets and that did not change; they have no adapter.
       left_out: paths that changed and have no adapter, such as biases and norms: base and adapters together do not
         give these.
+      whole: paths that changed and are carried as they are.
+      why: path -> why it is left out.
     """
 
     weights: tuple[Extracted, ...]
     unchanged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    why: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -54,11 +59,21 @@ class Extraction:
 
     @property
     def warning(self) -> str:
-        """A line on what changed and is not adapted; empty where all that changed is."""
-        if not self.left_out:
-            return ""
-        shown = listed(self.left_out)
-        return f"{len(self.left_out)} changed, but not adapted, and so not in the adapters: {shown}"
+        """A line for each reason for which something that changed is left out; empty where nothing is."""
+        reasons: dict[str, list[str]] = {}
+        for path in self.left_out:
+            reasons.setdefault(self.why.get(path, ""), []).append(path)
+        lines = []
+        for reason, paths in reasons.items():
+            what = f"changed, but not adapted, and so not in the adapters{f' ({reason})' if reason else ''}"
+            lines.append(f"{len(paths)} {what}: {listed(paths)}")
+        return "\n".join(lines)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say beside the table, line by line."""
+        carried = [f"{len(self.whole)} carried whole: {listed(self.whole)}"] if self.whole else []
+        return (*carried, *self.warning.splitlines())
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of the table, a last row for the whole."""
@@ -71,10 +86,10 @@ class Extraction:
 
     def __str__(self) -> str:
         *rows, total = self.rows()
-        return text_table(_COLUMNS, rows, total, left=2) + (f"\n{self.warning}" if self.warning else "")
+        return "\n".join([text_table(_COLUMNS, rows, total, left=2), *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         *rows, total = self.rows()
-        return html_table(_COLUMNS, rows, total) + (f"<p>{html.escape(self.warning)}</p>" if self.warning else "")
+        return html_table(_COLUMNS, rows, total) + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)

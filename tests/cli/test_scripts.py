@@ -17,7 +17,7 @@ CONFIG = LoraConfig(rank=3, alpha=6, factorizations={"**": "oi"})
 COMMANDS = {  # a command, its exit code, and the fields that it says beside "command" and "exit_code"
     "merge base adapter --out merged": (0, "out changed numbers same copied size left_out resumed warnings"),
     "unmerge merged adapter --out back": (0, "out changed same left_out exact uncertain numbers largest"),
-    "extract base tuned --rank 2 --out found": (0, "out error_left weights unchanged left_out"),
+    "extract base tuned --rank 2 --out found": (0, "out error_left weights unchanged left_out whole why"),
     "resize adapter --rank 2 --out small": (0, "out config"),
     "combine adapter other --method cat --out both": (0, "out config"),
     "convert adapter --to own --out own": (0, "out config"),

@@ -287,10 +287,10 @@ def test_the_report_is_a_table(rng):
         "up/kernel    3x2       1   64.00%    6.00e-01",
         "───────────  ─────  ────  ───────  ──────────",
         "2 weights                  92.80%    2.68e-01",
-        "1 changed, but not adapted, and so not in the adapters: up/<b>",
+        "1 changed, but not adapted, and so not in the adapters (no weight of known axes): up/<b>",
     ]
     assert repr(report) == str(report)
-    assert report._repr_html_().endswith("and so not in the adapters: up/&lt;b&gt;</p>")
+    assert report._repr_html_().endswith("(no weight of known axes): up/&lt;b&gt;</p>")
     assert report.error == pytest.approx(3 / math.hypot(4, 3, 8, 6))
 
 
@@ -306,6 +306,55 @@ def test_trees_that_differ_are_an_error_with_every_path(rng):
     assert "extra: in tuned, not in base; nearest paths: " in text
     assert "norm/scale: in base, not in tuned; nearest paths: " in text
     assert "up/kernel: shape (11, 7) in base, (7, 11) in tuned" in text
+
+
+def test_what_is_carried_whole_is_the_tuned_leaf(rng):
+    base, tuned = params_of(rng), params_of(rng)
+    base["count"], tuned["count"] = np.array(3), np.array(2**40)
+    base["mask"], tuned["mask"] = np.array([True, False]), np.array([True, True])
+    tuned["stack"]["bias"] = base["stack"]["bias"]
+    adapters, result, report = extract(base, tuned, CONFIG, whole=("**",))
+    assert report.whole == ("count", "mask", "norm/scale", "query/bias", "up/bias")
+    assert report.left_out == ()
+    assert report.why == {}
+    assert adapters["stack"]["bias"] is None
+    for path in report.whole:
+        entry, leaf = leaf_at(adapters, path), leaf_at(tuned, path)
+        assert entry["value"] is not leaf
+        assert type(entry["value"]) is type(leaf)
+        np.testing.assert_array_equal(entry["value"], leaf)
+    merged = merge_params({k: v for k, v in base.items() if k not in ("count", "mask")}, without(adapters), result)
+    for path in ("norm/scale", "query/bias", "up/bias"):
+        np.testing.assert_array_equal(leaf_at(merged, path), leaf_at(tuned, path))
+    assert str(report).splitlines()[-1] == f"5 carried whole: {', '.join(report.whole)}"
+
+
+def without(adapters: Any) -> Any:
+    return {name: node for name, node in adapters.items() if name not in ("count", "mask")}
+
+
+def test_leaves_of_other_shapes_are_carried_or_left_out(rng):
+    base, tuned = params_of(rng), params_of(rng)
+    tuned["norm"] = {"scale": jnp.ones(13)}
+    tuned["turned"] = random_array(rng, (5, 17))
+    tuned["extra"] = jnp.ones(3)
+    base["gone"] = jnp.ones(3)
+    left = {"norm/scale": "of another shape", "gone": "in one of the two alone", "extra": "in one of the two alone"}
+    config = CONFIG.replace(exclude_modules=("extra", "gone", "norm"))
+    adapters, result, report = extract(base, tuned, config, whole="turned")
+    np.testing.assert_array_equal(adapters["turned"]["value"], tuned["turned"])
+    assert report.whole == ("turned",)
+    assert {path: report.why[path] for path in left} == left
+    assert set(report.left_out) == {*left, "query/bias", "stack/bias", "up/bias"}
+    assert "turned" not in result.target_modules
+    assert report.notes[0] == "1 carried whole: turned"
+    told = "1 changed, but not adapted, and so not in the adapters (of another shape): norm/scale"
+    assert told in report.warning.splitlines()
+    assert str(report).splitlines()[-4:] == list(report.notes)
+    with pytest.raises(TargetError, match=r"turned: shape .*: exclude_modules leaves it out, whole carries it"):
+        extract(base, tuned, config)
+    with pytest.raises(TargetError, match="whole: 'up/skale' matches nothing; nearest paths: "):
+        extract(base, tuned, config, whole=("turned", "up/skale"))
 
 
 def test_values_that_are_not_finite_are_named(rng):

@@ -10,6 +10,7 @@ import pytest
 
 from jlora.cli import main
 from jlora.disk import Checkpoint
+from tests.checkpoints.make import write_checkpoint
 from tests.interop.models import (
     LLAMA,
     Case,
@@ -18,6 +19,7 @@ from tests.interop.models import (
     gemma3,
     gpt2,
     llama,
+    load_file,
     mixtral,
     peft,
     quiet,
@@ -82,6 +84,16 @@ def whisper() -> Any:
     )
 
 
+def resnet() -> Any:
+    sizes = {"embedding_size": 5, "hidden_sizes": [7, 11], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+
+
+def mobilenet() -> Any:
+    sizes = {"num_labels": 3, "depth_multiplier": 0.3, "min_depth": 3, "tf_padding": False}
+    return transformers.MobileNetV1ForImageClassification(transformers.MobileNetV1Config(**sizes))
+
+
 # The model, and PEFT's task.
 FAMILIES: dict[str, tuple[Callable[[], Any], str | None]] = {
     "llama": (lambda: llama(tie_word_embeddings=False), "CAUSAL_LM"),
@@ -98,6 +110,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str | None]] = {
     "t5": (t5, "SEQ_2_SEQ_LM"),
     "whisper": (whisper, None),
     "vit": (vit, None),
+    "resnet": (resnet, None),
+    "mobilenet": (mobilenet, None),  # whose convolutions are grouped
 }
 
 
@@ -141,7 +155,7 @@ def test_what_is_extracted_is_the_tuned_model_in_peft(
         wanted = logits(base)
         base.save_pretrained(str(tmp_path / "tuned"))
     command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
-    assert main([*command, "--format", "peft", "--rank", "64"]) == 0, capsys.readouterr().err
+    assert main([*command, "--format", "peft", "--rank", "512"]) == 0, capsys.readouterr().err
     with quiet():
         model = type(base).from_pretrained(str(tmp_path / "base")).eval()
         live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
@@ -151,19 +165,56 @@ def test_what_is_extracted_is_the_tuned_model_in_peft(
     assert (data["base_model_name_or_path"], data["task_type"]) == (str(tmp_path / "base"), task)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "dinov2", "qwen2_vl", "llava", "mixtral", "vit"])
-def test_merging_finds_the_tensors_of_what_was_extracted(
+def fully_tuned(model: Any) -> None:
+    """Other numbers in all that a full fine-tune changes: biases, norms, tokens, the statistics of a BatchNorm."""
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.2 * torch.randn(value.shape))
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand(buffer.shape))
+            elif name.endswith("num_batches_tracked"):
+                buffer.fill_(2**24 + 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_fine_tune_is_the_tuned_model_in_peft(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = base_of(Case(FAMILIES[family][0], {}))
     with quiet():
         base.save_pretrained(str(tmp_path / "base"))
-        tuned(base)
+        before = logits(base)
+        fully_tuned(base)
+        wanted = logits(base)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
+    assert main([*command, "--format", "peft", "--rank", "512"]) == 0, capsys.readouterr().err
+    with quiet():
+        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
+        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    assert np.abs(wanted - before).max() > 1e-2 * np.abs(before).max()
+    np.testing.assert_allclose(logits(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+
+
+# A Linear among the Conv1D; an embedding at four places.
+NOT_MERGED = {"gpt2": ["lm_head"], "t5": ["shared", "embed_tokens", "lm_head"]}
+WRITTEN = [*((family, "peft") for family in FAMILIES), ("llama", "own"), ("vit", "own"), ("resnet", "own")]
+
+
+@pytest.mark.parametrize(("family", "form"), WRITTEN)
+def test_merging_finds_the_tensors_of_what_was_extracted(
+    family: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_of(Case(FAMILIES[family][0], {}))
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        fully_tuned(base)
         base.save_pretrained(str(tmp_path / "tuned"))
     folders = [str(tmp_path / name) for name in ("base", "tuned", "adapter", "merged")]
-    # Two adapters of one tensor that is tied; a Linear among the Conv1D.
-    left_out = {"gemma3": ["embed_tokens", "lm_head"], "gpt2": ["lm_head"]}.get(family, [])
-    options = ["--format", "peft", "--rank", "64", *(part for name in left_out for part in ("--exclude", f"**/{name}"))]
+    left_out = NOT_MERGED.get(family, [])
+    options = ["--format", form, "--rank", "512", *(part for name in left_out for part in ("--exclude", f"**/{name}"))]
     assert main(["extract", *folders[:2], "--out", folders[2], *options]) == 0, capsys.readouterr().err
     assert main(["merge", folders[0], folders[2], "--out", folders[3]]) == 0, capsys.readouterr().err
     merged, wanted = Checkpoint(folders[3]), Checkpoint(folders[1])
@@ -172,22 +223,80 @@ def test_merging_finds_the_tensors_of_what_was_extracted(
             np.testing.assert_allclose(merged.read(name), wanted.read(name), rtol=0, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma3", "vit"])
-def test_what_has_no_place_in_pefts_files_is_told(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_grew_is_carried_whole(
+    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A full fine-tune changes biases, norms, tokens and arrays whose axes nobody knows."""
-    base = base_of(Case(FAMILIES[family][0], {}))
+    base = base_of(Case(llama, {}, {"tie_word_embeddings": tied}))
     with quiet():
         base.save_pretrained(str(tmp_path / "base"))
-        with torch.no_grad():
-            for value in base.parameters():
-                value.add_(0.1)
+        base.resize_token_embeddings(41)
+        fully_tuned(base)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
+    assert main([*command, "--format", "peft"]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "7 carried whole: lm_head/weight, model/embed_tokens/weight, model/layers/0/input_layernorm/weight" in told
+    assert "not in the adapters" not in told
+    with quiet():
+        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
+        model.resize_token_embeddings(41)
+        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    tokens = torch.tensor([[5, 40, 37, 39, 2, 38]])
+    with torch.no_grad():
+        wanted, found = base(tokens).logits.numpy(), live(tokens).logits.numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    is_tied = live.get_output_embeddings().weight is live.get_input_embeddings().weight
+    assert is_tied == tied
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
+    assert {"lm_head", "model.embed_tokens"}.isdisjoint(saved) == tied
+
+
+def test_what_is_not_carried_is_told_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without whole tensors the adapters alone are in the file, and PEFT loads it all the same."""
+    base = base_of(Case(llama, {}, {"tie_word_embeddings": False, "attention_bias": True}))
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        base.resize_token_embeddings(41)
+        fully_tuned(base)
         base.save_pretrained(str(tmp_path / "tuned"))
     folders = [str(tmp_path / name) for name in ("base", "tuned", "adapter")]
-    assert main(["extract", *folders[:2], "--out", folders[2], "--format", "peft", "--rank", "2"]) == 0
-    told = {"gpt_oss": "gate_up_proj_bias", "gemma3": "input_layernorm", "vit": "embeddings/cls_token"}[family]
-    assert told in capsys.readouterr().out.partition("changed, but not adapted")[2]
+    options = ["--format", "peft", "--adapters-only", "--exclude", "**/up_proj", "--exclude", "**/norm"]
+    command = ["extract", *folders[:2], "--out", folders[2], *options]
+    assert main(command) == 2
+    message = "lm_head/weight: shape (37, 16) in base, (41, 16) in tuned"
+    assert message in capsys.readouterr().err
+    assert main([*command, "--exclude", "lm_head", "--exclude", "**/embed_tokens"]) == 0
+    told = capsys.readouterr().out
+    assert "carried whole" not in told
+    for reason, path in (
+        ("of another shape", "lm_head/weight"),
+        ("no weight of known axes", "model/layers/0/input_layernorm/weight"),
+        ("not targeted", "model/layers/0/mlp/up_proj/weight"),
+    ):
+        assert path in told.partition(f"not in the adapters ({reason}): ")[2].splitlines()[0]
     with quiet():
-        model = type(base).from_pretrained(folders[0])
-        peft.PeftModel.from_pretrained(model, folders[2])  # warns, which is an error here, of what it does not find
+        peft.PeftModel.from_pretrained(type(base).from_pretrained(folders[0]), folders[2])
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+def test_tensors_that_transformers_converts_are_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One tensor on the disk is three in memory; under its own name PEFT would find nothing."""
+    rng = np.random.default_rng(0)
+    layer = "nomic_bert.encoder.layers.0"
+    shapes = {f"{layer}.attn.Wqkv.weight": (21, 7), f"{layer}.mlp.fc2.weight": (7, 11), f"{layer}.norm1.weight": (7,)}
+    config = {"model_type": "nomic_bert", "architectures": ["NomicBertForMaskedLM"]}
+    for name in ("base", "tuned"):
+        tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+        write_checkpoint(tmp_path / name, tensors, 1, **config)
+    folders = [str(tmp_path / name) for name in ("base", "tuned", "adapter")]
+    assert main(["extract", *folders[:2], "--out", folders[2], "--format", "peft"]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    reason = "other numbers in memory, in a way that is not known here"
+    assert f"1 changed, but not adapted, and so not in the adapters ({reason}): " in told
+    assert "Wqkv/weight" in told.partition(reason)[2]
+    assert not any("qkv" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))

@@ -87,20 +87,31 @@ def entries_of(keys: Iterable[str], target_parameters: Sequence[str]) -> list[Na
     return list(entries.values())
 
 
-def key_of(name: str, part: str, *, embedding: bool, wrapped: bool, level: int | None) -> str:
+def key_of(name: str, part: str, *, embedding: bool, wrapped: Mapping[str, int], level: int | None) -> str:
     """The name in PEFT's file of one part of the tensor `name`.
 
-    `wrapped` says whether its module has A and B, `level` how deep a parameter lies among those of its module.
+    `wrapped` says how many times PEFT wraps each module that has A and B, `level` how deep a parameter lies among those
+    of its module.
     """
-    module, _, last = name.rpartition(".")
+    module = name.rpartition(".")[0]
     if level is not None:
         return f"{PREFIX}{module}.{_BASE * level}lora_{part}.weight"
     if part == "value":
-        return f"{PREFIX}{module}{'.' if module else ''}{_BASE if wrapped else ''}{last}"
+        return PREFIX + _within(name, wrapped)
     suffixes = {
         part: suffix for suffix, part in _SUFFIXES.items() if ("embedding" in suffix) == (embedding and part in "AB")
     }
     return f"{PREFIX}{module}{suffixes[part]}"
+
+
+def _within(name: str, wrapped: Mapping[str, int]) -> str:
+    """The name of a tensor, through what PEFT puts around the modules that hold it."""
+    *modules, last = name.split(".")
+    found, module = "", ""
+    for segment in modules:
+        module = f"{module}.{segment}" if module else segment
+        found += f"{segment}.{_BASE * wrapped.get(module, 0)}"
+    return found + last
 
 
 def names_embedding(module: str) -> bool:

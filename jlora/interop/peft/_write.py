@@ -188,13 +188,13 @@ class _Writer:
         found: Arrays = {}
         parameters = self._parameters()
         parents, named = by_parent(parameters), set(parameters)
+        wrapped = {module: max(1, len(parameters_of(module, parents))) for module in self.adapted_modules}
         for name, entry in self.entries.items():
             module, _, last = name.rpartition(".")
             kind, parts = entry.kind, to_peft(entry.kind, entry.parts)
             order = parameters_of(module, parents)
             level = len(order) - 1 - order.index(last) if name in named else None
             for part, array in parts.items():
-                wrapped = module in self.adapted_modules
                 found[key_of(name, part, embedding=kind == "embedding", wrapped=wrapped, level=level)] = array
         return found
 
