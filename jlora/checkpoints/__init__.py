@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jlora.checkpoints._extract import extract
     from jlora.checkpoints._inspect import diff, inspect
     from jlora.checkpoints._merge import Merged, Unmerged, merge, unmerge
+    from jlora.disk import dry_run
 
 __all__ = [
     "Merged",
@@ -16,6 +17,7 @@ __all__ = [
     "combine",
     "convert",
     "diff",
+    "dry_run",
     "extract",
     "inspect",
     "merge",
@@ -33,5 +35,6 @@ __getattr__, __dir__ = lazy_face(
         "jlora.checkpoints._adapter_files": ("combine", "convert", "read_adapters", "resize", "write_adapters"),
         "jlora.checkpoints._inspect": ("diff", "inspect"),
         "jlora.checkpoints._merge": ("Merged", "Unmerged", "merge", "unmerge"),
+        "jlora.disk": ("dry_run",),
     },
 )

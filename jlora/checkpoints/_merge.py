@@ -10,7 +10,7 @@ from jlora.adapter import Entry
 from jlora.checkpoints._arithmetic import Weight
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._record import check_last_merged, check_not_merged, merges_in, record_of
-from jlora.checkpoints._residuals import RESIDUALS, check_names
+from jlora.checkpoints._residuals import RESIDUALS, ResidualReader, check_names, residual_file
 from jlora.checkpoints._rewrite import Progress, ShardWriter, rewrite_checkpoint
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._tied import check_apart, parted, tie_of, write_apart
@@ -29,8 +29,8 @@ class Merged:
 
     Attributes:
       out: the folder that was written.
-      changed: the tensors that are others now.
-      numbers: how many numbers of theirs are others.
+      changed: the tensors that are others now; in a dry run those that the adapters are for.
+      numbers: how many numbers of theirs are others; None in a dry run, which adds nothing.
       same: the tensors that the adapters are for and that came out as they were: the update is zero, or is lost to
         rounding.
       copied: how many tensors in all are the same, byte by byte.
@@ -42,7 +42,7 @@ class Merged:
 
     out: Path
     changed: tuple[str, ...]
-    numbers: int
+    numbers: int | None
     same: tuple[str, ...]
     copied: int
     size: int
@@ -52,7 +52,8 @@ class Merged:
 
     def __str__(self) -> str:
         resumed = f", {self.resumed} shards of them by an earlier run" if self.resumed else ""
-        tensors = f"{len(self.changed):,} tensors changed ({self.numbers:,} numbers) and {self.copied:,} copied"
+        numbers = "" if self.numbers is None else f" ({self.numbers:,} numbers)"
+        tensors = f"{len(self.changed):,} tensors changed{numbers} and {self.copied:,} copied"
         text = f"{tensors}, {self.size / 1e9:.2f} GB{resumed}: {self.out}"
         lines = [text, *_not_copied(self.left_out), *(f"warning: {line}" for line in self.warnings)]
         return "\n".join(lines)
@@ -67,9 +68,10 @@ class Unmerged:
       changed: the tensors that are others now.
       same: the tensors that the adapters are for and that came out as they were.
       left_out: as of `Merged`.
-      exact: whether every bit is known to be the base's.
-      uncertain: how many numbers rounding leaves open, of `numbers` in the tensors that the adapters are for.
-      largest: by how much one of them may be off at most.
+      exact: whether every bit is known to be the base's; in a dry run, whether it would be checked by its hash.
+      uncertain: how many numbers rounding leaves open, of `numbers` in the tensors that the adapters are for; None in
+        a dry run.
+      largest: by how much one of them may be off at most; None in a dry run.
     """
 
     out: Path
@@ -77,14 +79,18 @@ class Unmerged:
     same: tuple[str, ...]
     left_out: tuple[str, ...]
     exact: bool
-    uncertain: int
+    uncertain: int | None
     numbers: int
-    largest: float
+    largest: float | None
 
     def __str__(self) -> str:
         text = "\n".join([f"{len(self.changed):,} tensors unmerged: {self.out}", *_not_copied(self.left_out)])
+        if self.uncertain is None:
+            known = "a residual is there, by which every bit comes back, checked by its hash"
+            return f"{text}\n{known if self.exact else 'numbers that merging rounded may be off: no residual was kept'}"
         if self.exact:
             return f"{text}\nevery bit is the base's, checked by its hash"
+        assert self.largest is not None
         share = self.uncertain / max(1, self.numbers)
         return (
             f"{text}\nup to {self.uncertain:,} of {self.numbers:,} numbers ({share:.2%}) may be off, "
@@ -184,12 +190,12 @@ def merge(
         finish=finish,
     )
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
-    counts = _counts(written.notes)
+    counts = None if written.notes is None else _counts(written.notes)
     changed, same = _parted(changes, counts)
     return Merged(
         out=Path(out),
         changed=changed,
-        numbers=sum(counts.values()),
+        numbers=None if counts is None else sum(counts.values()),
         same=same,
         copied=len(source.entries.keys() - set(changed)),
         size=size,
@@ -246,6 +252,8 @@ def unmerge(
     exact = (source.folder / RESIDUALS).is_dir()
     if not exact and (lost := [name for name, found in changes.items() if not all(c.is_reversible for c in found)]):
         raise DataError(f"{lost[0]}: a value or a norm that is lost cannot be taken out; keep the base, or a residual")
+    for name in changes if exact else ():
+        ResidualReader(residual_file(source.folder, source.shard_of[name], name)).close()
     tally = Tally()
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
@@ -268,9 +276,12 @@ def unmerge(
         is_note=is_tally,
     )
     numbers = sum(math.prod(source.entries[name].shape) for name in changes)
-    uncertain, largest = sum(note[1] for note in written.notes), max(note[2] for note in written.notes)
-    changed, same = _parted(changes, _counts(written.notes))
-    return Unmerged(Path(out), changed, same, written.left_out, exact, uncertain, numbers, largest)
+    notes, left_out = written.notes, written.left_out
+    if notes is None:
+        return Unmerged(Path(out), tuple(changes), (), left_out, exact, None, numbers, None)
+    uncertain, largest = sum(note[1] for note in notes), max(note[2] for note in notes)
+    changed, same = _parted(changes, _counts(notes))
+    return Unmerged(Path(out), changed, same, left_out, exact, uncertain, numbers, largest)
 
 
 def _not_copied(left_out: Sequence[str]) -> list[str]:
@@ -283,9 +294,11 @@ def _counts(notes: Sequence[Any]) -> dict[str, int]:
     return {name: count for changed, _, _ in notes for name, count in changed.items()}
 
 
-def _parted(changes: Iterable[str], counts: dict[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The tensors that are others now, and those that are as they were."""
+def _parted(changes: Iterable[str], counts: dict[str, int] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tensors that are others now, and those that are as they were; uncounted, all may be others."""
     names = list(changes)
+    if counts is None:
+        return tuple(names), ()
     changed = tuple(name for name in names if counts.get(name))
     return changed, tuple(name for name in names if not counts.get(name))
 

@@ -69,6 +69,10 @@ class ResidualReader:
             digest = os.pread(self._file.fileno(), _DIGEST, self._left)
         self._unpacker = Unpacker(self._read, digest.decode("ascii", "replace"))
 
+    def close(self) -> None:
+        """Closes the file, whose hash is not checked."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 

@@ -28,7 +28,10 @@ from jlora.disk import (
     Workplace,
     beside,
     bring_back,
+    check_can_hold,
     dump_json,
+    is_dry_run,
+    left_places,
     read_json,
     there_already,
     workplace,
@@ -108,10 +111,13 @@ class ShardWriter:
 
 
 class Rewritten(NamedTuple):
-    """How many shards an earlier run had written, the notes of all, that run's too, and what was not copied."""
+    """How many shards an earlier run had written, the notes of all, that run's too, and what was not copied.
+
+    A dry run has no notes.
+    """
 
     resumed: int
-    notes: list[Any]
+    notes: list[Any] | None
     left_out: tuple[str, ...]
 
 
@@ -158,17 +164,23 @@ def rewrite_checkpoint(
     record = {**record, _FOLDERS: [name for name in files if "/" in name]}
     journal: _Journal | None = None
     try:
+        total = sum((source.folder / shard).stat().st_size for shard in source.shards)
+        room = total + sum((source.folder / name).stat().st_size for name in files) + extra_bytes
+        left_out = tuple(name for name in others.left_out if name.partition(" with ")[0] not in _OWN)
+        if is_dry_run():
+            _check_as_if_written(target, [source.folder, *inputs], room, force)
+            return Rewritten(0, None, left_out)
         bring_back(target)
         _check_target(target, [source.folder, *inputs], force)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True)
         with (
             workplace(target, lambda path: _Journal(path, record, source).is_of_this_run()) as place,
             threadpool_limits(limits=1, user_api="blas"),
         ):
             journal = _Journal(place.path, record, source)
             done = journal.begin(place.new, is_note)
-            total = sum((source.folder / shard).stat().st_size for shard in source.shards)
-            beside_it = sum((source.folder / name).stat().st_size for name in files)
-            _check_room(target.parent, total + beside_it + extra_bytes, place.new)
+            _check_room(target.parent, room, [place.new])
             progress = _Progress(on_progress, total)
             for shard in source.shards:
                 if shard in done:
@@ -190,7 +202,6 @@ def rewrite_checkpoint(
     except OSError as error:
         way_out = "; the same command resumes" if journal is not None and journal.digests else ""
         raise DataError(f"{error.filename or target}: {error.strerror}{way_out}") from None
-    left_out = tuple(name for name in others.left_out if name.partition(" with ")[0] not in _OWN)
     return Rewritten(len(done), [*(journal.notes[shard] for shard in source.shards), *more], left_out)
 
 
@@ -342,8 +353,17 @@ def _check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
         if not force:
             raise there_already(target)
         _check_replaceable(target)
-    if not target.parent.is_dir():
-        target.parent.mkdir(parents=True)
+
+
+def _check_as_if_written(target: Path, inputs: Iterable[Path], room: int, force: bool) -> None:
+    """Refuses what writing would refuse, and changes nothing."""
+    _check_target(target, inputs, force)
+    left = left_places(target)
+    if not os.path.lexists(target) and any((path / "old").is_dir() for path in left) and not force:
+        raise there_already(target)  # a run was killed as it replaced it: the next one brings it back
+    check_can_hold(target.parent)
+    existing = next(folder for folder in target.parents if folder.is_dir())
+    _check_room(existing, room, left)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -387,8 +407,9 @@ def _check_names(source: Checkpoint) -> None:
         )
 
 
-def _check_room(folder: Path, wanted: int, partial: Path) -> None:
-    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+def _check_room(folder: Path, wanted: int, left: Iterable[Path]) -> None:
+    """Refuses a disk that is too small, what earlier runs `left` set aside, which is kept or taken away."""
+    there = sum(file.stat().st_size for place in left for file in place.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if free + there < wanted + _SPARE:
         raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")

@@ -11,7 +11,7 @@ from typing import Any
 
 DONE, DIFFERENT, REFUSED = 0, 1, 2
 
-_WIDTH = 110
+WIDTH = 110
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 diff found differences; 2 something in the call or its files is wrong, or a file could not "
@@ -42,7 +42,7 @@ class StoppedError(Exception):
 
 def add_output_options(parser: argparse.ArgumentParser, fields: str) -> None:
     """The options for scripts, which every command has; `fields` tells what its object holds."""
-    paragraphs = [textwrap.fill(text, _WIDTH) for text in (_EXIT_CODES, _JSON.format(fields=fields))]
+    paragraphs = [textwrap.fill(text, WIDTH) for text in (_EXIT_CODES, _JSON.format(fields=fields))]
     parser.epilog = "\n\n".join([*([parser.epilog.rstrip()] if parser.epilog else []), *paragraphs])
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print one JSON object, for scripts")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jlora.cli._done import DIFFERENT, DONE, REFUSED, Done, add_output_options, plain_fields
+from jlora.cli._dry import add_dry_run, dry_or_not
 from jlora.cli._progress import progress_line
 from jlora.errors import JloraError, listed, plain, shortened
 from jlora.tables import text_table
@@ -62,13 +64,14 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_output_options(parser, _FIELDS[name])
-    parser.set_defaults(run=run, command=name)
+    parser.set_defaults(run=functools.partial(dry_or_not, run), command=name)
     return parser
 
 
 def _out(parser: argparse.ArgumentParser, *, form: bool = False) -> None:
     parser.add_argument("--out", "-o", required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--force", action="store_true", help="replace the folder where it is there")
+    add_dry_run(parser)
     if form:
         parser.add_argument("--format", choices=_FORMATS, help="of the adapters that are written")
 

@@ -3,6 +3,7 @@
 from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftovers, sync_folder, write_whole
 from jlora.disk._beside import WEIGHTS, Beside, beside
 from jlora.disk._checkpoint import Checkpoint
+from jlora.disk._dry import check_can_hold, dry_run, is_dry_run
 from jlora.disk._formats import format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
@@ -16,7 +17,7 @@ from jlora.disk._small import (
     read_json,
     read_json_lines,
 )
-from jlora.disk._workplace import Workplace, bring_back, there_already, workplace
+from jlora.disk._workplace import Workplace, bring_back, left_places, there_already, workplace
 
 __all__ = [
     "CONFIG",
@@ -33,11 +34,15 @@ __all__ = [
     "beside",
     "bring_back",
     "can_store",
+    "check_can_hold",
+    "dry_run",
     "dump_json",
     "file_written_whole",
     "format_of_file",
     "found_instead",
     "header_bytes",
+    "is_dry_run",
+    "left_places",
     "locked_folder",
     "open_to_read",
     "orbax_instead",

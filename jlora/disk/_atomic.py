@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jlora.disk._dry import is_dry_run
 from jlora.disk._open import reason
 from jlora.errors import DataError
 
@@ -24,6 +25,7 @@ def file_written_whole(path: str | Path, *, like: Path | None = None, sync: bool
     Raises:
       DataError: the system refuses, as for a full disk or a folder that is missing or may not be written to.
     """
+    assert not is_dry_run(), path
     target = Path(path)
     try:
         with _replacing(target, like or target, sync) as file:

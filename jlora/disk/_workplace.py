@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jlora.disk._atomic import locked_folder, sync_folder
+from jlora.disk._dry import is_dry_run
 from jlora.disk._open import open_to_read, read_bytes
 from jlora.disk._rename import exchange
 from jlora.errors import DataError
@@ -78,8 +79,10 @@ def workplace(target: Path, fits: Callable[[Path], bool]) -> Iterator[Workplace]
     Raises:
       DataError: another process is at work for this target.
     """
+    assert not is_dry_run(), target
     with contextlib.ExitStack() as locks:
         place = None
+        _remove_empty(target)
         for path in _found(target):
             locks.enter_context(locked_folder(path))
             if place is None and fits(path):
@@ -95,9 +98,23 @@ def workplace(target: Path, fits: Callable[[Path], bool]) -> Iterator[Workplace]
 
 def bring_back(target: Path) -> None:
     """Gives a target its place again that a run was about to replace when it was killed, without an exchange."""
+    _remove_empty(target)
     for path in _found(target):
         if not os.path.lexists(target) and os.path.isdir(path / "old"):
             os.rename(path / "old", target)
+
+
+def left_places(target: Path) -> list[Path]:
+    """The workplaces of a target that earlier runs left, which the next one goes on in, or takes away.
+
+    Raises:
+      DataError: another process is at work for this target.
+    """
+    found = _found(target)
+    for path in found:
+        with locked_folder(path):
+            pass
+    return found
 
 
 def there_already(target: Path) -> DataError:
@@ -114,18 +131,27 @@ def _made(target: Path) -> Workplace:
 
 def _found(target: Path) -> list[Path]:
     """The workplaces of a target that earlier runs left."""
-    ours = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{16}\.jlora")
     found = []
-    for name in sorted(os.listdir(target.parent)) if target.parent.is_dir() else ():
-        path = target.parent / name
-        if ours.fullmatch(name) and stat.S_ISDIR(os.lstat(path).st_mode):
-            with contextlib.suppress(OSError):
-                os.rmdir(path)  # of a run that was killed before the mark; never of a folder that holds something
-                continue
-            with contextlib.suppress(DataError):
-                # A run that was killed may have written no more than the beginning of the name.
-                found += [path] if os.fsencode(target.name).startswith(read_bytes(path / _MARK, 1000)) else []
+    for path in _named(target):
+        with contextlib.suppress(DataError):
+            # A run that was killed may have written no more than the beginning of the name.
+            found += [path] if os.fsencode(target.name).startswith(read_bytes(path / _MARK, 1000)) else []
     return found
+
+
+def _remove_empty(target: Path) -> None:
+    """Takes away what runs left that were killed before the mark; never a folder that holds something."""
+    for path in _named(target):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def _named(target: Path) -> list[Path]:
+    """The folders beside a target with the name of a workplace of it."""
+    ours = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{16}\.jlora")
+    names = sorted(os.listdir(target.parent)) if target.parent.is_dir() else ()
+    paths = [target.parent / name for name in names if ours.fullmatch(name)]
+    return [path for path in paths if stat.S_ISDIR(os.lstat(path).st_mode)]
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jlora.config import LoraConfig
-from jlora.disk import read_json, write_whole
+from jlora.disk import check_can_hold, read_json, write_whole
 from jlora.errors import DataError, listed, raise_all, shortened
 from jlora.interop._named import alike
 from jlora.interop.peft import FLAT, ModelEntry, model_entries
@@ -81,13 +81,15 @@ def write_gguf(path: str | Path, adapters: Any, config: LoraConfig, mapping: Tab
             f"{found[entry.name]}.lora_{part}": np.ascontiguousarray(array)
             for part, array in zip("ab", (a, b), strict=True)
         }
-    target = gguf_file(path)
+    target, contents = gguf_file(path), _bytes(gguf, model.architecture, scaling * rank, tensors)
+    if target.is_dir():
+        raise DataError(f"{target}: is a folder; wanted the name of a file, or of a folder for it")
 
     def write() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, _bytes(gguf, model.architecture, scaling * rank, tensors))
+        write_whole(target, contents)
 
-    write_once(leaves(adapters), write)
+    write_once(leaves(adapters), write, lambda: check_can_hold(target.parent))
 
 
 def _imported() -> Any:

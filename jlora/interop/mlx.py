@@ -24,7 +24,7 @@ from jlora.interop._placed import placed
 from jlora.interop.peft import FLAT, Mapping, ModelEntry, base_model_of, model_entries, names_embedding
 from jlora.paths import nest
 from jlora.pytrees import leaves
-from jlora.storage import folder_to_write, write_once
+from jlora.storage import check_folder_to_write, folder_to_write, write_once
 
 __all__ = ["check_base_of_mlx", "is_mlx_folder", "read_mlx", "read_mlx_arrays", "write_mlx"]
 
@@ -245,7 +245,7 @@ def write_mlx(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapp
         with folder_to_write(folder, TENSORS):
             Pair(folder, TENSORS).replace(dump_json(data), lambda file: write_tensors(file, tensors, {"format": "mlx"}))
 
-    write_once(leaves(adapters), write)
+    write_once(leaves(adapters), write, lambda: check_folder_to_write(folder, TENSORS))
 
 
 def _unwritable(entry: ModelEntry, is_dora: bool) -> str | None:

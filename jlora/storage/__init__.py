@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jlora.faces import lazy_face
-from jlora.storage._folder import folder_to_write, is_adapters_folder
+from jlora.storage._folder import check_folder_to_write, folder_to_write, is_adapters_folder
 from jlora.storage._processes import in_first, unreachable, write_once
 from jlora.storage._read import load_arrays, load_on_host, read_metadata
 from jlora.storage._report import LoadReport, Misfit
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadReport",
     "Misfit",
+    "check_folder_to_write",
     "folder_to_write",
     "in_first",
     "is_adapters_folder",

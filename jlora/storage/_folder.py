@@ -8,10 +8,11 @@ The tensors' file also names the SHA-256 of itself, with zeros in the place of t
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from jlora.disk import (
     TENSORS,
     Pair,
     TensorFile,
+    check_can_hold,
     file_written_whole,
     locked_folder,
     parse_json,
@@ -50,10 +52,6 @@ def write_folder(folder: Path, config: bytes, tensors: Mapping[str, Any], struct
     Raises:
       DataError: the system refuses, or another process is writing here; what was there before is still there.
     """
-    if len(config) > MOST_CONFIG:
-        raise DataError(
-            f"{folder / CONFIG}: {len(config):,} bytes of configuration and metadata, more than {MOST_CONFIG:,}"
-        )
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -83,7 +81,7 @@ def folder_to_write(folder: Path, tensors: str = TENSORS) -> Iterator[None]:
     Raises:
       DataError: the system refuses, or another process is writing here.
     """
-    _make_folder(folder, tensors)
+    _made(folder, tensors, lambda: folder.mkdir(parents=True, exist_ok=True))
     with locked_folder(folder):
         for name in dict.fromkeys((TENSORS, tensors)):
             Pair(folder, name).settle()
@@ -91,6 +89,20 @@ def folder_to_write(folder: Path, tensors: str = TENSORS) -> Iterator[None]:
         for name in (NEW_CONFIG, CONFIG, tensors):
             remove_leftovers(folder / name)
         yield
+
+
+def check_folder_to_write(folder: Path, tensors: str = TENSORS) -> None:
+    """Refuses what `folder_to_write`, and writing there, would refuse, and changes nothing.
+
+    Raises:
+      DataError: the system would refuse, or another process is writing here.
+    """
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{folder}: cannot be written: {os.strerror(errno.EACCES)}")
+    _made(folder, tensors, lambda: check_can_hold(folder))
+    if folder.is_dir():
+        with locked_folder(folder):
+            pass
 
 
 @contextlib.contextmanager
@@ -157,9 +169,10 @@ def _write_sealed(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[
     file.write(digest.hexdigest().encode())
 
 
-def _make_folder(folder: Path, tensors: str) -> None:
+def _made(folder: Path, tensors: str, make: Callable[[], None]) -> None:
+    """A folder made by `make`, in which nothing stands in the way of both files."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make()
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"{folder}: is a file, or lies in one: wanted a folder") from None
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from jlora.arrays import is_jax_array
+from jlora.disk import is_dry_run
 from jlora.errors import DataError
 
 _MOST_CHARACTERS = 1000
@@ -30,18 +31,19 @@ def unreachable(array: Any) -> str | None:
     )
 
 
-def write_once(arrays: Iterable[Any], write: Callable[[], None]) -> None:
+def write_once(arrays: Iterable[Any], write: Callable[[], None], check: Callable[[], None]) -> None:
     """Writes what holds these arrays: where they are of several processes, all of which call this, in the first alone.
 
-    The others wait until it is written.
+    The others wait until it is written. In a dry run `check` stands for `write`: it refuses what that would refuse.
 
     Raises:
       DataError: in every process, where the first one could not write.
     """
+    work = check if is_dry_run() else write
     if any(is_global(array) for array in arrays):
-        in_first(write)
+        in_first(work)
     else:
-        write()
+        work()
 
 
 def in_first(work: Callable[[], Plain]) -> Plain:

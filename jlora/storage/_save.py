@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import LoraConfig
-from jlora.disk import CONFIG, dump_json, parse_json
+from jlora.disk import CONFIG, MOST_CONFIG, dump_json, parse_json
 from jlora.errors import AdapterError, DataError, raise_all
 from jlora.storage._checks import check_arrays, check_fit, not_finite
-from jlora.storage._folder import FORMAT, write_folder
+from jlora.storage._folder import FORMAT, check_folder_to_write, write_folder
 from jlora.storage._processes import write_once
 from jlora.storage._structure import take_apart
 from jlora.tree import check_config
@@ -57,8 +57,16 @@ def save_adapters(
         for name, (_, update) in entries.items()
         for part, array in update.items()
     }
-    text = _config_text(config, metadata)
-    write_once(tensors.values(), lambda: write_folder(Path(path), text, tensors, structure))
+    folder, text = Path(path), _config_text(config, metadata)
+    if len(text) > MOST_CONFIG:
+        raise DataError(
+            f"{folder / CONFIG}: {len(text):,} bytes of configuration and metadata, more than {MOST_CONFIG:,}"
+        )
+    write_once(
+        tensors.values(),
+        lambda: write_folder(folder, text, tensors, structure),
+        lambda: check_folder_to_write(folder),
+    )
 
 
 def _config_text(config: LoraConfig, metadata: Mapping[str, Any] | None) -> bytes:

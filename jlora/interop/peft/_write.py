@@ -19,7 +19,7 @@ from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._targeted import check_fields, check_together
 from jlora.paths import leaves_by_path, literal_pattern
 from jlora.pytrees import leaves
-from jlora.storage import folder_to_write, unreachable, write_once
+from jlora.storage import check_folder_to_write, folder_to_write, unreachable, write_once
 from jlora.tree import check_config
 
 _EMBEDDINGS = ("wte", "wpe", "shared")
@@ -83,7 +83,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         with folder_to_write(folder):
             Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
-    write_once(leaves(adapters), write)
+    write_once(leaves(adapters), write, lambda: check_folder_to_write(folder))
 
 
 def model_entries(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> list[ModelEntry]:
