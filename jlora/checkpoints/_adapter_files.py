@@ -1,5 +1,6 @@
 """Adapters on the disk: read, written, resized, combined, converted."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jlora.checkpoints._forms import form_of, read_entries, shapes_of
 from jlora.checkpoints._orbax import is_orbax_folder, read_orbax_params
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
-from jlora.errors import DataError
+from jlora.errors import DataError, JloraWarning
 from jlora.fields import choice
 from jlora.interop.diffusion import is_flat
 from jlora.interop.gemma import from_gemma
@@ -83,7 +84,10 @@ def resize(
     form: str | None = None,
     force: bool = False,
 ) -> LoraConfig:
-    """Adapters of another rank, optimal in the Frobenius norm, written to a folder; see `jlora.compose.resize`."""
+    """Adapters of another rank, optimal in the Frobenius norm, written to a folder; see `jlora.compose.resize`.
+
+    Weights that are saved as a whole, biases and the magnitudes of DoRA go into the new folder too.
+    """
     tree, config, found = read_adapters(adapters, to=form)
     resized, config = compose.resize(tree, config, rank, rank_pattern=rank_pattern or ())
     write_adapters(out, resized, config, form or found, force=force)
@@ -102,19 +106,24 @@ def combine(
 ) -> LoraConfig:
     """Several adapters as one, written to a folder; methods and options of `jlora.compose.combine`.
 
-    Raises:
-      DataError: as well where an adapter has no path in common with the others.
+    Adapters with no weight in common are put together, as PEFT does it, with a warning that names the first paths: they
+    may be meant for one model, or named for two.
     """
     read = [read_adapters(path, to=form) for path in adapters]
-    paths = [set(leaves_by_path(tree, is_leaf=is_entry)) for tree, _, _ in read]
-    for path, own in zip(adapters, paths, strict=True):
-        others = set().union(*(found for found in paths if found is not own))
-        if others and not own & others:
-            raise DataError(f"{path}: no weight in common with the others: {min(own)}, but {min(others)} there")
+    _warn_of_disjoint(adapters, [set(leaves_by_path(tree, is_leaf=is_entry)) for tree, _, _ in read])
     combined, config = compose.combine([(tree, config) for tree, config, _ in read], weights, method=method, **options)
     config = with_kinds_of(config, [own for _, own, _ in read])
     write_adapters(out, combined, config, form or read[0][2], force=force)
     return config
+
+
+def _warn_of_disjoint(adapters: Sequence[str | Path], paths: Sequence[set[str]]) -> None:
+    for path, own in zip(adapters, paths, strict=True):
+        others = set().union(*(found for found in paths if found is not own))
+        if own and others and not own & others:
+            text = f"no weight in common with the others: {min(own)}, but {min(others)} there; the result has all"
+            warnings.warn(f"{path}: {text}", JloraWarning, stacklevel=3)
+            return  # of two, the other one has none in common either
 
 
 def convert(

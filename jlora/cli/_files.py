@@ -144,7 +144,7 @@ def _resize(parser: argparse.ArgumentParser) -> None:
 
 
 def _combine(parser: argparse.ArgumentParser) -> None:
-    from jlora.compose import METHODS
+    from jlora.compose import MAGNITUDES, METHODS, VALUES
 
     parser.add_argument("adapters", nargs="+", help=_ADAPTERS)
     _out(parser, form=True)
@@ -154,6 +154,19 @@ def _combine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="of the result, for the methods that end in svd")
     parser.add_argument("--majority-sign", choices=("total", "frequency"), default="total", help="of ties (total)")
     parser.add_argument("--seed", type=int, default=0, help="of random pruning (0)")
+    parser.add_argument(
+        "--values",
+        choices=VALUES,
+        default="same",
+        help="which of the weights that several adapters save as a whole: all have to be the same (same), that of the "
+        "first or the last adapter, their mean by weight, or none of them",
+    )
+    parser.add_argument(
+        "--magnitudes",
+        choices=MAGNITUDES,
+        default="same",
+        help="of DoRA: all have to be the same, and weights sum to 1 (same), or their mean by weight",
+    )
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +284,8 @@ def _run_combine(arguments: argparse.Namespace) -> Done:
         rank=arguments.rank,
         majority_sign=arguments.majority_sign,
         seed=arguments.seed,
+        values=arguments.values,
+        magnitudes=arguments.magnitudes,
         form=arguments.format,
         force=arguments.force,
     )

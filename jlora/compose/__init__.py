@@ -6,7 +6,7 @@ It is an array of JAX where it was made of one, and JAX does not narrow its dtyp
 
 from typing import TYPE_CHECKING
 
-from jlora.compose._rules import METHODS
+from jlora.compose._rules import MAGNITUDES, METHODS, VALUES
 from jlora.faces import lazy_face
 
 if TYPE_CHECKING:
@@ -15,9 +15,19 @@ if TYPE_CHECKING:
     from jlora.compose._report import Extracted, Extraction
     from jlora.compose._resize import resize
 
-__all__ = ["METHODS", "Extracted", "Extraction", "combine", "extract", "extract_weight", "resize"]
+__all__ = [
+    "MAGNITUDES",
+    "METHODS",
+    "VALUES",
+    "Extracted",
+    "Extraction",
+    "combine",
+    "extract",
+    "extract_weight",
+    "resize",
+]
 
-# The help of the commands names the methods, and needs no NumPy.
+# The help of the commands names these, and needs no NumPy.
 __getattr__, __dir__ = lazy_face(
     __name__,
     {

@@ -3,46 +3,43 @@
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jlora.compose._factors import (
-    Factors,
+    Held,
     balanced,
+    common_dtype,
     is_slot,
     padded,
-    read_factors,
+    read_entries,
     replaced,
     truncated,
     unit_config,
 )
-from jlora.compose._rules import METHODS, RULES, SIGNS
+from jlora.compose._rules import MAGNITUDES, METHODS, RULES, SIGNS, VALUES
 from jlora.compose._svd import cut, leading_triples
 from jlora.compose._tasks import Task
+from jlora.compose._wholes import (
+    Member,
+    is_taken_whole,
+    joined_magnitude,
+    joined_offset,
+    joined_value,
+    whole_problems,
+    with_factors,
+)
 from jlora.config import LoraConfig
-from jlora.errors import AdapterError, ConfigError, raise_all
+from jlora.errors import AdapterError, ConfigError, JloraWarning, listed, raise_all
 from jlora.fields import choice, integer, number, refusal
 from jlora.paths import path_number
 from jlora.pytrees import structure as tree_structure
 from jlora.tree import check_config
 
 Part = tuple[Any, LoraConfig]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    """One part's adapter of a weight: its number among the parts, its factors, its share and its scaling."""
-
-    part: int
-    factors: Factors
-    share: float
-    scaling: float
-
-    @property
-    def scale(self) -> float:
-        return self.share * self.scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +50,15 @@ class _Plan:
     task: Task
     rank: int | None
     seed: int
+    values: str
+    magnitudes: str
 
     @property
     def on_factors(self) -> bool:
         """Whether A is combined with A and B with B, so that all ranks have to be the same."""
         return self.method in RULES
 
-    def streams(self, path: str, members: Sequence[_Member]) -> list[np.random.Generator]:
+    def streams(self, path: str, members: Sequence[Member]) -> list[np.random.Generator]:
         return [np.random.default_rng([self.seed, path_number(path), member.part]) for member in members]
 
 
@@ -72,6 +71,8 @@ def combine(
     rank: int | None = None,
     majority_sign: str = "total",
     seed: int = 0,
+    values: str = "same",
+    magnitudes: str = "same",
 ) -> tuple[Any, LoraConfig]:
     """One adapter per weight from those of several parts; the methods of PEFT's `add_weighted_adapter`.
 
@@ -88,6 +89,16 @@ def combine(
       of A and B, then "svd". These build the dense delta of every part, one weight (one entry of its batch axes) at a
       time; where its smaller side is above 512 its singular vectors may come from a random sketch.
 
+    A weight that one part alone adapts gets that one's update; parts with no weight in common give all of theirs. What
+    an entry holds beside A and B:
+
+    - an offset is a delta: sum w s offset, pruned and elected as the deltas are.
+    - a value takes the weight's place, and is not multiplied with the weight of its part: a warning says so. It is kept
+      where one part has it or all agree; `values` says what else. The A and B of other parts are added to it.
+    - the magnitude m of DoRA: m V/||V||, V = W + s A@B, is no sum of updates. With weights w that sum to 1,
+      sum w V_i is a mean of the directions V_i, and where all have the same m it stays: so does an entry that one part
+      alone has, with weight 1. `magnitudes` says what else.
+
     Args:
       parts: pairs (adapters, config). Ranks, alphas, scaling modes and adapted weights may differ; ranks may not where
         A is combined with A and B with B.
@@ -98,6 +109,10 @@ def combine(
         the largest of the parts at each weight unless given.
       majority_sign: the sign of the "total" of the values, or of most ("frequency").
       seed: of the random pruning, which draws from `default_rng([seed, path_number(path), part])`, A before B.
+      values: "same" refuses values of one weight that differ; "first" and "last" take that part's, "mean" takes
+        sum w value / sum w over the parts that have one, "leave_out" none, so that the base's own weight stays.
+      magnitudes: "same" refuses what is not exact; "mean" takes sum w m / sum w over the parts that have one, and
+        combines A and B as any.
 
     Returns:
       Adapters and a configuration with a scaling of 1, that targets each adapted weight by its path and has all else of
@@ -107,8 +122,8 @@ def combine(
 
     Raises:
       ConfigError: an argument that is not allowed.
-      AdapterError: with the path: a node that is no plain adapter, shapes, ranks or factorizations of the parts that do
-        not go together, a value that is not finite.
+      AdapterError: with the path: a node that is no entry; shapes, ranks, factorizations, values or magnitudes of the
+        parts that do not go together; a number that is not finite.
 
     >>> part = {'up': {'A': np.ones((2, 1), 'float32'), 'B': np.ones((1, 3), 'float32')}}, LoraConfig(rank=1, alpha=2)
     >>> adapters, config = combine([part, part], [1.0, 0.5], method="cat")
@@ -125,8 +140,10 @@ def combine(
         _task(method, density, majority_sign),
         _checked_rank(rank, method),
         integer("seed", seed, 0, 2**32),
+        choice("values", values, VALUES),
+        choice("magnitudes", magnitudes, MAGNITUDES),
     )
-    read = [read_factors(adapters, config, f"parts[{i}], ") for i, (adapters, config) in enumerate(parts)]
+    read = [read_entries(adapters, config, f"parts[{i}], ") for i, (adapters, config) in enumerate(parts)]
     paths = dict.fromkeys(itertools.chain.from_iterable(read))
     members = {path: _members(path, parts, read, shares) for path in paths}
     if not members:
@@ -134,12 +151,22 @@ def combine(
     problems: list[str] = []
     for path, here in members.items():
         problems += _problems(path or "the root", here, plan.on_factors)
+        problems += whole_problems(path or "the root", here, plan.values, plan.magnitudes)
     raise_all(problems, AdapterError)
-    by_path = {path: _combined(path, here, plan) for path, here in members.items()}
-    ranks = {path: int(adapter["A"].shape[-1]) for path, adapter in by_path.items()}
+    by_path = {path: entry for path, here in members.items() if (entry := _combined(path, here, plan))}
+    if not by_path:
+        raise AdapterError("nothing is left: all that the parts hold is values, and values='leave_out' leaves them out")
+    _warn_of_values([path for path, here in members.items() if is_taken_whole(here, plan.values)])
+    ranks = {path: int(entry["A"].shape[-1]) for path, entry in by_path.items() if "A" in entry}
     roles = {path: next(iter(given)) for path, here in members.items() if (given := _roles(here))}
     structure = _joined([adapters for adapters, _ in parts], "")
-    return replaced(structure, by_path), unit_config(parts[0][1], ranks, roles)
+    return replaced(structure, by_path), unit_config(parts[0][1], ranks, roles, list(by_path))
+
+
+def _warn_of_values(paths: Sequence[str]) -> None:
+    if paths:
+        text = "values take the place of weights as a whole, whatever the weight of the part that holds them"
+        warnings.warn(f"{listed(paths, 3)}: {text}", JloraWarning, stacklevel=3)
 
 
 def _checked_parts(parts: Any) -> list[Part]:
@@ -182,21 +209,23 @@ def _task(method: str, density: Any, majority_sign: str) -> Task:
 
 
 def _members(
-    path: str, parts: Sequence[Part], read: Sequence[Mapping[str, Factors]], shares: Sequence[float]
-) -> list[_Member]:
+    path: str, parts: Sequence[Part], read: Sequence[Mapping[str, Held]], shares: Sequence[float]
+) -> list[Member]:
     return [
-        _Member(i, found[path], share, config.scaling_of(path))
+        Member(i, found[path], share, config.scaling_of(path))
         for i, ((_, config), found, share) in enumerate(zip(parts, read, shares, strict=True))
         if path in found
     ]
 
 
-def _roles(members: Sequence[_Member]) -> dict[str, None]:
-    return dict.fromkeys(member.factors.roles for member in members if member.factors.roles is not None)
+def _roles(members: Sequence[Member]) -> dict[str, None]:
+    found = with_factors(members)
+    return dict.fromkeys(member.factors.roles for member in found if member.factors.roles is not None)
 
 
-def _problems(path: str, members: Sequence[_Member], same_rank: bool) -> Iterator[str]:
-    """What keeps the parts' adapters of one weight from going together."""
+def _problems(path: str, members: Sequence[Member], same_rank: bool) -> Iterator[str]:
+    """What keeps the parts' A and B of one weight from going together."""
+    members = with_factors(members)
     sides = {f"parts[{m.part}] batch {m.factors.batch}, in {m.factors.ins}, out {m.factors.outs}" for m in members}
     if len({member.factors.sides for member in members}) > 1:
         yield f"{path}: the parts are of different weights: {'; '.join(sorted(sides))}"
@@ -207,9 +236,21 @@ def _problems(path: str, members: Sequence[_Member], same_rank: bool) -> Iterato
         yield f"{path}: found ranks {ranks}; wanted one rank, or method='cat' or 'svd', which take any"
 
 
-def _combined(path: str, members: Sequence[_Member], plan: _Plan) -> dict[str, Any]:
+def _combined(path: str, members: Sequence[Member], plan: _Plan) -> dict[str, Any]:
+    """The entry of one weight, with the parts that there are."""
+    found = with_factors(members)
+    entry = _combined_factors(path, found, plan) if found else {}
+    others = {
+        "value": joined_value(path, members, plan.values),
+        "offset": joined_offset(path, members, plan.task, plan.streams(path, members)),
+        "magnitude": joined_magnitude(path, members),
+    }
+    return entry | {name: part for name, part in others.items() if part is not None}
+
+
+def _combined_factors(path: str, members: Sequence[Member], plan: _Plan) -> dict[str, Any]:
     own = [member.factors for member in members]
-    dtypes = {"a_dtype": _dtype(f.a_dtype for f in own), "b_dtype": _dtype(f.b_dtype for f in own)}
+    dtypes = {"a_dtype": common_dtype(f.a_dtype for f in own), "b_dtype": common_dtype(f.b_dtype for f in own)}
     like = dataclasses.replace(own[0], **dtypes, is_jax=any(f.is_jax for f in own))
     if plan.on_factors:
         return like.adapter(path, *_on_factors(path, members, plan))
@@ -221,7 +262,7 @@ def _combined(path: str, members: Sequence[_Member], plan: _Plan) -> dict[str, A
     return like.adapter(path, *((a, b) if plan.method == "cat" else truncated(a, b, rank)))
 
 
-def _on_factors(path: str, members: Sequence[_Member], plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
+def _on_factors(path: str, members: Sequence[Member], plan: _Plan) -> tuple[np.ndarray, np.ndarray]:
     """A with A and B with B; the sign of a weight goes to A alone, as the two would cancel."""
     streams = plan.streams(path, members)
     roots = [math.sqrt(abs(member.scale)) for member in members]
@@ -230,14 +271,14 @@ def _on_factors(path: str, members: Sequence[_Member], plan: _Plan) -> tuple[np.
     return a, plan.task.join([member.factors.b for member in members], roots, streams)
 
 
-def _on_deltas(path: str, members: Sequence[_Member], plan: _Plan, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _on_deltas(path: str, members: Sequence[Member], plan: _Plan, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The deltas joined as dense matrices, then the best approximation of their rank."""
     streams = plan.streams(path, members)
     sketch = np.random.default_rng([plan.seed, path_number(path), len(members), 1])
     dtypes = [np.dtype(np.float32)]
     for member in members:
         dtypes += [member.factors.a_dtype, member.factors.b_dtype]
-    wide = _dtype(dtypes)
+    wide = common_dtype(dtypes)
     shares = [member.share for member in members]
     done = []
     for entry in range(len(members[0].factors.a)):
@@ -246,14 +287,6 @@ def _on_deltas(path: str, members: Sequence[_Member], plan: _Plan, rank: int) ->
         u, s, vh = cut(leading_triples(joined[0], rank, sketch), rank)
         done.append(balanced(u.astype(np.float64), s.astype(np.float64), vh.astype(np.float64)))
     return padded(np.stack([a for a, _ in done]), np.stack([b for _, b in done]), rank)
-
-
-def _dtype(dtypes: Any) -> Any:
-    """The dtype that all share, else float32, or float64 where one of them is."""
-    found = dict.fromkeys(dtypes)
-    if len(found) == 1:
-        return next(iter(found))
-    return np.dtype(np.float64 if any(np.dtype(dtype) == np.float64 for dtype in found) else np.float32)
 
 
 def _joined(nodes: Sequence[Any], path: str) -> Any:

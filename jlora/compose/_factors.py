@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from jlora.adapter import is_adapter, matrices_of
+from jlora.adapter import PARTS, is_entry, matrices_of
 from jlora.arrays import is_floating, is_jax_array, on_device
 from jlora.boxes import unboxed
 from jlora.config import LoraConfig
@@ -57,14 +57,22 @@ class Factors:
         }
 
 
-def read_factors(adapters: Any, config: LoraConfig, where: str = "") -> dict[str, Factors]:
-    """The factors of every adapter by path.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What an entry holds: the factors of its A and B where it has these, and its other parts as they are, by name."""
+
+    factors: Factors | None
+    others: Mapping[str, Any]
+
+
+def read_entries(adapters: Any, config: LoraConfig, where: str = "") -> dict[str, Held]:
+    """What every entry of the adapters holds, by path.
 
     Raises:
-      AdapterError: with every problem at once: a node that is no plain adapter, a dtype that is not floating, a value
-        that is not finite, A and B that do not fit each other or the configuration's rank.
+      AdapterError: with every problem at once: a node that is no entry, a dtype that is not floating, a value that is
+        not finite, parts that do not fit each other or the configuration's rank.
     """
-    found: dict[str, Factors] = {}
+    found: dict[str, Held] = {}
     problems: list[str] = []
     for path, node in leaves_by_path(unboxed(adapters), is_leaf=_is_node).items():
         try:
@@ -76,7 +84,7 @@ def read_factors(adapters: Any, config: LoraConfig, where: str = "") -> dict[str
 
 
 def replaced(adapters: Any, by_path: Mapping[str, Any]) -> Any:
-    """The tree with the adapters of `by_path` in it, `None` at the other paths."""
+    """The tree with the entries of `by_path` in it, `None` at the other paths."""
 
     def at(key_path: Any, _: Any) -> Any:
         return by_path.get(path_string(key_path))
@@ -85,8 +93,8 @@ def replaced(adapters: Any, by_path: Mapping[str, Any]) -> Any:
 
 
 def is_slot(node: Any) -> bool:
-    """Whether a node stands where a weight does: an adapter, or None."""
-    return node is None or is_adapter(node)
+    """Whether a node stands where a weight does: an entry, or None."""
+    return node is None or is_entry(node)
 
 
 def rounded(path: str, array: np.ndarray, dtype: Any, is_jax: bool) -> Any:
@@ -125,13 +133,15 @@ def padded(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
     return np.pad(a, ((0, 0), (0, 0), (0, more))), np.pad(b, ((0, 0), (0, more), (0, 0)))
 
 
-def unit_config(config: LoraConfig, ranks: Mapping[str, int], roles: Mapping[str, str]) -> LoraConfig:
+def unit_config(
+    config: LoraConfig, ranks: Mapping[str, int], roles: Mapping[str, str], paths: Collection[str] = ()
+) -> LoraConfig:
     """The configuration for adapters at exactly these paths, of these ranks, with a scaling of 1.
 
-    `roles` holds the factorizations to write down. The rank that most have needs no pattern. Everything else is as in
-    `config`.
+    `roles` holds the factorizations to write down, `paths` those of all entries, which are the targets where none has
+    A and B. The rank that most have needs no pattern. Everything else is as in `config`.
     """
-    counts = Counter(ranks.values())
+    counts = Counter(ranks.values() or [config.rank])
     rank = max(counts, key=lambda value: (counts[value], value))
     others = {literal_pattern(path): own for path, own in ranks.items() if own != rank}
     return config.replace(
@@ -140,20 +150,52 @@ def unit_config(config: LoraConfig, ranks: Mapping[str, int], roles: Mapping[str
         scaling="standard",
         rank_pattern=others,
         alpha_pattern=others,
-        target_modules=tuple(literal_pattern(path) for path in ranks),
+        target_modules=tuple(literal_pattern(path) for path in ranks or paths),
         exclude_modules=(),
         factorizations={literal_pattern(path): given for path, given in roles.items()},
     )
 
 
+def common_dtype(dtypes: Iterable[Any]) -> Any:
+    """The dtype that all share, else float32, or float64 where one of them is."""
+    found = dict.fromkeys(dtypes)
+    if len(found) == 1:
+        return next(iter(found))
+    return np.dtype(np.float64 if any(np.dtype(dtype) == np.float64 for dtype in found) else np.float32)
+
+
 def _is_node(node: Any) -> bool:
-    """Whether a node is an adapter or was meant as one: a mapping in which A or B is an array."""
-    return isinstance(node, Mapping) and any(hasattr(node.get(name), "ndim") for name in "AB")
+    """Whether a node is an entry or was meant as one: a mapping in which a part is an array."""
+    return isinstance(node, Mapping) and any(hasattr(node.get(name), "ndim") for name in PARTS)
 
 
-def _read(path: str, node: Any, config: LoraConfig) -> Factors:
-    if not is_adapter(node):
-        raise AdapterError(f"found {_described(node)}, wanted a plain adapter {{'A', 'B'}} or None")
+def _read(path: str, node: Any, config: LoraConfig) -> Held:
+    if not is_entry(node):
+        raise AdapterError(
+            f"found {_described(node)}, wanted an entry of 'A' and 'B', 'value', 'offset' or 'magnitude', or None"
+        )
+    factors = _factors(path, node, config) if "A" in node else None
+    others = {name: part for name, part in node.items() if name not in "AB"}
+    for name, part in others.items():
+        if name == "value" and not is_floating(part.dtype):  # a buffer, such as a count of steps, passes through
+            continue
+        _array(name, part)
+        if factors is not None:
+            _check_fits(name, tuple(part.shape), factors)
+    return Held(factors, others)
+
+
+def _check_fits(name: str, shape: tuple[int, ...], factors: Factors) -> None:
+    """Raises an AdapterError for a part of other axes than the factors say; of which order they are, is not known."""
+    batch, ins, outs = factors.sides
+    if name == "magnitude":
+        if shape != batch + outs:
+            raise AdapterError(f"magnitude {shape} does not fit A and B: wanted {batch + outs}")
+    elif sorted(shape) != sorted(batch + ins + outs):
+        raise AdapterError(f"{name} {shape} does not fit A and B of batch {batch}, in {ins}, out {outs}")
+
+
+def _factors(path: str, node: Mapping[str, Any], config: LoraConfig) -> Factors:
     a, b = (_array(name, node[name]) for name in "AB")
     n = batch_dims_of(path, node, config)
     split = given_split(path, node, config)

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora.compose._factors import Factors, padded, read_factors, replaced, truncated
+from jlora.arrays import is_jax_array
+from jlora.compose._factors import Held, padded, read_entries, replaced, rounded, truncated
 from jlora.config import LoraConfig, Pairs, effective_alpha
 from jlora.errors import AdapterError, raise_all
 from jlora.paths import format_nearest, literal_pattern, matched_depths
@@ -21,8 +22,12 @@ def resize(
     built. alpha and the scaling mode stay, so that s changes with the rank, and A' and B' absorb it. Where the rank
     shrinks, the roots of the singular values go to A' and to B'.
 
+    What else an entry holds has no rank and stays: a value; an offset, multiplied by s_old / s_new, so that its update
+    is the same; the magnitude m of DoRA. The weight m V/||V||, V = W + s A@B, keeps its norms then; of all V of that
+    rank it has the nearest, which may not give the nearest weight: to find that one takes W, which is not at hand.
+
     Args:
-      adapters: adapters of any floating dtype, `None` where nothing is adapted.
+      adapters: entries of any floating dtype, `None` where nothing is adapted.
       config: the configuration that they were made with.
       rank: the new rank, at least 1 and at most the smaller side of each weight. Where it is larger than the old one
         the delta is kept, and zero columns are added to A' and B'; these have no gradient until one of the two is
@@ -35,8 +40,8 @@ def resize(
 
     Raises:
       ConfigError: a rank that is no whole number of at least 1.
-      AdapterError: with every problem at once: a node that is no plain adapter, a rank larger than the smaller side, a
-        pattern that matches nothing, a value that is not finite.
+      AdapterError: with every problem at once: a node that is no entry, no A and B at all, a rank larger than the
+        smaller side, a pattern that matches nothing, a number that is not finite.
 
     >>> adapters = {'up': {'A': np.eye(3, 2, dtype='float32'), 'B': np.array([[1., 0.], [0., 3.]], 'float32')}}
     >>> small, config = resize(adapters, LoraConfig(rank=2, alpha=2), rank=1)
@@ -48,27 +53,46 @@ def resize(
     """
     check_config(config)
     resized = config.replace(rank=rank, rank_pattern=rank_pattern)
-    found = read_factors(adapters, config)
+    found = read_entries(adapters, config)
     raise_all(_problems(found, resized), AdapterError)
-    by_path = {path: _resized(path, factors, config, resized.rank_of(path)) for path, factors in found.items()}
+    by_path = {}
+    for path, held in found.items():
+        old, new = config.rank_of(path), resized.rank_of(path)
+        # One alpha divides out of s_old / s_new, also where it is 0.
+        ratio = _scaling_of_one(old, config.scaling) / _scaling_of_one(new, config.scaling)
+        by_path[path] = _with_rank(path, held, new, ratio)
     return replaced(adapters, by_path), resized
 
 
-def _resized(path: str, factors: Factors, config: LoraConfig, rank: int) -> dict[str, Any]:
-    old = factors.rank
-    # One alpha divides out of s_old / s_new, also where it is 0.
-    ratio = (effective_alpha(1.0, old, config.scaling) / old) / (effective_alpha(1.0, rank, config.scaling) / rank)
-    if rank >= old:
-        return factors.adapter(path, *padded(factors.a, factors.b * ratio, rank))
+def _scaling_of_one(rank: int, scaling: str) -> float:
+    """The scaling at an alpha of 1."""
+    return effective_alpha(1.0, rank, scaling) / rank
+
+
+def _with_rank(path: str, held: Held, rank: int, ratio: float) -> dict[str, Any]:
+    """The entry at another rank; A@B and the offset are multiplied by the ratio of the scalings."""
+    entry = dict(held.others)
+    if "offset" in entry:
+        offset = entry["offset"]
+        wide = np.asarray(offset).astype(np.float64) * ratio
+        entry["offset"] = rounded(path, wide, offset.dtype, is_jax_array(offset))
+    factors = held.factors
+    if factors is None:
+        return entry
+    if rank >= factors.rank:
+        return entry | factors.adapter(path, *padded(factors.a, factors.b * ratio, rank))
     root = np.sqrt(ratio)
-    return factors.adapter(path, *truncated(factors.a * root, factors.b * root, rank))
+    return entry | factors.adapter(path, *truncated(factors.a * root, factors.b * root, rank))
 
 
-def _problems(found: Mapping[str, Factors], config: LoraConfig) -> Iterator[str]:
+def _problems(found: Mapping[str, Held], config: LoraConfig) -> Iterator[str]:
+    adapted = {path: held.factors for path, held in found.items() if held.factors is not None}
+    if found and not adapted:
+        yield f"{next(iter(found))}: neither this nor any other entry holds A and B; wanted some that have a rank"
     for pattern in dict(config.rank_pattern):
-        if not any(matched_depths(pattern, path) for path in found):
-            yield f"rank_pattern: {pattern!r} matches nothing that is adapted; {format_nearest(pattern, found)}"
-    for path, factors in found.items():
+        if not any(matched_depths(pattern, path) for path in adapted):
+            yield f"rank_pattern: {pattern!r} matches nothing that is adapted; {format_nearest(pattern, adapted)}"
+    for path, factors in adapted.items():
         rank, most = config.rank_of(path), factors.smaller_side
         if rank > most:
             yield (

@@ -1,8 +1,10 @@
-"""The methods of `combine` by name."""
+"""What `combine` is told by name: methods, and what becomes of values and magnitudes that differ."""
 
 import dataclasses
 
 SIGNS = ("total", "frequency")
+VALUES = ("same", "first", "last", "mean", "leave_out")
+MAGNITUDES = ("same", "mean")
 
 
 @dataclasses.dataclass(frozen=True)

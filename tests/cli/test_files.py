@@ -182,6 +182,53 @@ def test_combine_prunes_at_random_by_its_seed(folder, capsys):
     assert not np.array_equal(*found)
 
 
+def test_combine_and_what_several_adapters_save_as_a_whole(folder, capsys):
+    heads = [np.random.default_rng(seed).standard_normal((5, 3)).astype(np.float32) for seed in (1, 2)]
+    for name, head in zip(("one", "two"), heads, strict=True):
+        write_peft(name, {UP: pair(np.random.default_rng(3)), "lm_head.weight": {"value": head}}, CONFIG)
+    options = ["--method", "cat", "--weights", 0.75, 0.25]
+    code, _, err = run(capsys, "combine", "one", "two", "--out", "both", *options)
+    assert code == 2
+    assert "lm_head/weight: parts[0], parts[1] replace the weight by different values" in err
+    assert "give values='first' or 'last'" in err
+    wanted = {"first": heads[0], "last": heads[1], "mean": 0.75 * heads[0] + 0.25 * heads[1], "leave_out": None}
+    for values, head in wanted.items():
+        assert run(capsys, "combine", "one", "two", "--out", values, "--values", values, *options)[0] == 0
+        found = flat_entries(values)
+        assert found.keys() == ({UP} if head is None else {UP, "lm_head.weight"})
+        if head is not None:
+            np.testing.assert_allclose(found["lm_head.weight"]["value"], head, rtol=1e-6)
+
+
+def test_combine_and_dora(folder, capsys):
+    magnitudes = [np.random.default_rng(seed).random(13).astype(np.float32) for seed in (1, 2)]
+    for name, magnitude in zip(("one", "two"), magnitudes, strict=True):
+        write_peft(name, {UP: pair(np.random.default_rng(3)) | {"magnitude": magnitude}}, CONFIG)
+    code, _, err = run(capsys, "combine", "one", "two", "--out", "both")
+    assert code == 2
+    assert "DoRA cannot be summed: found a magnitude in parts[0], parts[1], weights that sum to 2" in err
+    assert run(capsys, "combine", "one", "two", "--out", "both", "--magnitudes", "mean")[0] == 0
+    found = flat_entries("both")[UP]["magnitude"]
+    np.testing.assert_allclose(found, (magnitudes[0] + magnitudes[1]) / 2, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("always::jlora.JloraWarning")
+def test_disjoint_adapters_are_combined_with_a_warning(folder, capsys):
+    parts = {"up": {UP: pair(np.random.default_rng(1))}, "down": {DOWN: pair(np.random.default_rng(2))}}
+    for name, entries in parts.items():
+        write_peft(name, entries, CONFIG)
+    code, out, err = run(capsys, "combine", "up", "down", "--weights", 2, -1, "--method", "cat", "--out", "both")
+    assert (code, out) == (0, "2 adapters combined by cat, written to both\n")
+    assert err.count("\n") == 1
+    assert err.startswith("jlora: warning: up: no weight in common with the others: ")
+    found = flat_entries("both")
+    for name, entries, weight in ((UP, parts["up"], 2), (DOWN, parts["down"], -1)):
+        scale = weight * CONFIG.scaling_of(name)
+        np.testing.assert_allclose(
+            found[name]["A"] @ found[name]["B"], scale * entries[name]["A"] @ entries[name]["B"], rtol=1e-4, atol=1e-6
+        )
+
+
 def test_combine_elects_the_sign_that_is_asked_for(folder, capsys):
     third = {UP: pair(np.random.default_rng(3)), DOWN: pair(np.random.default_rng(4))}
     write_peft("third", third, CONFIG)

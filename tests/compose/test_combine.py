@@ -336,8 +336,8 @@ def test_parts_that_do_not_go_together_are_named(rng):
 
 def test_what_is_no_adapter_is_named_with_its_part(rng):
     good = {"up": random_of(rng, "io", 2)}
-    bad = {"up": {**good["up"], "magnitude": np.ones(7)}}
-    with pytest.raises(AdapterError, match=r"^parts\[1\], up: found a mapping of 'A', 'B', 'magnitude'"):
+    bad = {"up": {**good["up"], "m": np.ones(7)}}
+    with pytest.raises(AdapterError, match=r"^parts\[1\], up: found a mapping of 'A', 'B', 'm', wanted an entry of"):
         combine([(good, LoraConfig(rank=2)), (bad, LoraConfig(rank=2))])
     with pytest.raises(AdapterError, match=r"^parts\[0\], up: A \(11, 2\) does not have the rank 5"):
         combine([(good, LoraConfig(rank=5))])

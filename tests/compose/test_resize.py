@@ -224,9 +224,12 @@ def bad(name: str, rng: np.random.Generator) -> Any:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dora", r"found a mapping of 'A', 'B', 'm', wanted a plain adapter \{'A', 'B'\} or None"),
-        ("half", r"found a mapping of 'A', wanted a plain adapter"),
-        ("array", r"found an array \(11, 3\), wanted a plain adapter"),
+        (
+            "dora",
+            r"found a mapping of 'A', 'B', 'm', wanted an entry of 'A' and 'B', 'value', 'offset' or 'magnitude'",
+        ),
+        ("half", r"found a mapping of 'A', wanted an entry of 'A' and 'B'"),
+        ("array", r"found an array \(11, 3\), wanted an entry of 'A' and 'B'"),
         ("integer", r"A is of dtype int8: wanted a floating dtype"),
         ("infinite", r"B holds values that are not finite"),
         ("misfit", r"A \(11, 3\) and B \(2, 7\) do not fit"),

@@ -195,14 +195,37 @@ class _Writer:
             order = parameters_of(module, parents)
             level = len(order) - 1 - order.index(last) if name in named else None
             for part, array in parts.items():
+                if part == "offset":
+                    array = self._with_scaling_of_weight(entry, array)
                 found[key_of(name, part, embedding=kind == "embedding", wrapped=wrapped, level=level)] = array
         return found
+
+    def _with_scaling_of_weight(self, entry: ModelEntry, offset: Any) -> Any:
+        """The bias of a B, which PEFT multiplies with the scaling of A@B, whatever the path of the offset has."""
+        weight = self.entries.get(f"{entry.name.rpartition('.')[0]}.weight")
+        if weight is None:
+            return offset
+        own, theirs = map(self.configuration.scaling_of, (entry.path, weight.path))
+        if own == theirs:
+            return offset
+        if theirs == 0:
+            raise DataError(
+                f"{entry.path}: its scaling is {own:.6g}, and that of {weight.path} 0: PEFT has one for both"
+            )
+        return (offset.astype(np.float64) * (own / theirs)).astype(offset.dtype)
 
     def config(self) -> dict[str, Any]:
         """PEFT's configuration."""
         parameters = self._parameters()
         named = set(parameters)
         entries = self.entries.values()
+        dora = [entry.name for entry in entries if "magnitude" in entry.parts]
+        plain = [entry.name for entry in entries if "A" in entry.parts and "magnitude" not in entry.parts]
+        if dora and plain:
+            raise DataError(
+                f"{dora[0]} has a magnitude (DoRA) and {plain[0]} has none: PEFT has them at all modules of a folder "
+                "or at none; write two folders, or one in jlora's own format, which has both"
+            )
         contents = Contents(
             adapted={
                 entry.name if entry.name in named else entry.name.rpartition(".")[0]: entry.path
@@ -214,7 +237,7 @@ class _Writer:
             base=frozenset(name for name, kind in self.kept.kinds.items() if kind == "base"),
             digest=digest_of({entry.name: entry.parts for entry in entries}),
             conv1d=any(entry.kind == "conv1d" for entry in entries),
-            dora=any("magnitude" in entry.parts for entry in entries),
+            dora=bool(dora),
             lora_bias=any("offset" in entry.parts for entry in entries),
         )
         return peft_config(self.configuration, contents, self.kept)
