@@ -23,11 +23,7 @@ from jlora.tree import find_targets, is_targeted
 
 _UNFIT = "PEFT cannot adapt it, or nobody knows its axes"
 _CONVERTED = "other numbers in memory, in a way that is not known here"
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+_SAVES_THE_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def extract(
@@ -164,8 +160,7 @@ def _for_peft(
     """The configuration, with what PEFT is told of the model."""
     kinds = {path.replace("/", "."): kind for path in paths if (kind := kind_in_memory(path, facts))}
     task = task_of(settings)
-    # PEFT saves such heads as a whole, and would leave out adapters of them.
-    if task in _HEADS and any(segment in _HEADS[task] for path in paths for segment in path.split("/")):
+    if task in _SAVES_THE_HEAD:  # as a whole: it asks for a head that did not change, and leaves out its adapters
         task = None
     return of_model(
         config,

@@ -237,7 +237,7 @@ def logits_of(model: Any) -> np.ndarray:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad(), quiet():
         found = model(**inputs_of(base))
-    return getattr(found, "logits", found).float().numpy()
+    return getattr(found, "logits", getattr(found, "last_hidden_state", found)).float().numpy()
 
 
 def nested(state: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tests.interop.models import (
     gpt2,
     llama,
     load_file,
+    logits_of,
     mixtral,
     peft,
     quiet,
@@ -176,6 +177,37 @@ def fully_tuned(model: Any) -> None:
                 buffer.add_(torch.rand(buffer.shape))
             elif name.endswith("num_batches_tracked"):
                 buffer.fill_(2**24 + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "ends"),
+    [
+        (bert, ("query.weight", "LayerNorm.bias")),  # of the tasks in which PEFT asks for the head as a whole
+        (bert, ("query.weight", "classifier.bias")),
+        (vit, ("q_proj.weight", "layernorm_before.weight")),  # and not the bias beside it
+        (lambda: base_of(Case(llama, {})).model, ("q_proj.weight", "norm.weight")),  # one name that ends another
+    ],
+)
+def test_a_part_of_a_model_that_changed_is_the_tuned_one_in_peft(
+    make: Callable[[], Any], ends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_of(Case(make, {}))
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        before = logits_of(base)
+        with torch.no_grad():
+            for name, value in base.named_parameters():
+                if name.endswith(ends):
+                    value.add_(0.3 * torch.randn(value.shape))
+        wanted = logits_of(base)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
+    assert main([*command, "--format", "peft", "--rank", "64"]) == 0, capsys.readouterr().err
+    with quiet():
+        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
+        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    assert np.abs(wanted - before).max() > 1e-3
+    np.testing.assert_allclose(logits_of(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
