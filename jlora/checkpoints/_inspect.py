@@ -17,11 +17,11 @@ from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._memory import settings_of, stack_of
 from jlora.checkpoints._rewrite import Progress
 from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
-from jlora.checkpoints._updates import Entries, Located, locate
+from jlora.checkpoints._updates import Entries, Located, locate, same_weights
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint
 from jlora.errors import DataError, listed, raise_all
-from jlora.interop.peft import Mapping
+from jlora.interop.peft import Mapping, paths_of_name
 from jlora.paths import leaves_by_path
 from jlora.tree import batch_dims_of, given_split
 
@@ -64,13 +64,38 @@ def inspect(
 
 
 def diff(
-    left: str | Path, right: str | Path, *, on_progress: Progress | None = None
+    left: str | Path, right: str | Path, *, mapping: Mapping = (), on_progress: Progress | None = None
 ) -> diagnostics.Difference | diagnostics.CheckpointDifference:
-    """How two folders of adapters, or two checkpoints, differ."""
+    """How two folders of adapters, or two checkpoints, differ.
+
+    Entries of adapters meet where their names are the same but for dots and slashes, a prefix that all have or lack,
+    and what transformers renames; tensors of checkpoints where they have one name.
+
+    Args:
+      left, right: both adapters, or both checkpoints.
+      mapping: rows of `jlora.interop.peft.Row` from the left's names to the right's, where these are others.
+      on_progress: called with (bytes done, bytes in all), of checkpoints.
+
+    Raises:
+      DataError: what cannot be read, one of each kind, adapters of which one fits several parts of the other.
+    """
     if is_adapters(left) or is_adapters(right):
         (one, first, _), (other, second, _) = read_adapters(left), read_adapters(right)
-        return diagnostics.diff((one, first), (other, second))
-    return diagnostics.diff_checkpoints(left, right, on_progress=on_progress)
+        lefts, rights = (leaves_by_path(tree, is_leaf=is_entry) for tree in (one, other))
+        try:
+            names = same_weights(lefts, rights, mapping)
+            if not names:  # the left's first entry, by which a prefix is sought, may be the one that the right lacks
+                names = {path: other for other, path in same_weights(rights, lefts).items()}
+        except DataError as error:
+            raise DataError(f"{left} and {right}: {error}; a mapping says which (--mapping)") from None
+        return diagnostics.diff((one, first), (other, second), names=names)
+    there = Checkpoint(right).entries
+    renamed = {}
+    for name in Checkpoint(left).entries:
+        found = [path for path in paths_of_name(mapping, name) if path in there]
+        if name not in there and found:
+            renamed[name] = found[0]
+    return diagnostics.diff_checkpoints(left, right, names=renamed, on_progress=on_progress)
 
 
 def _weights(checkpoint: Checkpoint, located: Located, entries: Entries, config: LoraConfig) -> dict[str, Any]:

@@ -102,6 +102,20 @@ def locate(entries: Entries, checkpoint: Checkpoint, mapping: Mapping = ()) -> L
     return Located(pieces, problems, reasons)
 
 
+def same_weights(entries: Entries, others: Iterable[str], mapping: Mapping = ()) -> dict[str, str]:
+    """Of the paths `others` that which means the same weight as an entry, by the entry's path, found as by `locate`.
+
+    Raises:
+      DataError: entries that fit several parts of the others.
+    """
+    pieces = _pieces(entries, {path.replace("/", "."): path for path in others}, (*mapping, *RENAMED))
+    by_other: dict[str, str] = {}
+    for path, own in pieces.items():
+        if own[0].expert is None:
+            by_other.setdefault(own[0].tensor, path)
+    return {path: other for other, path in by_other.items()}
+
+
 def changes_of(
     entries: Entries,
     config: LoraConfig,
@@ -157,6 +171,8 @@ def _pieces(entries: Entries, names: dict[str, str], mapping: Mapping) -> dict[s
     Raises:
       DataError: all entries fit under one prefix and under another too.
     """
+    if not entries:
+        return {}
     dotted = {path: path.replace("/", ".") for path in entries}
     some = list(entries)[:: max(1, len(entries) // _SAMPLE)]
     whole: dict[str, list[_Piece]] = {}

@@ -201,6 +201,9 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 def _diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", help="a folder of adapters, or a checkpoint")
     parser.add_argument("right", help="another of the same kind")
+    parser.add_argument(
+        "--mapping", metavar="FILE", help=f"{_TABLE} of name and path: the left's names and the right's"
+    )
 
 
 def _run_merge(arguments: argparse.Namespace) -> Done:
@@ -366,7 +369,9 @@ def _run_diff(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
     with _progress("diff", arguments) as show:
-        found = checkpoints.diff(arguments.left, arguments.right, on_progress=show)
+        found = checkpoints.diff(
+            arguments.left, arguments.right, mapping=_mapping(arguments.mapping) or (), on_progress=show
+        )
     fields = {"is_identical": found.is_identical, "counts": found.counts(), **plain_fields(found)}
     return Done(str(found), fields, DONE if found.is_identical else DIFFERENT)
 

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,17 @@ class CheckpointDifference:
 
 
 def diff_checkpoints(
-    left_path: str | Path, right_path: str | Path, *, on_progress: Callable[[int, int], None] | None = None
+    left_path: str | Path,
+    right_path: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointDifference:
     """How two checkpoints differ, tensor by tensor; a few blocks of 4 MiB in memory, whatever their size.
 
     Args:
       left_path, right_path: a safetensors file, or a folder of them with an index.
+      names: the right's name of tensors that the left has under another one, by the left's.
       on_progress: called with (bytes done, bytes in all), the bytes of the left.
 
     Returns:
@@ -125,9 +130,12 @@ def diff_checkpoints(
     left, right = _Reader(left_path), _Reader(right_path)
     total = sum(entry.stop - entry.start for entry in left.checkpoint.entries.values())
     rows, done = [], 0
+    paired: set[str] = set()
     try:
         for name, entry in left.checkpoint.entries.items():
-            rows.append(_compared(name, left, right))
+            other = (names or {}).get(name, name)
+            paired.add(other)
+            rows.append(_compared(name, other, left, right))
             done += entry.stop - entry.start
             if on_progress is not None:
                 on_progress(done, total)
@@ -135,7 +143,7 @@ def diff_checkpoints(
         left.close()
         right.close()
     for name, entry in right.checkpoint.entries.items():
-        if name not in left.checkpoint.entries:
+        if name not in paired:
             rows.append(TensorDifference(name, "only right", (None, entry.shape), (None, entry.code)))
     return CheckpointDifference(tuple(rows))
 
@@ -169,15 +177,15 @@ class _Reader:
         self._file = None
 
 
-def _compared(name: str, left: _Reader, right: _Reader) -> TensorDifference:
-    x, y = left.checkpoint.entries[name], right.checkpoint.entries.get(name)
+def _compared(name: str, other: str, left: _Reader, right: _Reader) -> TensorDifference:
+    x, y = left.checkpoint.entries[name], right.checkpoint.entries.get(other)
     if y is None:
         return TensorDifference(name, "only left", (x.shape, None), (x.code, None))
     shapes, codes = (x.shape, y.shape), (x.code, y.code)
     if x.shape != y.shape:
         return TensorDifference(name, "shape differs", shapes, codes)
     if x.code == y.code:
-        pairs = zip(left.blocks(name, BLOCK_BYTES), right.blocks(name, BLOCK_BYTES), strict=True)
+        pairs = zip(left.blocks(name, BLOCK_BYTES), right.blocks(other, BLOCK_BYTES), strict=True)
         if all(np.array_equal(one, other) for one, other in pairs):
             return TensorDifference(name, "identical", shapes, codes, 0, 0.0, 0.0)
     status = "changed" if x.code == y.code else "dtype differs"
@@ -185,7 +193,7 @@ def _compared(name: str, left: _Reader, right: _Reader) -> TensorDifference:
         return TensorDifference(name, status, shapes, codes)
     elements = max(1, BLOCK_BYTES // max(8, x.dtype.itemsize, y.dtype.itemsize))
     pairs = zip(
-        left.blocks(name, elements * x.dtype.itemsize), right.blocks(name, elements * y.dtype.itemsize), strict=True
+        left.blocks(name, elements * x.dtype.itemsize), right.blocks(other, elements * y.dtype.itemsize), strict=True
     )
     return TensorDifference(
         name, status, shapes, codes, *_distance((p.view(x.dtype), q.view(y.dtype)) for p, q in pairs)

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ class Difference:
         return table + (f"<ul>{items}</ul>" if items else "")
 
 
-def diff(left: Pair, right: Pair) -> Difference:
+def diff(left: Pair, right: Pair, *, names: Mapping[str, str] | None = None) -> Difference:
     """How two trees of adapters differ, entry by entry, without any delta being built.
 
     The distance of two deltas is the norm of the product of the stacked factors [A_l, A_r] and [s_l B_l; -s_r B_r], by
@@ -126,6 +127,7 @@ def diff(left: Pair, right: Pair) -> Difference:
 
     Args:
       left, right: `(adapters, config)` each; the ranks may differ.
+      names: the right's path of entries that the left has at another one, by the left's.
 
     Returns:
       A `Difference`: print it, or read its `entries` and `config`.
@@ -142,10 +144,14 @@ def diff(left: Pair, right: Pair) -> Difference:
     sides = [_side(side, name) for side, name in ((left, "left"), (right, "right"))]
     (lefts, left_config), (rights, right_config) = sides
     configs = (left_config, right_config)
+    pairs = {path: (names or {}).get(path, path) for path in lefts}
+    paired = set(pairs.values())
+    alone = [path for path in rights if path not in paired]
     with threadpool_limits(limits=1, user_api="blas"):  # the QR of small blocks is ten times slower with two threads
         entries = [
-            _difference(path, (lefts.get(path), rights.get(path)), configs) for path in dict.fromkeys([*lefts, *rights])
+            _difference((path, other), (lefts[path], rights.get(other)), configs) for path, other in pairs.items()
         ]
+        entries += [_difference((path, path), (None, rights[path]), configs) for path in alone]
     fields = ((name, getattr(left_config, name), getattr(right_config, name)) for name in field_names(LoraConfig))
     return Difference(tuple(entries), tuple((name, x, y) for name, x, y in fields if x != y))
 
@@ -158,16 +164,18 @@ def _side(side: Any, name: str) -> tuple[dict[str, Arrays], LoraConfig]:
 
 
 def _difference(
-    path: str, updates: tuple[Arrays | None, Arrays | None], configs: tuple[LoraConfig, LoraConfig]
+    paths: tuple[str, str],
+    updates: tuple[Arrays | None, Arrays | None],
+    configs: tuple[LoraConfig, LoraConfig],
 ) -> EntryDifference:
-    left, right = (_End(path, update, config) for update, config in zip(updates, configs, strict=True))
+    left, right = (_End(*each) for each in zip(paths, updates, configs, strict=True))
     same, status = False, "only right" if updates[0] is None else "only left"
     if updates[0] is not None and updates[1] is not None:
         same = _is_same(updates[0], updates[1])
         status = "identical" if same and left.scaling == right.scaling else "changed"
     norms, distance, cosine = _apart(left.factors, right.factors, status == "identical")
     return EntryDifference(
-        path,
+        paths[0],
         status,
         same,
         ranks=(left.rank, right.rank),
