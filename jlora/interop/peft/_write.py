@@ -220,7 +220,8 @@ class _Writer:
         named = set(parameters)
         entries = self.entries.values()
         dora = [entry.name for entry in entries if "magnitude" in entry.parts]
-        plain = [entry.name for entry in entries if "A" in entry.parts and "magnitude" not in entry.parts]
+        modules = [entry for entry in entries if "A" in entry.parts and entry.name not in named]
+        plain = [entry.name for entry in modules if "magnitude" not in entry.parts]
         if dora and plain:
             raise DataError(
                 f"{dora[0]} has a magnitude (DoRA) and {plain[0]} has none: PEFT has them at all modules of a folder "
