@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
-import torch
+import pytest
 
 from jlora.disk import write_tensors
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 SHAPES = {"oblong": (3, 7, 5), "square": (3, 5, 5)}
 
