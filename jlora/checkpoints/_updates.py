@@ -14,6 +14,7 @@ from jlora.checkpoints._forms import read_entries, shapes_of
 from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
+from jlora.checkpoints._single_experts import stacked
 from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
@@ -126,12 +127,31 @@ def changes_of(
 ) -> dict[str, Entry]:
     """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
 
-    They are found as by `locate`. `transposed_experts` says how a model lies that the file and config.json leave open.
+    They are found as by `locate`, single experts in the array that holds them. `transposed_experts` says how a model
+    lies that the file and config.json leave open.
 
     Raises:
       DataError: every entry without a tensor, or that does not fit its tensor, at once; two entries for one tensor;
         entries that fit several parts of the checkpoint; square experts of which nothing says how they lie.
     """
+    changes: dict[str, Entry] = {}
+    for own, own_config in stacked(entries, config, checkpoint, transposed_experts):
+        found = _changes_of(own, own_config, weight, checkpoint, mapping, transposed_experts)
+        if twice := changes.keys() & found.keys():
+            raise DataError(f"{min(twice)}: an adapter of it as a whole and some of its experts change it")
+        changes |= found
+    return changes
+
+
+def _changes_of(
+    entries: Entries,
+    config: LoraConfig,
+    weight: float,
+    checkpoint: Checkpoint,
+    mapping: Mapping,
+    transposed_experts: bool | None,
+) -> dict[str, Entry]:
+    """The change of each tensor that has an entry of its own."""
     located = locate(entries, checkpoint, mapping)
     problems = [*located.problems, *located.quantized.values()]
     for path in located.pieces:
