@@ -57,7 +57,7 @@ REFUSED = [
     "resize adapter --rank 2 --out file/x",
     "resize adapter --rank 2 --out odd --force",
     "combine adapter other --method melt --out x",
-    "combine adapter wrong --method cat --out x",
+    "combine adapter other --weights 1 --method cat --out x",
     "combine adapter other --method cat --out other",
     "convert adapter --to gguf --out x",
     "convert adapter --to mlx --out file",
