@@ -11,10 +11,12 @@ from jlora.checkpoints._arithmetic import Weight
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._record import check_last_merged, check_not_merged, merges_in, record_of
 from jlora.checkpoints._residuals import RESIDUALS, ResidualReader, check_names, residual_file
-from jlora.checkpoints._rewrite import Progress, ShardWriter, rewrite_checkpoint
+from jlora.checkpoints._rewrite import Progress, rewrite_checkpoint
+from jlora.checkpoints._shards import ShardWriter
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._tied import check_apart, parted, tie_of, write_apart
 from jlora.checkpoints._updates import changes_of, read_adapter
+from jlora.checkpoints._vocabulary import bytes_more, resized_by, write_vocabulary
 from jlora.checkpoints._warnings import warnings_of, warnings_of_the_same
 from jlora.disk import Checkpoint, TensorFile
 from jlora.errors import DataError, listed
@@ -108,6 +110,7 @@ def merge(
     mapping: Mapping = (),
     transposed_experts: bool | None = None,
     tied: bool = False,
+    resize_vocabulary: bool = False,
     keep_residual: bool = False,
     force: bool = False,
     on_progress: Progress | None = None,
@@ -129,6 +132,9 @@ def merge(
         (experts, out, in); by default config.json's model type says it, or the shapes.
       tied: whether an output head that is the embedding too stays that, so that an adapter of one of them acts on
         both; by default the head gets a tensor of its own where the adapters change one, and config.json says so.
+      resize_vocabulary: whether an embedding and a head that the adapters hold as a whole may have other rows than the
+        checkpoint's; config.json's vocab_size becomes theirs, and the tokenizer and the chat template are those that
+        lie in the adapters' folders.
       keep_residual: whether to keep beside the output what `unmerge` needs to bring the base back to the bit.
       force: whether to replace `out` where it is there; it is replaced when all is written.
       on_progress: called with (bytes done, bytes in all).
@@ -154,9 +160,14 @@ def merge(
     >>> temporary.cleanup()
     """
     source = Checkpoint(checkpoint)
-    changes, apart = parted(tie_of(source), _changes(source, adapters, weights, mapping, transposed_experts), tied)
+    found = _changes(source, adapters, weights, mapping, transposed_experts, resize_vocabulary)
+    changes, apart = parted(tie_of(source), found, tied)
+    resized = resized_by(source, changes)
+    if resized and keep_residual:
+        raise DataError(f"{next(iter(resized))}: no residual brings other rows back; keep the base")
     earlier = merges_in(source) or []
     options = {"mapping": mapping, "transposed_experts": transposed_experts, "tied": tied, "residual": keep_residual}
+    options["resize_vocabulary"] = resize_vocabulary
     record = record_of("merge", source, _listed(adapters), weights, earlier, **options)
     check_not_merged(source.folder, earlier, record)
     if keep_residual:
@@ -164,11 +175,13 @@ def merge(
     tally = Tally()
 
     def rewrite(name: str, file: TensorFile, writer: ShardWriter) -> None:
-        merge_tensor(name, file.entries[name], changes[name], file, writer, tally, keep_residual)
+        merge_tensor(name, file.entries[name], changes[name], file, writer, tally, keep_residual, resized.get(name))
 
     def finish(new: Path) -> None:
         if apart is not None:
             write_apart(source, apart, changes.get(apart.head, []), new, tally, keep_residual)
+        if resized:
+            write_vocabulary(source, resized, _listed(adapters), new)
 
     if apart is not None:
         check_apart(source, apart)
@@ -182,12 +195,13 @@ def merge(
         rewrite,
         record,
         inputs=_listed(adapters),
-        extra_bytes=size_of_head + (size_of_changes if keep_residual else 0),
+        extra_bytes=size_of_head + max(0, bytes_more(source, resized)) + (size_of_changes if keep_residual else 0),
         force=force,
         on_progress=on_progress,
         note=tally.take,
         is_note=is_tally,
         finish=finish,
+        resized=resized,
     )
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
     counts = None if written.notes is None else _counts(written.notes)
@@ -309,6 +323,7 @@ def _changes(
     weights: Sequence[float] | None,
     mapping: Mapping,
     transposed_experts: bool | None,
+    resize_vocabulary: bool = False,
 ) -> dict[str, list[Entry]]:
     """The changes of each tensor, in the order of the checkpoint's bytes."""
     folders = _listed(adapters)
@@ -320,7 +335,9 @@ def _changes(
         entries, config = read_adapter(folder, source)
         try:
             check_base_of_mlx(config, settings_of(source).get("model_type"))
-            for name, change in changes_of(entries, config, factor, source, mapping, transposed_experts).items():
+            for name, change in changes_of(
+                entries, config, factor, source, mapping, transposed_experts, resize_vocabulary
+            ).items():
                 found.setdefault(name, []).append(change)
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None

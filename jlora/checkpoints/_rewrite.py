@@ -5,31 +5,31 @@ the bytes of the changed tensors are others. Finished shards are noted in a jour
 behind the last.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jlora.checkpoints._residuals import RESIDUALS
+from jlora.checkpoints._shards import ShardWriter, bytes_of
 from jlora.disk import (
     Checkpoint,
-    TensorEntry,
     TensorFile,
     Workplace,
     beside,
     bring_back,
     check_can_hold,
     dump_json,
+    header_bytes,
     is_dry_run,
     left_places,
     read_json,
@@ -43,71 +43,10 @@ RECORD = "jlora_merge.json"
 _OWN = (RECORD, RESIDUALS)
 _FOLDERS = "folders"
 _JOURNAL = "journal.json"
-_COPY = 64 << 20
 _SPARE = 64 << 20
 
 Progress = Callable[[int, int], None]
 Rewrite = Callable[[str, TensorFile, "ShardWriter"], None]
-
-
-class ShardWriter:
-    """A shard of the output, of which tensors are written by ranges; a context manager.
-
-    Ranges are those of the source; in the output they lie `shift` bytes further on.
-    """
-
-    def __init__(
-        self, path: Path, source: TensorFile, advance: Callable[[int], None], workers: int, shift: int = 0
-    ) -> None:
-        self.path, self.source, self.advance, self._shift = path, source, advance, shift
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._pool, self._running, self._most = ThreadPoolExecutor(workers), set[Future[None]](), 2 * workers
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        try:
-            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-            if kind is None:
-                self._collect(self._running)
-        finally:
-            os.close(self._handle)
-
-    def run(self, task: Callable[..., None], *args: Any) -> None:
-        """Runs a task beside others; waits where too many are under way."""
-        if len(self._running) >= self._most:
-            done, self._running = wait(self._running, return_when=FIRST_COMPLETED)
-            self._collect(done)
-        self._running.add(self._pool.submit(task, *args))
-
-    def finish(self) -> None:
-        """Waits for all tasks."""
-        running, self._running = self._running, set()
-        self._collect(running)
-
-    def put(self, start: int, array: np.ndarray[Any, Any]) -> None:
-        """Writes the bytes of an array from byte `start` on."""
-        left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        while left.nbytes:
-            count = os.pwrite(self._handle, left, start + self._shift)
-            left, start = left[count:], start + count
-        self.advance(array.nbytes)
-
-    def copy(self, start: int, stop: int) -> None:
-        """Copies a range of the source, in the kernel where it can."""
-        while start < stop:
-            count = min(_COPY, stop - start)
-            copied = _copy_range(self.source.fileno(), self._handle, start, start + self._shift, count)
-            if not copied:
-                raise DataError(f"{self.source.path}: cut short at byte {start:,} while it was copied")
-            start += copied
-            self.advance(copied)
-
-    @staticmethod
-    def _collect(futures: Iterable[Future[None]]) -> None:
-        for future in futures:
-            future.result()
 
 
 class Rewritten(NamedTuple):
@@ -135,6 +74,7 @@ def rewrite_checkpoint(
     note: Callable[[], Any] = lambda: None,
     is_note: Callable[[Any], bool] = lambda found: found is None,
     finish: Callable[[Path], None] | None = None,
+    resized: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     workers: int | None = None,
 ) -> Rewritten:
     """Writes the checkpoint `source` to the folder `out`, the tensors `changed` by `rewrite`.
@@ -152,6 +92,7 @@ def rewrite_checkpoint(
       note: called after each shard; what it returns, plain data, is kept with the shard.
       is_note: whether what a journal says can be a note.
       finish: called with the folder of the output when all shards and side files are in it; it has a note too.
+      resized: the shapes of those of the changed tensors that have another than before.
       workers: threads; as many as processors by default, eight at most.
 
     Raises:
@@ -186,7 +127,7 @@ def rewrite_checkpoint(
                 if shard in done:
                     progress.advance((source.folder / shard).stat().st_size)
                     continue
-                _write_shard(source, place.new / shard, shard, set(changed), rewrite, progress, workers)
+                _write_shard(source, place.new / shard, shard, set(changed), rewrite, progress, workers, resized)
                 journal.finished(place.new, shard, note())
             source.check_unchanged()
             for name in files:
@@ -223,21 +164,39 @@ def _write_shard(
     rewrite: Rewrite,
     progress: "_Progress",
     workers: int | None,
+    resized: Mapping[str, tuple[int, ...]],
 ) -> None:
     count = workers or min(8, os.cpu_count() or 1)
     with source.open(shard) as file, ShardWriter(path, file, progress.advance, count) as writer:
+        if not resized.keys().isdisjoint(file.entries):
+            _write_anew(file, changed, rewrite, writer, resized)
+            return
         start = 0
         for name, entry in file.entries.items():
             if name in changed:
-                _copy_in_pieces(writer, start, entry.start)
+                writer.copy_in_pieces(start, entry.start)
                 rewrite(name, file, writer)
                 start = entry.stop
-        _copy_in_pieces(writer, start, os.fstat(file.fileno()).st_size)
+        writer.copy_in_pieces(start, os.fstat(file.fileno()).st_size)
 
 
-def _copy_in_pieces(writer: ShardWriter, start: int, stop: int) -> None:
-    for piece in range(start, stop, _COPY):
-        writer.run(writer.copy, piece, min(piece + _COPY, stop))
+def _write_anew(
+    file: TensorFile, changed: set[str], rewrite: Rewrite, writer: ShardWriter, resized: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Writes a shard in which tensors have other shapes, so that what lies behind them has other places."""
+    entries = dict(sorted(file.entries.items(), key=lambda pair: pair[1].start))
+    layout = {name: (entry.dtype, resized.get(name, entry.shape)) for name, entry in entries.items()}
+    header = header_bytes(layout, file.metadata)
+    writer.put(0, np.frombuffer(header, np.uint8))
+    place = len(header)
+    for name, entry in entries.items():
+        moved = writer.moved(place - entry.start)
+        if name in changed:
+            rewrite(name, file, moved)
+        else:
+            moved.copy_in_pieces(entry.start, entry.stop)
+        dtype, shape = layout[name]
+        place += bytes_of(shape, dtype) if name in resized else entry.stop - entry.start
 
 
 class _Journal:
@@ -323,14 +282,6 @@ class _Progress:
                 self._report(min(self._done, self._total), self._total)
 
 
-def blocks_of(entry: TensorEntry, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
-    """For each range of rows: its start and stop, the byte where it begins in the file, and its shape."""
-    rows = entry.shape[0] if entry.shape else 1
-    width = (entry.stop - entry.start) // max(1, rows)
-    for start, stop in ranges:
-        yield start, stop, entry.start + start * width, (stop - start, *entry.shape[1:]) if entry.shape else ()
-
-
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -413,14 +364,6 @@ def _check_room(folder: Path, wanted: int, left: Iterable[Path]) -> None:
     free = shutil.disk_usage(folder).free
     if free + there < wanted + _SPARE:
         raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
-
-
-def _copy_range(source: int, target: int, start: int, at: int, count: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        with contextlib.suppress(OSError):
-            return os.copy_file_range(source, target, count, start, at)
-    data = os.pread(source, min(count, 1 << 20), start)
-    return os.pwrite(target, data, at) if data else 0
 
 
 def _machine() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jlora.adapter import Entry
 from jlora.checkpoints._arithmetic import SCRATCH, Array, Weight, row_blocks
 from jlora.checkpoints._residuals import ResidualReader, ResidualWriter, residual_file
-from jlora.checkpoints._rewrite import ShardWriter, blocks_of
+from jlora.checkpoints._shards import ShardWriter, blocks_of, bytes_of
 from jlora.disk import TensorEntry, TensorFile
 from jlora.errors import DataError
 
@@ -64,16 +64,20 @@ def merge_tensor(
     writer: ShardWriter,
     tally: Tally,
     keep_residual: bool,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Writes a tensor, which starts from what lies at `entry` in the source."""
+    """Writes a tensor, which starts from what lies at `entry` in the source; another `shape` has other rows."""
+    end = entry.stop
+    if shape is not None:
+        entry = entry._replace(shape=shape, stop=entry.start + bytes_of(shape, entry.dtype))
     weight = Weight(entry.shape, entry.dtype, changes)
     blocks = list(blocks_of(entry, row_blocks(entry.shape)))
     if weight.needs_norms:
-        for start, stop, at, shape in blocks:
-            weight.add_norms(_read(file, at, shape, entry), start, stop)
+        for start, stop, at, size in blocks:
+            weight.add_norms(_read(file, at, size, entry, end), start, stop)
 
-    def one(start: int, stop: int, at: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        block = _read(file, at, shape, entry)
+    def one(start: int, stop: int, at: int, size: tuple[int, ...]) -> tuple[Array, Array]:
+        block = _read(file, at, size, entry, end)
         merged = weight.merged(block, start, stop)
         _check_range(name, weight.source(block, start, stop), merged)
         tally.changed(name, block, merged)
@@ -91,8 +95,8 @@ def merge_tensor(
 
     def all_in_order() -> None:
         with ResidualWriter(residual_file(writer.path.parent, writer.path.name, name)) as residual:
-            for start, stop, at, shape in blocks:
-                block, merged = one(start, stop, at, shape)
+            for start, stop, at, size in blocks:
+                block, merged = one(start, stop, at, size)
                 residual.add(block, weight.unmerged(merged, start, stop))
 
     writer.run(all_in_order)
@@ -131,9 +135,16 @@ def restore_tensor(
     writer.run(all_in_order)
 
 
-def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry) -> Array:
+def _read(file: TensorFile, at: int, shape: tuple[int, ...], entry: TensorEntry, end: int | None = None) -> Array:
+    """A block of a tensor whose bytes in the source end at `end`; rows behind it are zero."""
     block = SCRATCH.array("block", shape, entry.dtype)
-    file.read_into(at, block)
+    if end is None or at + block.nbytes <= end:
+        file.read_into(at, block)
+        return block
+    there = max(0, end - at) // (block.nbytes // shape[0])
+    block[there:] = 0
+    if there:
+        file.read_into(at, block[:there])
     return block
 
 

@@ -16,7 +16,7 @@ from jlora.adapter import Entry
 from jlora.checkpoints._forms import shapes_of
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._residuals import RESIDUALS
-from jlora.checkpoints._rewrite import ShardWriter
+from jlora.checkpoints._shards import ShardWriter, bytes_of
 from jlora.checkpoints._tensors import Tally, merge_tensor
 from jlora.disk import Checkpoint, dump_json, header_bytes, read_json, write_whole
 from jlora.errors import DataError
@@ -95,12 +95,14 @@ def write_apart(
 ) -> None:
     """Writes the head beside the shards of an output, in the index, and out of the ties of config.json."""
     entry = source.entries[tie.embedding]
+    value = changes[0].parts.get("value") if changes else None
+    shape = entry.shape if value is None else tuple(value.shape)
     renamed, file_of_head = {shard: shard for shard in source.shards}, _FILE
     if len(source.shards) == 1:  # transformers takes a model.safetensors for the whole model
         (only,) = source.shards
         renamed, file_of_head = {only: _SPLIT[0]}, _SPLIT[1]
         _rename(new, only, _SPLIT[0])
-    header = header_bytes({tie.head: (entry.dtype, entry.shape)}, {"format": "pt"})
+    header = header_bytes({tie.head: (entry.dtype, shape)}, {"format": "pt"})
     shift = len(header) - entry.start
     with (
         source.open(source.shard_of[tie.embedding]) as file,
@@ -108,12 +110,12 @@ def write_apart(
     ):
         writer.put(-shift, np.frombuffer(header, np.uint8))
         if changes:
-            merge_tensor(tie.head, entry, list(changes), file, writer, tally, keep_residual)
+            merge_tensor(tie.head, entry, list(changes), file, writer, tally, keep_residual, shape)
         else:
             writer.copy(entry.start, entry.stop)
     weight_map = {name: renamed[shard] for name, shard in source.shard_of.items()} | {tie.head: file_of_head}
     metadata = dict(source.index.get("metadata") or {}) if source.index is not None else {}
-    metadata["total_size"] = sum(each.stop - each.start for each in (*source.entries.values(), entry))
+    metadata["total_size"] = sum(e.stop - e.start for e in source.entries.values()) + bytes_of(shape, entry.dtype)
     write_whole(new / source.index_name, dump_json({"metadata": metadata, "weight_map": weight_map}), sync=False)
     settings = dict(read_json(source.folder / _CONFIG))
     settings[_KEY] = False

@@ -16,6 +16,7 @@ from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
 from jlora.checkpoints._single_experts import stacked
 from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
+from jlora.checkpoints._vocabulary import other_rows
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
 from jlora.disk import Checkpoint
@@ -124,6 +125,7 @@ def changes_of(
     checkpoint: Checkpoint,
     mapping: Mapping = (),
     transposed_experts: bool | None = None,
+    resize_vocabulary: bool = False,
 ) -> dict[str, Entry]:
     """The change of each tensor of the checkpoint that the adapters make, each scaled by `weight`.
 
@@ -136,7 +138,7 @@ def changes_of(
     """
     changes: dict[str, Entry] = {}
     for own, own_config in stacked(entries, config, checkpoint, transposed_experts):
-        found = _changes_of(own, own_config, weight, checkpoint, mapping, transposed_experts)
+        found = _changes_of(own, own_config, weight, checkpoint, mapping, transposed_experts, resize_vocabulary)
         if twice := changes.keys() & found.keys():
             raise DataError(f"{min(twice)}: an adapter of it as a whole and some of its experts change it")
         changes |= found
@@ -150,6 +152,7 @@ def _changes_of(
     checkpoint: Checkpoint,
     mapping: Mapping,
     transposed_experts: bool | None,
+    resize_vocabulary: bool,
 ) -> dict[str, Entry]:
     """The change of each tensor that has an entry of its own."""
     located = locate(entries, checkpoint, mapping)
@@ -157,10 +160,18 @@ def _changes_of(
     for path in located.pieces:
         if weight != 1 and {"value", "magnitude"} & set(entries[path]):
             problems.append(f"{path}: a whole value or a magnitude has no weight {weight:g}")
+    weights, settings = located.shapes(weight_shapes(checkpoint, tie_of(checkpoint))), settings_of(checkpoint)
+    for path, shape in weights.items():
+        other = other_rows(entries[path], shape, settings)
+        if other is not None and resize_vocabulary:
+            weights[path] = other
+        elif other is not None:
+            problems.append(
+                f"{path}: has {other[0]:,} rows, the checkpoint {shape[0]:,}: another vocabulary; give "
+                "resize_vocabulary (--resize-vocabulary) to take it over"
+            )
     raise_all(problems, DataError, "the adapters do not fit the checkpoint")
-    weights = located.shapes(weight_shapes(checkpoint, tie_of(checkpoint)))
     tree = {path: ShapeDtype(shape, np.dtype(np.float32)) for path, shape in weights.items()}
-    settings = settings_of(checkpoint)
     try:
         bound = bind(tree, entries, with_layouts(config, entries, weights, settings, transposed_experts))
     except JloraError as error:

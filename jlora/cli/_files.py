@@ -23,6 +23,7 @@ _LINE = 80  # characters of an error in a table
 _ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's; or a LoRA file of a diffusion model"
 _FORMATS = ("own", "peft", "mlx")
 _TIED = "an output head that is the embedding too stays that: an adapter of one of them acts on both"
+_VOCABULARY = "take over an embedding and a head with other rows, vocab_size and the tokenizer beside the adapter too"
 _TABLE = "a .toml or .json file with tables [[row]]"
 _CHECKPOINT = "a folder of safetensors in the layout of Hugging Face, sharded or not, or one file"
 
@@ -103,6 +104,7 @@ def _merge(parser: argparse.ArgumentParser) -> None:
     _renames(parser)
     _experts(parser)
     parser.add_argument("--tied", action="store_true", help=_TIED)
+    parser.add_argument("--resize-vocabulary", action="store_true", help=_VOCABULARY)
     parser.add_argument("--keep-residual", action="store_true", help="keep what unmerge needs to be exact")
 
 
@@ -218,6 +220,7 @@ def _run_merge(arguments: argparse.Namespace) -> Done:
             mapping=_mapping(arguments.mapping) or (),
             transposed_experts=arguments.transposed_experts,
             tied=arguments.tied,
+            resize_vocabulary=arguments.resize_vocabulary,
             keep_residual=arguments.keep_residual,
             force=arguments.force,
             on_progress=show,

@@ -11,7 +11,7 @@ import pytest
 
 from jlora import LoraConfig
 from jlora.checkpoints import _arithmetic, merge, unmerge
-from jlora.checkpoints import _rewrite as rewrite
+from jlora.checkpoints import _shards as shards
 from jlora.disk import locked_folder
 from jlora.errors import DataError
 from tests.checkpoints.make import (
@@ -300,7 +300,7 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
         self.left, self.pwrite = calls, os.pwrite
         monkeypatch.setattr(os, "pwrite", self)
-        monkeypatch.setattr(rewrite, "_copy_range", self.copy)
+        monkeypatch.setattr(shards, "_copy_range", self.copy)
 
     def __call__(self, handle: int, data: Any, start: int) -> int:
         self.left -= 1

@@ -274,6 +274,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "mapping": (Row("{name*}", "x.{name*}"),),
         "transposed_experts": True,
         "tied": True,
+        "resize_vocabulary": True,
         "keep_residual": True,
     },
     "unmerge": {

@@ -14,12 +14,19 @@ _OUTER = re.compile(rf"^(?:module\.)+(?={re.escape(PREFIX)})")
 _ADAPTER = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\.(?!(?:weight|bias)$)\w+(?=$|\.weight$|\.bias$)"
 )
+_COPIES = (".modules_to_save.", ".original_module.")
 _UNPREFIXED = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Each tensor's name in a file -> the name that PEFT would have given it."""
-    plain = {key: _plain(key) for key in keys}
+    """Each tensor's name in a file -> the name that PEFT would have given it.
+
+    A saved module that is an embedding too PEFT writes with copies, which it does not read; they are left out.
+    """
+    every = list(keys)
+    there = set(every)
+    copies = {key for key in every if any(name in key and key.replace(name, ".") in there for name in _COPIES)}
+    plain = {key: _plain(key) for key in every if key not in copies}
     if any(name.startswith(PREFIX) for name in plain.values()):
         return plain
     if any(_UNPREFIXED.search(name) for name in plain.values()):
