@@ -5,7 +5,8 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-wanted = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+extras = project["optional-dependencies"]
+wanted = [*project["dependencies"], *extras["train"], *extras["gguf"]]
 floors = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups() for requirement in wanted)
 print("\n".join(f"{name}=={version}" for name, version in floors.items()))
 print(f"jaxlib=={floors['jax']}")
