@@ -166,8 +166,13 @@ def merge(
     if resized and keep_residual:
         raise DataError(f"{next(iter(resized))}: no residual brings other rows back; keep the base")
     earlier = merges_in(source) or []
-    options = {"mapping": mapping, "transposed_experts": transposed_experts, "tied": tied, "residual": keep_residual}
-    options["resize_vocabulary"] = resize_vocabulary
+    options = {
+        "mapping": [dataclasses.astuple(row) for row in mapping] or None,
+        "transposed_experts": transposed_experts,
+        "tied": tied or None,
+        "resize_vocabulary": resize_vocabulary or None,
+        "residual": keep_residual or None,
+    }
     record = record_of("merge", source, _listed(adapters), weights, earlier, **options)
     check_not_merged(source.folder, earlier, record)
     if keep_residual:
@@ -260,7 +265,8 @@ def unmerge(
             "give tied (--tied)"
         )
     merges = merges_in(source)
-    options = {"mapping": mapping, "transposed_experts": transposed_experts, "tied": tied}
+    rows = [dataclasses.astuple(row) for row in mapping]
+    options = {"mapping": rows or None, "transposed_experts": transposed_experts, "tied": tied or None}
     record = record_of("unmerge", source, _listed(adapters), weights, (merges or [])[:-1], **options)
     check_last_merged(source.folder, merges, record, unrecorded)
     exact = (source.folder / RESIDUALS).is_dir()

@@ -1,6 +1,5 @@
 """`jlora_merge.json`: what was merged into a checkpoint, the last merge and those before it."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +22,18 @@ def record_of(
     earlier: Sequence[Merge],
     **options: Any,
 ) -> dict[str, Any]:
-    """What is done, by which a run that was killed is known again: all that a run is given."""
+    """What is done, by which a run that was killed is known again: all that a run is given.
+
+    Options at their defaults, which are None here, are not in it: one that a later version has more makes no other run.
+    """
     return {
         "command": command,
         "source": fingerprint(source),
         "adapters": [[file_digest(path) for path in files_of(folder)] for folder in folders],
         "names": [folder.resolve().name for folder in folders],
         "weights": [1.0] * len(folders) if weights is None else list(map(float, weights)),
-        "earlier": list(earlier),
-        **{key: _plain(value) for key, value in options.items()},
+        **({"earlier": list(earlier)} if earlier else {}),
+        **{key: value for key, value in options.items() if value is not None},
     }
 
 
@@ -83,8 +85,3 @@ def check_last_merged(folder: Path, merges: Sequence[Merge] | None, record: Merg
                 f"{folder}: merged were the adapters {names} with the weights {shortened(last['weights'])}; "
                 f"given are {listed(record['names'])} with {record['weights']}"
             )
-
-
-def _plain(value: Any) -> Any:
-    """An option as JSON has it."""
-    return [dataclasses.astuple(row) for row in value] if isinstance(value, tuple) else value

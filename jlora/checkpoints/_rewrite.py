@@ -102,7 +102,8 @@ def rewrite_checkpoint(
     _check_names(source)
     others = beside(source)
     files = [name for name in others.files if name.partition("/")[0] not in _OWN]
-    record = {**record, _FOLDERS: [name for name in files if "/" in name]}
+    if inner := [name for name in files if "/" in name]:
+        record = {**record, _FOLDERS: inner}
     journal: _Journal | None = None
     try:
         total = sum((source.folder / shard).stat().st_size for shard in source.shards)

@@ -1,7 +1,5 @@
 """`merge` and `unmerge` say what they did, and do not put in or take out twice what was merged."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +140,3 @@ def test_a_base_is_not_unmerged(tmp_path, rng, capsys):
     assert main([*command, "--unrecorded"]) == 0
     for name, wanted in read(base).items():
         np.testing.assert_allclose(read(tmp_path / "out")[name], wanted, rtol=0, atol=1e-6)
-
-
-def test_a_record_of_before_there_were_earlier_ones(tmp_path, rng):
-    base, entries, config = base_and_adapter(tmp_path, rng)
-    adapter = write_own(tmp_path / "adapter", entries, config)
-    merge(base, adapter, tmp_path / "merged")
-    path = tmp_path / "merged" / "jlora_merge.json"
-    record = json.loads(path.read_text())
-    del record["earlier"]
-    path.write_text(json.dumps(record))
-    assert unmerge(tmp_path / "merged", adapter, tmp_path / "back").changed == ("a.weight", "b.weight")
-    shutil.rmtree(tmp_path / "back")

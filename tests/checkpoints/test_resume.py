@@ -337,3 +337,15 @@ def test_a_base_that_changes_while_it_is_read(tmp_path, made, rng, run, number, 
         run(base, adapter, tmp_path / "out", on_progress=change, **{"unrecorded": True} if run is unmerge else {})
     assert changes
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_says_no_is_another_run(tmp_path, made):
+    """None is what the model says, False what the user does."""
+    base, adapter = made
+    stopped(base, adapter, tmp_path / "out", share=0.9, transposed_experts=False)
+    assert merge(base, adapter, tmp_path / "out").resumed == 0
+    stopped(base, adapter, tmp_path / "more", share=0.9)
+    assert merge(base, adapter, tmp_path / "more", tied=False, keep_residual=False, mapping=[]).resumed > 0
+    rows = [Row("{name*}", "x.{name*}")]
+    stopped(base, adapter, tmp_path / "rows", share=0.9, mapping=rows)
+    assert merge(base, adapter, tmp_path / "rows", mapping=tuple(rows)).resumed > 0
