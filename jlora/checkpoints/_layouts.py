@@ -55,15 +55,20 @@ def with_layouts(
             continue
         fitting = [other for other, roles in orders.items() if _shape_of(entry, roles) == shapes[path]]
         if meant == "experts_open" and len(fitting) > 1:
-            problems.append(
-                f"{path}: the experts {shapes[path][1:]} are square, and nothing says whether the model keeps them as "
-                "(experts, in, out); give transposed_experts: --transposed-experts for models like GPT-OSS, "
-                "--no-transposed-experts for most others"
-            )
+            problems.append(open_experts(path, shapes[path]))
         elif fitting:
             factorizations[pattern] = orders[meant if meant in fitting else fitting[0]]
     raise_all(problems, DataError)
     return config.replace(factorizations=factorizations)
+
+
+def open_experts(path: str, shape: Shape) -> str:
+    """The problem of experts that may lie in two ways, and the way out."""
+    return (
+        f"{path}: the experts {shape[1:]} are square, and nothing says whether the model keeps them as "
+        "(experts, in, out); give transposed_experts: --transposed-experts for models like GPT-OSS, "
+        "--no-transposed-experts for most others"
+    )
 
 
 def _shape_of(entry: Mapping[str, Any], roles: str) -> Shape:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.checkpoints._layouts import open_experts
 from jlora.checkpoints._memory import settings_of
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint
@@ -129,11 +130,7 @@ def _roles(array: str, entry: Mapping[str, Any], shape: tuple[int, ...], transpo
     if ins != outs:
         return "bio" if shape[1:] == (ins, outs) else "boi"
     if transposed is None:
-        raise DataError(
-            f"{array}: the experts {shape[1:]} are square, and nothing says whether the model keeps them as "
-            "(experts, in, out); give transposed_experts: --transposed-experts for models like GPT-OSS, "
-            "--no-transposed-experts for most others"
-        )
+        raise DataError(open_experts(array, shape))
     return "bio" if transposed else "boi"
 
 

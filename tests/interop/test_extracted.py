@@ -143,25 +143,36 @@ def tuned(model: Any) -> None:
                 value.add_(0.2 * torch.randn(value.shape))
 
 
+def check_in_peft(
+    base: Any,
+    tune: Callable[[Any], None],
+    rank: int,
+    says: Callable[[Any], np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PEFT loads what is extracted of a tuned model on the model, and it says what the tuned one does."""
+    with quiet():
+        base.save_pretrained(str(tmp_path / "base"))
+        before = says(base)
+        tune(base)
+        wanted = says(base)
+        base.save_pretrained(str(tmp_path / "tuned"))
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
+    assert main([*command, "--format", "peft", "--rank", str(rank)]) == 0, capsys.readouterr().err
+    with quiet():
+        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
+        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    assert np.abs(wanted - before).max() > 1e-3 * max(1, np.abs(before).max())
+    np.testing.assert_allclose(says(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_extracted_is_the_tuned_model_in_peft(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, task = FAMILIES[family]
-    base = base_of(Case(make, {}))
-    with quiet():
-        base.save_pretrained(str(tmp_path / "base"))
-        before = logits(base)
-        tuned(base)
-        wanted = logits(base)
-        base.save_pretrained(str(tmp_path / "tuned"))
-    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
-    assert main([*command, "--format", "peft", "--rank", "512"]) == 0, capsys.readouterr().err
-    with quiet():
-        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
-        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
-    assert np.abs(wanted - before).max() > 1e-2 * np.abs(before).max()
-    np.testing.assert_allclose(logits(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+    check_in_peft(base_of(Case(make, {})), tuned, 512, logits, tmp_path, capsys)
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (data["base_model_name_or_path"], data["task_type"]) == (str(tmp_path / "base"), task)
 
@@ -191,43 +202,20 @@ def fully_tuned(model: Any) -> None:
 def test_a_part_of_a_model_that_changed_is_the_tuned_one_in_peft(
     make: Callable[[], Any], ends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = base_of(Case(make, {}))
-    with quiet():
-        base.save_pretrained(str(tmp_path / "base"))
-        before = logits_of(base)
+    def tune(base: Any) -> None:
         with torch.no_grad():
             for name, value in base.named_parameters():
                 if name.endswith(ends):
                     value.add_(0.3 * torch.randn(value.shape))
-        wanted = logits_of(base)
-        base.save_pretrained(str(tmp_path / "tuned"))
-    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
-    assert main([*command, "--format", "peft", "--rank", "64"]) == 0, capsys.readouterr().err
-    with quiet():
-        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
-        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
-    assert np.abs(wanted - before).max() > 1e-3
-    np.testing.assert_allclose(logits_of(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+
+    check_in_peft(base_of(Case(make, {})), tune, 64, logits_of, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_fine_tune_is_the_tuned_model_in_peft(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = base_of(Case(FAMILIES[family][0], {}))
-    with quiet():
-        base.save_pretrained(str(tmp_path / "base"))
-        before = logits(base)
-        fully_tuned(base)
-        wanted = logits(base)
-        base.save_pretrained(str(tmp_path / "tuned"))
-    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--out", str(tmp_path / "adapter")]
-    assert main([*command, "--format", "peft", "--rank", "512"]) == 0, capsys.readouterr().err
-    with quiet():
-        model = type(base).from_pretrained(str(tmp_path / "base")).eval()
-        live = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
-    assert np.abs(wanted - before).max() > 1e-2 * np.abs(before).max()
-    np.testing.assert_allclose(logits(live), wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+    check_in_peft(base_of(Case(FAMILIES[family][0], {})), fully_tuned, 512, logits, tmp_path, capsys)
 
 
 # A Linear among the Conv1D; an embedding at four places.
