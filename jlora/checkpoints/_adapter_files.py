@@ -178,7 +178,7 @@ def _write_gguf(
 ) -> None:
     if base is None:
         raise DataError(
-            "gguf has the names and the order of rows that llama.cpp gives a model: give its folder as base"
+            "gguf has the names and the order of rows that llama.cpp gives a model: give its folder as base (--base)"
         )
     if gguf_file(out).exists() and not force:
         raise there_already(gguf_file(out))
