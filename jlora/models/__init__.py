@@ -1,0 +1,1 @@
+"""Language models: a Hugging Face folder read as a configuration, params and a pure function of them."""

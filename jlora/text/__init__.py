@@ -1,0 +1,1 @@
+"""Texts as arrays of tokens: tokenizers, chat templates, files of examples, packing."""
