@@ -37,7 +37,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), metavar="A,B,...", help="default: all")
+    common = [name for name, workload in WORKLOADS.items() if not workload.asked]
+    parser.add_argument("--workloads", default=",".join(common), metavar="A,B,...", help=f"default: {','.join(common)}")
     parser.add_argument("--forms", default=",".join(FORMS), metavar="NAME,...", help="default: all; floors always")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds of timing; default: 20")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results.json"), metavar="PATH")

@@ -86,7 +86,7 @@ def measure(name: str, forms: Sequence[str], repeats: int, cells: Cells, say: Sa
 def checked(name: str, forms: Sequence[str], cells: Cells, say: Say) -> dict[str, Runner]:
     """The forms that can do this workload, each checked before any is timed."""
     case = Case.make(WORKLOADS[name])
-    reference = Reference(name, case)
+    timed, reference = case.timed(), Reference(name, case)
     runners = {}
     for form in forms:
         cell = cells[form] = Cell()
@@ -108,7 +108,7 @@ def checked(name: str, forms: Sequence[str], cells: Cells, say: Say) -> dict[str
             cell.missing = f"It raised {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             say(f"{name}: {form} fails: {cell.missing}\n")
         else:
-            runners[form] = Runner(problem, case)
+            runners[form] = Runner(problem if timed is case else FORMS[form].build(timed), timed)
     return runners
 
 

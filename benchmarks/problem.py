@@ -57,6 +57,14 @@ class Case:
         adapters = noisy(keys[3], params, adapters)
         return cls(workload, config, params, adapters, inputs, labels)
 
+    def timed(self) -> "Case":
+        """The case with its arrays in the dtype in which it is timed."""
+        dtype, arrays = self.workload.dtype, (self.params, self.adapters, self.inputs, self.labels)
+        if dtype == jnp.float32:
+            return self
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, arrays)
+        return Case(self.workload, self.config, *cast)
+
     @cached_property
     def merged_params(self) -> Any:
         """What the forms without adapters start from, so that their loss is the same number."""

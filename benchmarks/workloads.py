@@ -30,6 +30,8 @@ class Workload:
       enter: (products, params, inputs) -> the activations, up to which the floor's backward pass goes.
       stacked: the path of the params that are stacked and scanned over, if any.
       unmatched: what it adapts besides matrices, such as "convolution", if anything.
+      dtype: of all arrays when it is timed; the forms are checked in float32.
+      asked: whether it is measured only where it is named: it takes a GPU.
     """
 
     about: str
@@ -42,6 +44,8 @@ class Workload:
     enter: Callable[[Any, Params, jax.Array], jax.Array] = lambda products, params, inputs: inputs
     stacked: str | None = None
     unmatched: str | None = None
+    dtype: Any = jnp.float32
+    asked: bool = False
 
     def apply(self, products: Any, params: Params, inputs: jax.Array) -> jax.Array:
         return self.body(products, params, self.enter(products, params, inputs))
@@ -87,8 +91,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bghqk,bkgd->bqghd", weights, v).reshape(*q.shape[:2], -1)
 
 
-def tokens(width: int, key: jax.Array) -> jax.Array:
-    return jax.random.normal(key, (4, 256, width))
+def tokens(width: int, key: jax.Array, length: int = 256) -> jax.Array:
+    return jax.random.normal(key, (4, length, width))
 
 
 def best(outputs: jax.Array) -> jax.Array:
@@ -162,7 +166,7 @@ def rotary(x: jax.Array) -> jax.Array:
     """Rotates halves of head_dim by the position; x (batch, time, heads, head_dim)."""
     half = x.shape[-1] // 2
     angles = jnp.arange(x.shape[1])[:, None] * 10000.0 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    cos, sin = (wave(angles)[:, None, :].astype(x.dtype) for wave in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -182,6 +186,17 @@ def llama_block(head_dim: int, products: Any, layer: Params, x: jax.Array) -> ja
 
 def llama(head_dim: int, products: Any, params: Params, x: jax.Array) -> jax.Array:
     return rms_norm(params["norm"], products.scan(partial(llama_block, head_dim), x, params["layers"]))
+
+
+def llama_workload(about: str, layers: int, width: int, kv_width: int, hidden: int, **fields: Any) -> Workload:
+    return Workload(
+        about=f"{layers} scanned and checkpointed Llama blocks, width {width}, hidden {hidden}, {about}",
+        init=partial(llama_params, layers, width, kv_width, hidden),
+        loss=squared_error,
+        targets=tuple(f"layers/{name}" for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        stacked="layers",
+        **fields,
+    )
 
 
 # conv: a residual net with strides, NHWC.
@@ -246,14 +261,11 @@ def words(batch: int, length: int, vocabulary: int, key: jax.Array) -> jax.Array
 WORKLOADS = {
     "A": transformer_workload(layers=4, width=512, hidden=2048),
     "B": transformer_workload(layers=2, width=1024, hidden=4096),
-    "llama": Workload(
-        about="4 scanned and checkpointed Llama blocks, width 512, hidden 1408, 8 heads in 2 groups, 4x256 tokens",
-        init=partial(llama_params, 4, 512, 128, 1408),
+    "llama": llama_workload(
+        "8 heads in 2 groups, 4x256 tokens",
+        *(4, 512, 128, 1408),
         data=partial(tokens, 512),
         body=partial(llama, 64),
-        loss=squared_error,
-        targets=tuple(f"layers/{name}" for name in ("query", "key", "value", "out", "gate", "up", "down")),
-        stacked="layers",
     ),
     "conv": Workload(
         about="residual net of 3x3 convolutions, widths 32 to 256, stride 2, NHWC, 16 images of 64x64",
@@ -275,5 +287,13 @@ WORKLOADS = {
         targets=("table/embedding", "up", "down"),
         enter=embed_rows,
         unmatched="lookup in a table",
+    ),
+    "wide": llama_workload(
+        "32 heads in 8 groups, 4x2048 tokens, bfloat16, for a GPU",
+        *(8, 4096, 1024, 11008),
+        data=partial(tokens, 4096, length=2048),
+        body=partial(llama, 128),
+        dtype=jnp.bfloat16,
+        asked=True,
     ),
 }
