@@ -1,1 +1,36 @@
 """Language models: a Hugging Face folder read as a configuration, params and a pure function of them."""
+
+from typing import TYPE_CHECKING
+
+from jlora.faces import lazy_face
+from jlora.models._config import DecoderConfig, parse_config, read_config
+from jlora.models._families import FAMILIES
+from jlora.models._rope import Rope
+
+if TYPE_CHECKING:
+    from jlora.models._cache import Cache, init_cache
+    from jlora.models._decoder import decoder
+    from jlora.models._shapes import init_params, param_shapes
+
+__all__ = [
+    "FAMILIES",
+    "Cache",
+    "DecoderConfig",
+    "Rope",
+    "decoder",
+    "init_cache",
+    "init_params",
+    "param_shapes",
+    "parse_config",
+    "read_config",
+]
+
+# config.json is read without JAX.
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "jlora.models._cache": ("Cache", "init_cache"),
+        "jlora.models._decoder": ("decoder",),
+        "jlora.models._shapes": ("init_params", "param_shapes"),
+    },
+)

@@ -1,0 +1,257 @@
+"""What config.json of a Hugging Face folder says about a language model: all that changes its result, or an error."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jlora.disk import read_json
+from jlora.errors import ConfigError, DataError, listed, raise_all, shortened
+from jlora.fields import choice, integer, number
+from jlora.models._families import FAMILIES, NO_MATTER, Family
+from jlora.models._rope import Rope
+from jlora.models._rope_config import read_ropes
+
+__all__ = ["DecoderConfig", "parse_config", "read_config"]
+
+_ACTIVATIONS = {  # of transformers -> of `jax.nn`, as _decoder has them
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A language model: all that changes its result, and nothing else. Hashable, so that it may be static in jit.
+
+    Attributes:
+      family: the name that config.json has as model_type.
+      vocab_size, hidden_size, intermediate_size: widths of the table, the residual stream and the MLP (of each expert).
+      layers: how many there are.
+      heads, kv_heads, head_dim: of the queries; of the keys and values, a divisor; the width of each.
+      activation: "silu", "gelu", "gelu_tanh" or "relu".
+      norm_eps: added to the mean square in each RMS norm.
+      max_positions: the longest row that the model was made for.
+      tied: the head is the table of the embedding.
+      windows: for each layer how many tokens a token attends to, itself included; None for all before it.
+      ropes: for each layer how positions turn queries and keys.
+      qkv_bias, output_bias, mlp_bias: which linear layers have one.
+      norms: where norms stand: "before" attention and MLP; "after" both; "around" them.
+      norm_offset: added to the weights of the norms.
+      query_norm: a norm over each "head" of queries and keys, over the "whole" of them, or None.
+      query_scale: what queries are multiplied with.
+      attention_softcap, logits_softcap: c in c tanh(x / c), of attention's logits and of the model's; None for no such.
+      embedding_scaled: embeddings are multiplied with sqrt(hidden_size), rounded to their dtype.
+      fused: one weight for queries, keys and values, and one for gate and up.
+      experts, experts_per_token: how many MLPs a layer has, and how many of them a token goes through; 0: one.
+      experts_normalized: the weights of a token's experts sum to one.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str
+    norm_eps: float
+    max_positions: int
+    tied: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    norms: str = "before"
+    norm_offset: float = 0.0
+    query_norm: str | None = None
+    query_scale: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_scaled: bool = False
+    fused: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    experts_normalized: bool = False
+
+
+def read_config(folder: str | Path) -> DecoderConfig:
+    """The configuration of the language model in a Hugging Face folder, from its config.json.
+
+    Both spellings are read: rope_parameters and layer_types of transformers 5, rope_theta, rope_scaling and
+    sliding_window_pattern of before. A key that is missing is what transformers takes for it.
+
+    Args:
+      folder: with a config.json of a family in `jlora.models.FAMILIES`.
+
+    Raises:
+      DataError: there is no config.json, or it is no JSON object.
+      ConfigError: an architecture that is not known, a key that is not known or has a value that is not supported: all
+        such keys, with what is known.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+      >>> config = read_config(folder)
+      >>> config.layers, config.head_dim, config.tied
+      (2, 128, False)
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: it has no config.json: wanted the folder of a Hugging Face model")
+    return parse_config(read_json(file), str(file))
+
+
+def parse_config(data: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+    """The same, of what config.json says; `where` begins the errors."""
+    family = _family(data, where)
+    row = FAMILIES[family]
+    data = {row.other_names.get(key, key): value for key, value in data.items()}
+    raise_all(_refused_keys(data, row), ConfigError, where)
+    said = {key: value for key, value in data.items() if value is not None or key in _NULL_SAYS}
+    try:
+        return _parse(family, row, {**row.defaults, **said})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+# null is a value of its own, not the default
+_NULL_SAYS = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def _family(data: Mapping[str, Any], where: str) -> str:
+    """The name of the family, by model_type and by the class."""
+    known = ", ".join(f"{name} ({row.architecture})" for name, row in FAMILIES.items())
+    classes = data.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ConfigError(f"{where}: architectures = {shortened(classes)}: wanted a list of names")
+    name = data.get("model_type")
+    if name is None and classes:
+        name = next((family for family, row in FAMILIES.items() if row.architecture in classes), classes[0])
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(f"{where}: model_type = {shortened(name)} is not known: known are {known}")
+    wanted = FAMILIES[name].architecture
+    if classes and wanted not in classes:
+        found = listed(classes)
+        raise ConfigError(f"{where}: architectures = {found} of model_type {name!r} is not known: wanted {wanted}")
+    return name
+
+
+def _refused_keys(data: Mapping[str, Any], row: Family) -> list[str]:
+    """One problem for each key that might change the result in a way that is not known here."""
+    problems = []
+    for key, value in data.items():
+        if key in row.defaults or key in NO_MATTER or key.startswith("_") or value is None:
+            continue
+        if key not in row.neutral:
+            problems.append(
+                f"{key} = {shortened(value)}: this key is not known for {row.architecture}. Take it out of the file if "
+                "you are sure that the model computes the same without it"
+            )
+        elif not any(value == neutral for neutral in row.neutral[key]):
+            wanted = " or ".join([*(repr(neutral) for neutral in row.neutral[key]), "null"])
+            problems.append(f"{key} = {shortened(value)} is not supported for {row.architecture}: wanted {wanted}")
+    return problems
+
+
+def _parse(family: str, row: Family, said: Mapping[str, Any]) -> DecoderConfig:
+    def whole(key: str, least: int = 1) -> int:
+        return integer(key, said[key], least)
+
+    layers, heads, hidden = whole("num_hidden_layers"), whole("num_attention_heads"), whole("hidden_size")
+    kv_heads = heads if said["num_key_value_heads"] is None else whole("num_key_value_heads")
+    if heads % kv_heads:
+        raise ConfigError(f"num_key_value_heads = {kv_heads}: wanted a divisor of num_attention_heads = {heads}")
+    if said["head_dim"] is None:
+        if hidden % heads:
+            raise ConfigError(f"num_attention_heads = {heads}: wanted a divisor of hidden_size = {hidden}")
+        head_dim = hidden // heads
+    else:
+        head_dim = whole("head_dim")
+    positions = whole("max_position_embeddings")
+    sliding = _sliding(row, said, layers)
+    window = said.get("sliding_window")
+    if any(sliding):
+        window = integer("sliding_window", window, 1)
+    scaled_by = number("query_pre_attn_scalar", said.get("query_pre_attn_scalar", head_dim), 1e-9)
+    act = "hidden_activation" if "hidden_activation" in said else "hidden_act"
+    fields = {
+        "family": family,
+        "vocab_size": whole("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": whole("moe_intermediate_size" if "num_experts" in said else "intermediate_size"),
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "activation": _ACTIVATIONS[choice(act, said[act], tuple(_ACTIVATIONS))],
+        "norm_eps": number("rms_norm_eps", said["rms_norm_eps"], 0),
+        "max_positions": positions,
+        "tied": _flag("tie_word_embeddings", said),
+        "windows": tuple(window if slides else None for slides in sliding),
+        "ropes": read_ropes(said, head_dim, positions, sliding),
+        "query_scale": scaled_by**-0.5,
+    }
+    if "attention_bias" in said:
+        fields["qkv_bias"] = fields["output_bias"] = _flag("attention_bias", said)
+    if "mlp_bias" in said:
+        fields["mlp_bias"] = _flag("mlp_bias", said)
+    for field, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
+        if key in row.defaults and said[key] is not None:
+            fields[field] = number(key, said[key], 1e-9)
+    if "num_experts" in said:
+        fields["experts"] = experts = whole("num_experts")
+        fields["experts_per_token"] = integer("num_experts_per_tok", said["num_experts_per_tok"], 1, experts + 1)
+        fields["experts_normalized"] = _flag("norm_topk_prob", said)
+    return DecoderConfig(**fields, **row.fixed)
+
+
+def _flag(key: str, said: Mapping[str, Any]) -> bool:
+    if not isinstance(said[key], bool):
+        raise ConfigError(f"{key} = {shortened(said[key])}: wanted true or false")
+    return bool(said[key])
+
+
+def _sliding(row: Family, said: Mapping[str, Any], layers: int) -> list[bool]:
+    """For each layer, whether it attends within the window only."""
+    on = not row.switch or _flag("use_sliding_window", said)
+    on = on and row.window != "none" and said["sliding_window"] is not None
+    if said.get("layer_types") is not None:
+        return _sliding_as_listed(said["layer_types"], layers, on)
+    if not on:
+        return [False] * layers
+    if row.window == "last":
+        full = integer("max_window_layers", said["max_window_layers"], 0)
+        return [layer >= full for layer in range(layers)]
+    if row.window == "even":
+        return [layer % 2 == 0 for layer in range(layers)]
+    if row.window == "pattern":
+        each = integer("sliding_window_pattern", _pattern(said), 1)
+        return [(layer + 1) % each != 0 for layer in range(layers)]
+    return [True] * layers
+
+
+def _pattern(said: Mapping[str, Any]) -> Any:
+    """transformers 4.50 to 4.56 wrote it with an underscore, which the newest does not read: it writes layer_types."""
+    hidden = said.get("_sliding_window_pattern")
+    return said["sliding_window_pattern"] if hidden is None else hidden
+
+
+def _sliding_as_listed(kinds: Any, layers: int, on: bool) -> list[bool]:
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        found = f"a list of {len(kinds)}" if isinstance(kinds, list) else shortened(kinds)
+        raise ConfigError(f"layer_types: wanted a list of {layers}, one for each layer, found {found}")
+    for kind in kinds:
+        choice("layer_types", kind, (_SLIDING, _FULL))
+    sliding = [kind == _SLIDING for kind in kinds]
+    if any(sliding) and not on:
+        raise ConfigError(f"layer_types has {_SLIDING!r}, and there is no sliding_window: wanted one, switched on")
+    return sliding

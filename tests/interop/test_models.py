@@ -1,0 +1,90 @@
+"""Language models beside transformers' own: logits of tiny random ones, with every option that changes them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jlora.models import decoder
+from tests.interop.decoders import assert_logits, config_of, params_of, random_tokens, torch_logits, torch_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.7,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 5.0],
+}
+FULL, LOCAL = "full_attention", "sliding_attention"
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-no-head-dim": ("llama", {"head_dim": None, "hidden_size": 24}),
+    "llama-all-heads": ("llama", {"num_key_value_heads": None, "rms_norm_eps": 0.1}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+    "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2-types": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "layer_types": [LOCAL, FULL, LOCAL]}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe-normalized": ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 3}),
+    "qwen3_moe-window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5, "attention_bias": True}),
+    "gemma2": ("gemma2", {"sliding_window": 5}),
+    "gemma2-caps": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-types": ("gemma2", {"sliding_window": 4, "layer_types": [FULL, LOCAL, FULL], "attention_bias": True}),
+    "gemma3": ("gemma3_text", {"sliding_window": 5}),
+    "gemma3-pattern": ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2, "num_hidden_layers": 5}),
+    "gemma3-cap": ("gemma3_text", {"final_logit_softcapping": 2.0, "tie_word_embeddings": False}),
+    "gemma3-ropes": (
+        "gemma3_text",
+        {
+            "sliding_window": 7,
+            "layer_types": [LOCAL, FULL, LOCAL],
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "rope_theta": 100.0, "factor": 8.0},
+                LOCAL: {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 5, "num_key_value_heads": 4}),
+    "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.7}}),
+    "phi3-short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40}),
+    "phi3-long": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    model = torch_model(family, **changes)
+    config = config_of(model, tmp_path)
+    params = params_of(model, config)
+    tokens = random_tokens(rng, (2, 23))
+    assert_logits(jax.jit(decoder(config))(params, tokens), torch_logits(model, tokens))
