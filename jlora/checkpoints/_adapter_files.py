@@ -13,7 +13,7 @@ from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError, JloraWarning
 from jlora.fields import choice
-from jlora.interop.diffusion import is_flat
+from jlora.interop.diffusion import is_flat, lora_file, write_diffusers, write_kohya
 from jlora.interop.gemma import from_gemma
 from jlora.interop.gguf import gguf_file, write_gguf
 from jlora.interop.mlx import write_mlx
@@ -25,7 +25,7 @@ from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_on_host, save_adapters
 
 FORMATS = ("own", "peft", "mlx")
-WRITTEN = (*FORMATS, "gguf")
+WRITTEN = (*FORMATS, "gguf", "kohya", "diffusers")
 NAMES = ("gemma", "qwix", "openpi")
 
 
@@ -136,6 +136,7 @@ def convert(
     names: str | None = None,
     alpha: float | None = None,
     base: str | Path | None = None,
+    component: str | None = None,
     force: bool = False,
 ) -> LoraConfig:
     """Adapters in another format, written to a folder.
@@ -144,7 +145,8 @@ def convert(
       source: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model; with `names`,
         a checkpoint of params that hold adapters, safetensors or Orbax's.
       out: the folder to write.
-      to: "own", "peft", "mlx" or "gguf" (`jlora.interop.gguf`), which wants `base`, and of which `out` may be the file.
+      to: "own", "peft" or "mlx"; "gguf" (`jlora.interop.gguf`), which wants `base`, "kohya" or "diffusers"
+        (`jlora.interop.diffusion`), of which `out` may be the file.
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
         the names with slashes for dots.
       transposed_experts: as for `jlora.interop.peft.read_peft`.
@@ -152,13 +154,15 @@ def convert(
         "openpi" (`lora_a`, `lora_b` beside `w`).
       alpha: that qwix or openpi was given; it is not in the params. Of openpi by default the rank.
       base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, and its
-        config.json gives GGUF names and the order of rows.
+        config.json gives GGUF names and the order of rows. What is written as "kohya" has to be found there again.
+      component: of a diffusion model, as for `jlora.interop.diffusion.write_kohya`.
       force: whether to replace `out` where it is there.
     """
     choice("to", to, WRITTEN)
     is_file = names is None and form_of(source) == "file"
     if names is None:
-        table, checkpoint = NESTED if mapping is None else mapping, Checkpoint(base) if base and is_file else None
+        table = NESTED if mapping is None else mapping
+        checkpoint = Checkpoint(base) if base and is_file else None
         adapters, config, _ = read_adapters(
             source, table, to=to, transposed_experts=transposed_experts, base=checkpoint
         )
@@ -168,6 +172,8 @@ def convert(
         mapping = None  # which has renamed what such a file names in its own way
     if to == "gguf":
         _write_gguf(out, adapters, config, mapping, base, force=force)
+    elif to in ("kohya", "diffusers"):
+        _write_lora_file(out, adapters, config, mapping, to, base, component, force=force)
     else:
         write_adapters(out, adapters, config, to, mapping=mapping, force=force)
     return config
@@ -183,6 +189,27 @@ def _write_gguf(
     if gguf_file(out).exists() and not force:
         raise there_already(gguf_file(out))
     write_gguf(out, adapters, config, _table(adapters) if mapping is None else mapping, base=base)
+
+
+def _write_lora_file(
+    out: str | Path,
+    adapters: Any,
+    config: LoraConfig,
+    mapping: Table | None,
+    to: str,
+    base: str | Path | None,
+    component: str | None,
+    *,
+    force: bool,
+) -> None:
+    if lora_file(out).exists() and not force:
+        raise there_already(lora_file(out))
+    table = _table(adapters) if mapping is None else mapping
+    if to == "diffusers":
+        write_diffusers(out, adapters, config, table, component=component)
+    else:
+        shapes = None if base is None else shapes_of(Checkpoint(base))
+        write_kohya(out, adapters, config, table, component=component, shapes=shapes)
 
 
 def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:

@@ -22,6 +22,8 @@ _LINE = 80  # characters of an error in a table
 
 _ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's; or a LoRA file of a diffusion model"
 _FORMATS = ("own", "peft", "mlx")
+_WRITTEN = (*_FORMATS, "gguf", "kohya", "diffusers")
+_TO = "the format to write; of the last three, for llama.cpp and for diffusion models, --out may name the file"
 _TIED = "an output head that is the embedding too stays that: an adapter of one of them acts on both"
 _VOCABULARY = "take over an embedding and a head with other rows, vocab_size and the tokenizer beside the adapter too"
 _TABLE = "a .toml or .json file with tables [[row]]"
@@ -173,7 +175,7 @@ def _combine(parser: argparse.ArgumentParser) -> None:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=f"{_ADAPTERS}; with --names, a checkpoint, safetensors or Orbax's")
-    parser.add_argument("--to", choices=(*_FORMATS, "gguf"), required=True, help="the format to write")
+    parser.add_argument("--to", choices=_WRITTEN, required=True, help=_TO)
     _out(parser)
     parser.add_argument(
         "--mapping",
@@ -190,6 +192,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="CHECKPOINT",
         help="that the adapters are for: --to gguf reads its config.json; sd-scripts' names are found among its own",
+    )
+    parser.add_argument(
+        "--component",
+        metavar="NAME",
+        help="of a diffusion model (unet, transformer, text_encoder, text_encoder_2 or _3), for --to kohya and "
+        "diffusers where the names do not begin with one",
     )
 
 
@@ -311,6 +319,7 @@ def _run_convert(arguments: argparse.Namespace) -> Done:
         names=arguments.names,
         alpha=arguments.alpha,
         base=arguments.base,
+        component=arguments.component,
         force=arguments.force,
     )
     return _written(f"written to {arguments.out}", arguments, config)

@@ -30,20 +30,8 @@ def in_checkpoint(source: str | Path, modules: Sequence[Module], shapes: Shapes)
     Raises:
       DataError: names that fit several of its tensors.
     """
-    components: dict[str, list[Module]] = {}
-    for module in modules:
-        components.setdefault(_component(module.name), []).append(module)
-    flattened: dict[str, list[str]] = {}
-    for name in shapes:
-        if name.endswith(".weight"):
-            plain = name.removesuffix(".weight")
-            flattened.setdefault(plain.replace(".", "_"), []).append(plain)
-    names: dict[str, str] = {}
-    absent = []
-    for component, group in components.items():
-        found = _names_of(source, component, group, shapes, flattened)
-        names |= found
-        absent += [] if found else [component]
+    components, names = names_in(source, [module.name for module in modules], shapes)
+    absent = [component for component, own in components.items() if names.keys().isdisjoint(own)]
     left_out = [component for component in absent if len(absent) < len(components)]
     if left_out:
         warnings.warn(
@@ -52,21 +40,42 @@ def in_checkpoint(source: str | Path, modules: Sequence[Module], shapes: Shapes)
             JloraWarning,
             stacklevel=3,
         )
-    kept = [module for module in modules if _component(module.name) not in left_out]
+    kept = [module for module in modules if component_of(module.name) not in left_out]
     return [_fitted(module, names.get(module.name, module.name), shapes) for module in kept]
 
 
-def _component(name: str) -> str:
+def component_of(name: str) -> str:
+    """The component that the name of a module begins with, such as "unet" or "lora_te1"; "" where it has none."""
     match = (_DOTTED if "." in name else _FLAT).fullmatch(name)
     return match[1] if match else ""
 
 
+def names_in(source: str | Path, modules: Sequence[str], shapes: Shapes) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The modules of each component, and the names that a checkpoint has for them, as far as it has any.
+
+    Raises:
+      DataError: names that fit several of its tensors.
+    """
+    flattened: dict[str, list[str]] = {}
+    for name in shapes:
+        if name.endswith(".weight"):
+            plain = name.removesuffix(".weight")
+            flattened.setdefault(plain.replace(".", "_"), []).append(plain)
+    components: dict[str, list[str]] = {}
+    for name in modules:
+        components.setdefault(component_of(name), []).append(name)
+    names: dict[str, str] = {}
+    for component, own in components.items():
+        names |= _names_of(source, component, own, shapes, flattened)
+    return components, names
+
+
 def _names_of(
-    source: str | Path, component: str, modules: Sequence[Module], shapes: Shapes, flattened: Mapping[str, list[str]]
+    source: str | Path, component: str, modules: Sequence[str], shapes: Shapes, flattened: Mapping[str, list[str]]
 ) -> dict[str, str]:
     """The checkpoint's names for the modules of one component, as far as it has them."""
-    stems = {module.name: module.name.removeprefix(component).lstrip("._") for module in modules}
-    if not is_flat(modules[0].name):
+    stems = {name: name.removeprefix(component).lstrip("._") for name in modules}
+    if not is_flat(modules[0]):
         whole = {name: name for name in stems if f"{name}.weight" in shapes}
         return whole or {name: stem for name, stem in stems.items() if f"{stem}.weight" in shapes}
     first = next(iter(stems.values()))

@@ -30,6 +30,7 @@ class Module:
       rank: r.
       scaling: the update is scaling * the product.
       magnitude: of DoRA, (out,), of a convolution (1, out, 1...).
+      offset: the bias of a B, (out,), which is scaled as A@B is.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Module:
     rank: int
     scaling: float
     magnitude: Any = None
+    offset: Any = None
 
     @property
     def alpha(self) -> float:
@@ -55,8 +57,8 @@ def entries_of_modules(
     task_type: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], LoraConfig]:
     """The entries by path and their configuration, which tells `write_peft` of the model."""
-    rank = _most_frequent([module.rank for module in modules])
-    alpha = _most_frequent([module.alpha for module in modules])
+    rank = most_frequent([module.rank for module in modules])
+    alpha = most_frequent([module.alpha for module in modules])
     parameters = [f"{module.name}.weight" for module in modules if module.kind == "experts"]
     names: list[Named] = []
     tensors: dict[str, Any] = {}
@@ -67,6 +69,10 @@ def entries_of_modules(
         there = {part: key for part, key in keys.items() if parts[key] is not None}
         names.append(Named(weight, weight if module.kind == "experts" else module.name, there))
         tensors |= {key: parts[key] for key in there.values()}
+        if module.offset is not None:
+            key = f"{module.name}.lora_B.bias"
+            names.append(Named(f"{module.name}.bias", module.name, {"offset": key}))
+            tensors[key] = module.offset
     data = {
         "peft_type": "LORA",
         "r": rank,
@@ -88,10 +94,6 @@ def _exactly(module: Module) -> str:
     return f"^{re.escape(name)}"
 
 
-def _most_frequent(values: Sequence[Any]) -> Any:
-    return collections.Counter(values).most_common(1)[0][0]
-
-
 def alike(entries: Sequence[ModelEntry], config: LoraConfig) -> tuple[list[ModelEntry], int, float]:
     """Entries of one rank and one scaling, that rank and that scaling, for files that have one of each for all.
 
@@ -102,19 +104,29 @@ def alike(entries: Sequence[ModelEntry], config: LoraConfig) -> tuple[list[Model
     rank = max(entry.parts["A"].shape[-1] for entry in entries)
     scalings = {entry.name: config.scaling_of(entry.path) for entry in entries}
     most = [scaling for scaling in scalings.values() if scaling]
-    scaling = _most_frequent(most) if most else 1.0
+    scaling = most_frequent(most) if most else 1.0
     found = []
     for entry in entries:
         parts = dict(entry.parts)
         if scalings[entry.name] != scaling:
-            wide = np.float64 if parts["B"].dtype == np.float64 else np.float32
-            parts["B"] = (parts["B"].astype(np.float64) * (scalings[entry.name] / scaling)).astype(wide)
+            parts["B"] = scaled(parts["B"], scalings[entry.name] / scaling)
         missing = rank - parts["A"].shape[-1]
         if missing:
             parts["A"] = _padded(parts["A"], -1, missing)
             parts["B"] = _padded(parts["B"], 1 if entry.kind.startswith("experts") else 0, missing)
         found.append(dataclasses.replace(entry, parts=parts))
     return found, rank, scaling
+
+
+def scaled(array: np.ndarray[Any, Any], factor: float) -> np.ndarray[Any, Any]:
+    """An array times a number, as float32, or float64 where it is that."""
+    wide = np.float64 if array.dtype == np.float64 else np.float32
+    return (array.astype(np.float64) * factor).astype(wide)
+
+
+def most_frequent(values: Sequence[Any]) -> Any:
+    """The value that is there most often, the first of several."""
+    return collections.Counter(values).most_common(1)[0][0]
 
 
 def _padded(array: np.ndarray[Any, Any], axis: int, count: int) -> np.ndarray[Any, Any]:

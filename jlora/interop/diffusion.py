@@ -3,6 +3,7 @@
     <module>.lora_down.weight (r, in...), <module>.lora_up.weight (out, r, 1...), <module>.alpha
     <module>.lora_A.weight,               <module>.lora_B.weight            the same, in PEFT's words
     <module>.lora_mid.weight (r, r, window)                                 between them (LoCon's Tucker form)
+    <module>.lora_magnitude_vector (out,), <module>.lora_B.bias (out,)      DoRA and the bias of a B, as PEFT has them
 
 The update is alpha / r * up@down; without an alpha up@down, as in ComfyUI and diffusers 0.42 (utils/peft_utils.py).
 diffusers may keep PEFT's configuration in the metadata, under `lora_adapter_metadata`, its keys behind the component.
@@ -12,9 +13,8 @@ checkpoint; without one they stay as they are.
 """
 
 import collections
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +22,23 @@ import numpy as np
 
 from jlora.config import LoraConfig, effective_alpha
 from jlora.disk import LazyArray, TensorFile, parse_json
-from jlora.errors import DataError, JloraWarning, listed, raise_all
+from jlora.errors import DataError, JloraWarning
 from jlora.interop._flattened import in_checkpoint, is_flat
+from jlora.interop._lora_files import COMPONENTS, lora_file, write_diffusers, write_kohya
+from jlora.interop._lora_keys import METADATA, parts_by_module, taken_apart
 from jlora.interop._named import Module, entries_of_modules
 from jlora.interop.peft import FLAT, Scales, check_peft_config
 from jlora.interop.peft import Mapping as Table
 
-__all__ = ["is_flat", "is_lora_file", "read_lora_file"]
-
-_METADATA = "lora_adapter_metadata"
-_SUFFIXES = {
-    f"{way}.weight": part
-    for part, ways in {
-        "down": (".lora_down", ".lora_A", ".lora_A.default", ".lora.down", ".lora_linear_layer.down", "_lora.down"),
-        "up": (".lora_up", ".lora_B", ".lora_B.default", ".lora.up", ".lora_linear_layer.up", "_lora.up"),
-        "mid": (".lora_mid",),
-        "magnitude": (".lora_magnitude_vector",),
-    }.items()
-    for way in ways
-} | {".lora_magnitude_vector": "magnitude", ".alpha": "alpha"}
-_VARIANTS = {
-    "dora_scale": "DoRA as LyCORIS has it, over whose norm ComfyUI and LyCORIS do not agree",
-    "hada_": "LoHa, which is no product of two matrices",
-    "lokr_": "LoKr, which is no product of two matrices",
-    "oft_": "OFT, which turns the weight",
-    "glora": "GLoRA, which is no product of two matrices",
-    "lora_embedding_": "the adapter of an embedding",
-    "lora_B.bias": "the bias of a B",
-    "lora_a": "mlx-lm's: give the folder, whose adapter_config.json has the scale",
-    "lora_b": "mlx-lm's: give the folder, whose adapter_config.json has the scale",
-    ".diff": "the difference of a whole tensor",
-    "emb": "an embedding that was trained beside it",
-}
-_PEFT = "base_model.model."
+__all__ = [
+    "COMPONENTS",
+    "is_flat",
+    "is_lora_file",
+    "lora_file",
+    "read_lora_file",
+    "write_diffusers",
+    "write_kohya",
+]
 
 
 def is_lora_file(path: str | Path) -> bool:
@@ -68,7 +52,7 @@ def is_lora_file(path: str | Path) -> bool:
     try:
         with TensorFile(path) as file:
             return any(
-                _taken_apart(key)[1] in ("down", "up") or ".hada_" in key or ".lokr_" in key for key in file.entries
+                taken_apart(key)[1] in ("down", "up") or ".hada_" in key or ".lokr_" in key for key in file.entries
             )
     except DataError:
         return False
@@ -96,7 +80,7 @@ def read_lora_file(
     """
     try:
         with TensorFile(path) as file:
-            found = _found(file.entries)
+            found = parts_by_module(file.entries)
             scales = _Metadata(file)
             modules = [_module(name, keys, file, scales, lazy=lazy) for name, keys in found.items()]
     except DataError as error:
@@ -115,57 +99,15 @@ def read_lora_file(
     return entries, config
 
 
-def _taken_apart(key: str) -> tuple[str, str]:
-    """The module that a tensor belongs to, and which part of its adapter it is, "" where it is none."""
-    suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
-    name = key.removesuffix(suffix)
-    if not suffix or not name:
-        return key, ""
-    if suffix.startswith("_"):  # the attention processors of older versions of diffusers
-        name = re.sub(r"\.processor\.(\w+)$", r".\1", name)
-        name = re.sub(r"\.to_out$", ".to_out.0", name)
-    return name, _SUFFIXES[suffix]
-
-
-def _found(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The keys of each module's parts.
-
-    Raises:
-      DataError: keys that belong to no LoRA, parts that stand alone.
-    """
-    found: dict[str, dict[str, str]] = {}
-    problems = []
-    for key in keys:
-        name, part = _taken_apart(key)
-        parts = found.setdefault(name, {}) if part else {}
-        if key.startswith(_PEFT):
-            problems.append(f"{key}: of PEFT, which keeps the scaling in adapter_config.json: give the folder of both")
-        elif not part:
-            what = next((what for end, what in _VARIANTS.items() if end in key), "no part of a LoRA that jlora knows")
-            problems.append(f"{key}: {what}")
-        elif part in parts:
-            problems.append(f"{key} and {parts[part]}: both the {part} of {name}")
-        parts[part] = key
-    problems += [
-        f"{name}: {listed(parts.values())} without {'an up' if 'down' in parts else 'a down'}"
-        for name, parts in found.items()
-        if not {"down", "up"} <= set(parts)
-    ]
-    raise_all(problems, DataError, "tensors that are no LoRA that jlora reads")
-    if not found:
-        raise DataError("holds no tensors")
-    return found
-
-
 class _Metadata:
     """The scaling of each module, as far as PEFT's configurations in the metadata say it."""
 
     def __init__(self, file: TensorFile) -> None:
-        text = file.metadata.get(_METADATA)
+        text = file.metadata.get(METADATA)
         try:
             data = {} if text is None else parse_json(text.encode("utf-8"))
         except ValueError as error:
-            raise DataError(f"the metadata {_METADATA} is not valid JSON: {error}") from None
+            raise DataError(f"the metadata {METADATA} is not valid JSON: {error}") from None
         configs: dict[str, dict[str, Any]] = collections.defaultdict(dict)
         for key, value in data.items():
             component, _, field = key.rpartition(".")
@@ -187,7 +129,7 @@ class _Metadata:
                 continue
             name = module.removeprefix(f"{component}.") if component else module
             if scales.rank_of(name) != rank:
-                raise DataError(f"{module}: the rank is {rank}, and {scales.rank_of(name)} in the metadata {_METADATA}")
+                raise DataError(f"{module}: the rank is {rank}, and {scales.rank_of(name)} in the metadata {METADATA}")
             return float(effective_alpha(scales.alpha_of(name), rank, "rslora" if is_rslora else "standard")) / rank
         return None
 
@@ -208,7 +150,7 @@ def _module(name: str, keys: Mapping[str, str], file: TensorFile, metadata: _Met
     said = metadata.scaling_of(name, rank)
     if "alpha" in keys:
         if said is not None:
-            raise DataError(f"{name}: there is an alpha, and one in the metadata {_METADATA}")
+            raise DataError(f"{name}: there is an alpha, and one in the metadata {METADATA}")
         alpha = file.read(keys["alpha"])
         if alpha.size != 1 or not np.isfinite(alpha.astype(np.float64)).all():
             raise DataError(f"{keys['alpha']}: wanted one finite number")
@@ -217,7 +159,9 @@ def _module(name: str, keys: Mapping[str, str], file: TensorFile, metadata: _Met
         down = _with_mid(down, mid)
     up = up.reshape(up.shape[0], rank, *(1 for _ in window))
     kind = "conv" if window else "linear"
-    return Module(name, kind, down, up, rank, 1.0 if said is None else said, parts.get("magnitude"))
+    return Module(
+        name, kind, down, up, rank, 1.0 if said is None else said, parts.get("magnitude"), parts.get("offset")
+    )
 
 
 def _with_mid(down: Any, mid: Any) -> Any:

@@ -1,12 +1,15 @@
-"""diffusers in a process of its own: a small unet, LoRA files for it, and what it says with them.
+"""diffusers in a process of its own: small models, LoRA files for them, and what it says with them.
 
 python real_diffusers.py make FOLDER
 python real_diffusers.py says FOLDER FILE OUT.npy
+python real_diffusers.py make_models FOLDER
+python real_diffusers.py merges FOLDER FILE OUT.safetensors
 """
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 # diffusers, and of what it wants what torch, PEFT and transformers do not bring.
 PACKAGES = ("diffusers==0.42.1", "requests", "urllib3", "charset-normalizer", "certifi", "importlib_metadata", "pillow")
@@ -28,15 +31,10 @@ def _says(model: object, out: Path) -> None:
         np.save(out, model.eval()(x, times, text).sample.numpy())  # type: ignore[attr-defined]
 
 
-def _make(folder: Path) -> None:
-    import peft
-    import torch
+def _unet() -> Any:
     from diffusers import UNet2DConditionModel
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-    from safetensors.torch import save_file
 
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(8, 16),
@@ -46,10 +44,80 @@ def _make(folder: Path) -> None:
         attention_head_dim=4,
         norm_num_groups=4,
     )
+
+
+def _text_encoder() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=17, max_position_embeddings=7, **sizes))
+
+
+def _transformer() -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    others = {"in_channels": 4, "joint_attention_dim": 12, "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8)}
+    return FluxTransformer2DModel(**sizes, **others)
+
+
+def _save(model: Any, folder: Path) -> None:
+    import torch
+
     with torch.no_grad():
-        for value in unet.parameters():
+        for value in model.parameters():
             value.copy_(0.2 * torch.randn(value.shape))
-    unet.save_pretrained(folder / "unet")
+    model.save_pretrained(folder)
+
+
+def _make_models(folder: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    for name, make in (("unet", _unet), ("text_encoder", _text_encoder), ("transformer", _transformer)):
+        _save(make(), folder / name)
+
+
+def _merges(folder: Path, file: Path, out: Path) -> None:
+    """The weights of all three models with a file that diffusers' pipelines loaded, without those of the adapters."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+    from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers import CLIPTextModel
+
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        "transformer": FluxTransformer2DModel.from_pretrained(folder / "transformer"),
+    }
+    with safe_open(file, "pt") as opened:
+        is_flux = any(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
+    base: Any = FluxLoraLoaderMixin if is_flux else StableDiffusionLoraLoaderMixin
+    pipeline: Any = type("Pipeline", (base,), {"components": parts, "hf_device_map": None, **parts})()
+    pipeline.load_lora_weights(str(file))
+    tensors = {}
+    for component, model in parts.items():
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                tensors[f"{component}.{name}.weight"] = module.get_base_layer().weight.detach().contiguous()
+                if module.get_base_layer().bias is not None:
+                    tensors[f"{component}.{name}.bias"] = module.get_base_layer().bias.detach().contiguous()
+    save_file(tensors, out)
+
+
+def _make(folder: Path) -> None:
+    import peft
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    unet = _unet()
+    _save(unet, folder / "unet")
     _says(unet, folder / "plain.npy")
     tensors, count = {}, 0
     for name, module in unet.named_modules():
@@ -91,4 +159,6 @@ def _says_merged(folder: Path, file: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"make": _make, "says": _says_merged}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"make": _make, "says": _says_merged, "make_models": _make_models, "merges": _merges}[sys.argv[1]](
+        *map(Path, sys.argv[2:])
+    )

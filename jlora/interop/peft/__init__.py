@@ -1,11 +1,11 @@
 """Adapters of Hugging Face PEFT, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from jlora.interop.peft._config import Scales, base_model_of, check_peft_config, kept_of, kind_of_experts
-from jlora.interop.peft._derive import of_model, with_kinds_of
+from jlora.interop.peft._derive import of_model, scales_in_peft, with_kinds_of, without_defaults
 from jlora.interop.peft._keys import Named, names_embedding
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
 from jlora.interop.peft._read import is_peft_folder, read_named, read_peft, read_peft_arrays
-from jlora.interop.peft._write import ModelEntry, model_entries, write_peft
+from jlora.interop.peft._write import ModelEntry, model_entries, peft_tensors, write_peft
 
 __all__ = [
     "FLAT",
@@ -24,10 +24,13 @@ __all__ = [
     "names_embedding",
     "of_model",
     "paths_of_name",
+    "peft_tensors",
     "read_named",
     "read_peft",
     "read_peft_arrays",
     "read_rows",
+    "scales_in_peft",
     "with_kinds_of",
+    "without_defaults",
     "write_peft",
 ]

@@ -119,7 +119,7 @@ def peft_config(config: LoraConfig, contents: Contents, kept: Kept) -> dict[str,
         _check_beside(config, contents)
         data |= _selection(contents, data)
     if not (same_entries and same_scales):
-        data |= _scales(config, contents.adapted)
+        data |= scales_in_peft(config, contents.adapted)
         data["init_lora_weights"] = True  # how A and B began says nothing of these any more
     if (data.get("lora_dropout") or 0.0) != config.dropout or kept.config is None:
         data["lora_dropout"] = config.dropout
@@ -190,8 +190,8 @@ def _says_scales(data: Mapping[str, Any], config: LoraConfig, modules: Mapping[s
     )
 
 
-def _scales(config: LoraConfig, modules: Mapping[str, str]) -> dict[str, Any]:
-    """The keys that give each module its rank and alpha."""
+def scales_in_peft(config: LoraConfig, modules: Mapping[str, str]) -> dict[str, Any]:
+    """The keys of PEFT's configuration that give each module its rank and alpha; `modules` are name -> path."""
     ranks = {module: config.rank_of(path) for module, path in modules.items()}
     alphas = {module: _number(config.alpha_of(path)) for module, path in modules.items()}
     given = {"r": config.rank, "lora_alpha": _number(config.alpha), "use_rslora": config.scaling == "rslora"}

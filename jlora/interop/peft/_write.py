@@ -17,6 +17,7 @@ from jlora.interop.peft._keys import by_parent, ends_of, entries_of, key_of, par
 from jlora.interop.peft._layout import Arrays, check_numbers, to_model, to_peft
 from jlora.interop.peft._mapping import FLAT, Mapping, Place, places_of_paths
 from jlora.interop.peft._targeted import check_fields, check_together
+from jlora.interop.peft._wrappers import PREFIX
 from jlora.paths import leaves_by_path, literal_pattern
 from jlora.pytrees import leaves
 from jlora.storage import check_folder_to_write, folder_to_write, unreachable, write_once
@@ -93,6 +94,15 @@ def model_entries(path: str | Path, adapters: Any, config: LoraConfig, mapping: 
       DataError: as of `write_peft`.
     """
     return list(_writer(path, adapters, config, mapping).entries.values())
+
+
+def peft_tensors(
+    path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT
+) -> tuple[list[ModelEntry], Arrays]:
+    """`model_entries`, and their tensors by PEFT's names without the prefix that all of PEFT's have."""
+    writer = _writer(path, adapters, config, mapping)
+    tensors = {key.removeprefix(PREFIX): array for key, array in writer.tensors().items()}
+    return list(writer.entries.values()), tensors
 
 
 def _writer(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping) -> "_Writer":
