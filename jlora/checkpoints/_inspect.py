@@ -13,13 +13,14 @@ from jlora.arrays import ShapeDtype
 from jlora.checkpoints._adapter_files import read_adapters
 from jlora.checkpoints._forms import is_adapters, shapes_of
 from jlora.checkpoints._layouts import with_layouts
-from jlora.checkpoints._lazy import lazy_tree
+from jlora.checkpoints._lazy import lazy_row, lazy_tree
+from jlora.checkpoints._locate import Located, Piece, locate, same_weights
 from jlora.checkpoints._memory import settings_of, stack_of
 from jlora.checkpoints._rewrite import Progress
+from jlora.checkpoints._single_experts import Entries, one_by_one
 from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
-from jlora.checkpoints._updates import Entries, Located, locate, same_weights
 from jlora.config import LoraConfig
-from jlora.disk import Checkpoint
+from jlora.disk import Checkpoint, LazyArray
 from jlora.errors import DataError, listed, raise_all
 from jlora.interop.peft import Mapping, paths_of_name
 from jlora.paths import leaves_by_path
@@ -55,7 +56,7 @@ def inspect(
     checkpoint = Checkpoint(base)
     tree, config, _ = read_adapters(adapters, base=checkpoint)
     entries = leaves_by_path(tree, is_leaf=is_entry)
-    located = locate(entries, checkpoint, mapping)
+    located = locate(entries, checkpoint, mapping, transposed_experts)
     raise_all(located.problems, DataError, f"{adapters}: the adapters do not fit the checkpoint")
     shapes = located.shapes(weight_shapes(checkpoint, tie_of(checkpoint)))
     config = with_layouts(config, entries, shapes, settings_of(checkpoint), transposed_experts)
@@ -64,31 +65,45 @@ def inspect(
 
 
 def diff(
-    left: str | Path, right: str | Path, *, mapping: Mapping = (), on_progress: Progress | None = None
+    left: str | Path,
+    right: str | Path,
+    *,
+    base: str | Path | None = None,
+    mapping: Mapping = (),
+    on_progress: Progress | None = None,
 ) -> diagnostics.Difference | diagnostics.CheckpointDifference:
     """How two folders of adapters, or two checkpoints, differ.
 
     Entries of adapters meet where their names are the same but for dots and slashes, a prefix that all have or lack,
-    and what transformers renames; tensors of checkpoints where they have one name.
+    and what transformers renames; with `base` where they are for the same tensor of that checkpoint, as `merge` finds
+    it. Where one side has the experts of a layer in one array and the other one by one, they are compared one by one.
+    Tensors of checkpoints meet where they have one name.
 
     Args:
       left, right: both adapters, or both checkpoints.
-      mapping: rows of `jlora.interop.peft.Row` from the left's names to the right's, where these are others.
+      base: a checkpoint that both adapters are for.
+      mapping: rows of `jlora.interop.peft.Row` from the left's names to the right's, or with `base` from those of both
+        to the checkpoint's, where these are others.
       on_progress: called with (bytes done, bytes in all), of checkpoints.
 
     Raises:
-      DataError: what cannot be read, one of each kind, adapters of which one fits several parts of the other.
+      DataError: what cannot be read, one of each kind, adapters of which one fits several parts of the other, or that
+        do not fit the base; a base for checkpoints.
     """
     if is_adapters(left) or is_adapters(right):
-        (one, first, _), (other, second, _) = read_adapters(left), read_adapters(right)
+        checkpoint = None if base is None else Checkpoint(base)
+        (one, first, _), (other, second, _) = (read_adapters(path, base=checkpoint) for path in (left, right))
         lefts, rights = (leaves_by_path(tree, is_leaf=is_entry) for tree in (one, other))
-        try:
-            names = same_weights(lefts, rights, mapping)
-            if not names:  # the left's first entry, by which a prefix is sought, may be the one that the right lacks
-                names = {path: other for other, path in same_weights(rights, lefts).items()}
-        except DataError as error:
-            raise DataError(f"{left} and {right}: {error}; a mapping says which (--mapping)") from None
-        return diagnostics.diff((one, first), (other, second), names=names)
+        (lefts, first), (rights, second) = one_by_one(lefts, first, rights), one_by_one(rights, second, lefts)
+        if checkpoint is None:
+            names = _same_weights(left, lefts, right, rights, mapping)
+        else:
+            paths = {place: path for path, place in _places(right, rights, checkpoint, mapping).items()}
+            places = _places(left, lefts, checkpoint, mapping)
+            names = {path: paths[place] for path, place in places.items() if place in paths}
+        return diagnostics.diff((lefts, first), (rights, second), names=names)
+    if base is not None:
+        raise DataError(f"{base}: a base says which weights adapters are for; {left} and {right} are checkpoints")
     there = Checkpoint(right).entries
     renamed = {}
     for name in Checkpoint(left).entries:
@@ -96,6 +111,34 @@ def diff(
         if name not in there and found:
             renamed[name] = found[0]
     return diagnostics.diff_checkpoints(left, right, names=renamed, on_progress=on_progress)
+
+
+def _same_weights(
+    left: str | Path, lefts: Entries, right: str | Path, rights: Entries, mapping: Mapping
+) -> dict[str, str]:
+    """The right's path of each entry of the left that both have, by the names alone."""
+    try:
+        names = same_weights(lefts, rights, mapping)
+        if not names:  # the left's first entry, by which a prefix is sought, may be the one that the right lacks
+            names = {path: other for other, path in same_weights(rights, lefts).items()}
+    except DataError as error:
+        raise DataError(
+            f"{left} and {right}: {error}; the base of both (--base) or a mapping (--mapping) says which"
+        ) from None
+    return names
+
+
+def _places(path: str | Path, entries: Entries, checkpoint: Checkpoint, mapping: Mapping) -> dict[str, Any]:
+    """What of a checkpoint each entry is for, by its path."""
+    try:
+        located = locate(entries, checkpoint, mapping, transposed_experts=False)  # which says nothing of the place
+        raise_all(located.problems, DataError, "the adapters do not fit the checkpoint")
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return {
+        own: tuple((piece.tensor, piece.slot if piece.inside else None) for piece in pieces)
+        for own, pieces in located.pieces.items()
+    }
 
 
 def _weights(checkpoint: Checkpoint, located: Located, entries: Entries, config: LoraConfig) -> dict[str, Any]:
@@ -106,11 +149,24 @@ def _weights(checkpoint: Checkpoint, located: Located, entries: Entries, config:
         if path in located.quantized:
             weights[path] = ShapeDtype(_shape_of(path, entries[path], config), np.dtype(np.float32))
             continue
-        own = [tensors[stored_as(tie, piece.tensor).replace(".", "/")] for piece in found]
-        width = found[0].parts
-        rows = [own[start : start + width] for start in range(0, len(own), width)]
-        weights[path] = own[0] if found[0].expert is None else stack_of(rows)
+        own, slot = [tensors[stored_as(tie, piece.tensor).replace(".", "/")] for piece in found], found[0].slot
+        if slot is None:
+            weights[path] = own[0]
+        elif found[0].inside:
+            weights[path] = _matrix(checkpoint, found[0])
+        else:
+            weights[path] = stack_of([own[start : start + slot.parts] for start in range(0, len(own), slot.parts)])
     return weights
+
+
+def _matrix(checkpoint: Checkpoint, piece: Piece) -> LazyArray:
+    """A matrix (out, in) of one expert in an array of all."""
+    slot = piece.slot
+    assert slot is not None
+    matrix = lazy_row(checkpoint, piece.tensor, slot.expert)
+    matrix = matrix.T if piece.turned else matrix
+    rows = matrix.shape[0] // slot.parts
+    return matrix[slot.part * rows : (slot.part + 1) * rows]
 
 
 def _shape_of(path: str, entry: Any, config: LoraConfig) -> tuple[int, ...]:

@@ -28,3 +28,17 @@ def lazy_tree(checkpoint: Checkpoint, advance: Callable[[int], None]) -> dict[st
         except DataError:  # a dtype that NumPy does not have
             continue
     return tree
+
+
+def lazy_row(checkpoint: Checkpoint, name: str, index: int) -> LazyArray:
+    """One place on the first axis of a tensor, of which no more is read."""
+    entry = checkpoint.entries[name]
+    shape = entry.shape[1:]
+
+    def load() -> np.ndarray[Any, Any]:
+        row = np.empty(shape, entry.dtype)
+        with checkpoint.open(checkpoint.shard_of[name]) as file:
+            file.read_into(file.entries[name].start + index * row.nbytes, row)
+        return row
+
+    return LazyArray(shape, entry.dtype, load)

@@ -8,7 +8,7 @@ import numpy as np
 from jlora.disk import Checkpoint, LazyArray, read_json
 from jlora.errors import DataError
 from jlora.interop.peft import names_embedding
-from jlora.interop.transformers import Facts, pattern_of
+from jlora.interop.transformers import Facts, filled, pattern_of
 
 Tree = dict[str, LazyArray]
 
@@ -73,10 +73,7 @@ def _stacked(left: Tree, template: str, parts: tuple[str, ...]) -> Tree:
         pattern = pattern_of(part)
         for name in left:
             if match := pattern.fullmatch(name):
-                memory = template
-                for letter, number in match.groupdict().items():
-                    memory = memory.replace(f"{{{letter}}}", number)
-                groups.setdefault(memory, {})[int(match["e"]), place] = name
+                groups.setdefault(filled(template, match), {})[int(match["e"]), place] = name
     found: Tree = {}
     for memory, names in groups.items():
         count = 1 + max(expert for expert, _ in names)

@@ -1,149 +1,157 @@
-"""Adapters of single experts, for a checkpoint that keeps the experts of a layer in one array."""
+"""Adapters of single experts and of all experts in one array: how the names meet, and one in the place of the other."""
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jlora.checkpoints._layouts import open_experts
-from jlora.checkpoints._memory import settings_of
+from jlora.adapter import Entry
 from jlora.config import LoraConfig
-from jlora.disk import Checkpoint
-from jlora.errors import DataError
-from jlora.interop.transformers import has_transposed_experts
+from jlora.contraction import Factorization
+from jlora.disk import LazyArray
 from jlora.paths import literal_pattern
 
 Entries = dict[str, dict[str, Any]]
-Slot = tuple[str, int, int]  # the path of the array, the expert, which of the matrices one upon the other
 
 _NAMES = (
     re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<name>\w+)\.weight"),
     re.compile(r"(?P<module>(?:.*\.)?experts)\.(?P<name>\w+)s\.(?P<expert>\d+)\.weight"),  # as unsloth splits GPT-OSS
 )
-# The name of a matrix -> that of the array, which of its parts it is, and how many there are.
-_PLACES = {
-    "gate_proj": ("gate_up_proj", 0, 2),
-    "w1": ("gate_up_proj", 0, 2),
-    "up_proj": ("gate_up_proj", 1, 2),
-    "w3": ("gate_up_proj", 1, 2),
-    "gate_up_proj": ("gate_up_proj", 0, 1),
-    "down_proj": ("down_proj", 0, 1),
-    "w2": ("down_proj", 0, 1),
+_BY_NUMBER, _BY_NAME = "{module}.{expert}.{name}.weight", "{module}.{name}s.{expert}.weight"
+# The matrices of an expert that are one in an array, one upon the other, and how their names are formed.
+_GROUPS = {
+    "gate_up_proj": (
+        (("gate_proj", "up_proj"), _BY_NUMBER),
+        (("w1", "w3"), _BY_NUMBER),
+        (("gate_up_proj",), _BY_NUMBER),
+        (("gate_up_proj",), _BY_NAME),
+    ),
+    "down_proj": ((("down_proj",), _BY_NUMBER), (("w2",), _BY_NUMBER), (("down_proj",), _BY_NAME)),
 }
-_ARRAYS = ("gate_up_proj", "down_proj")
 
 
-def stacked(
-    entries: Entries, config: LoraConfig, checkpoint: Checkpoint, transposed_experts: bool | None
-) -> list[tuple[Entries, LoraConfig]]:
-    """The entries and their configuration, those of single experts apart, as entries of the arrays that hold them.
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of a matrix of an expert in an array.
 
-    Raises:
-      DataError: an expert that the checkpoint does not have; gate and up for an array in which they alternate; square
-        experts of which nothing says how they lie.
+    Attributes:
+      array: the name of the array.
+      expert: the number of the expert.
+      part, parts: the array has that many matrices of each expert, one upon the other; this is which.
     """
-    arrays = {array: _shape_in(checkpoint, array) for array in _ARRAYS}
-    slots = {path: slot for path, entry in entries.items() if (slot := _slot(path, entry, arrays)) is not None}
-    if not slots:
-        return [(entries, config)]
-    if transposed_experts is None:
-        transposed_experts = has_transposed_experts(settings_of(checkpoint))
-    rank = max(_parts_of(path) * entries[path]["A"].shape[-1] for path in slots)
-    grouped: dict[str, list[str]] = {}
-    for path, (array, _, _) in slots.items():
-        grouped.setdefault(array, []).append(path)
-    found: Entries = {}
-    roles: dict[str, str] = {}
-    for array, paths in grouped.items():
-        if transposed_experts and any(_parts_of(path) > 1 for path in paths):
-            raise DataError(f"{paths[0]}: gate and up alternate in {array}, where an adapter of one has no place")
-        shape = arrays[array.rpartition(".")[2]]
-        assert shape is not None
-        matrices = {slots[path]: (entries[path], config.scaling_of(path)) for path in paths}
-        found[array] = _joined(matrices, paths, shape, rank)
-        roles[array] = _roles(array, found[array], shape, transposed_experts)
-    patterns = {literal_pattern(path) for path in slots}
-    others = {path: entry for path, entry in entries.items() if path not in slots}
-    own = LoraConfig(
-        rank=rank,
-        alpha=rank,
-        target_modules=tuple(literal_pattern(array) for array in found),
-        factorizations={literal_pattern(array): letters for array, letters in roles.items()},
-    )
-    return [*([(others, _without(config, patterns))] if others else []), (found, own)]
+
+    array: str
+    expert: int
+    part: int
+    parts: int
 
 
-def _shape_in(checkpoint: Checkpoint, array: str) -> tuple[int, ...] | None:
-    """The shape of the arrays of this name; None where there are none, or single experts beside them."""
-    if any(re.search(r"(^|\.)experts\.\d+\.", name.replace("/", ".")) for name in checkpoint.entries):
-        return None
-    ends = (f"experts.{array}", f"experts/{array}")
-    return next((entry.shape for name, entry in checkpoint.entries.items() if name.endswith(ends)), None)
-
-
-def _slot(path: str, entry: Mapping[str, Any], arrays: Mapping[str, tuple[int, ...] | None]) -> Slot | None:
-    """Where the matrix of an entry lies in an array of the checkpoint."""
-    name = path.replace("/", ".")
+def slot_of(name: str) -> Slot | None:
+    """Where the matrix that has this dotted name is, were the experts one array; None for other names."""
     match = next((found for pattern in _NAMES if (found := pattern.fullmatch(name))), None)
-    if match is None or set(entry) != {"A", "B"} or match["name"] not in _PLACES:
+    if match is None:
         return None
-    array, part, _ = _PLACES[match["name"]]
-    return None if arrays[array] is None else (f"{match['module']}.{array}", int(match["expert"]), part)
+    for array, groups in _GROUPS.items():
+        for group, _ in groups:
+            if match["name"] in group:
+                part = group.index(match["name"])
+                return Slot(f"{match['module']}.{array}", int(match["expert"]), part, len(group))
+    return None
 
 
-def _parts_of(path: str) -> int:
-    names = path.replace("/", ".").split(".")
-    last = names[-2] if not names[-2].isdigit() else names[-3].removesuffix("s")
-    return _PLACES[last][2]
+def names_of(array: str, count: int) -> Iterable[list[list[str]]]:
+    """The names that the matrices of an array may have one by one, for each expert those of its parts; several ways."""
+    module, _, last = array.rpartition(".")
+    for group, form in _GROUPS.get(last, ()):
+        yield [[form.format(module=module, expert=expert, name=name) for name in group] for expert in range(count)]
 
 
-def _joined(
-    matrices: Mapping[Slot, tuple[Mapping[str, Any], float]], paths: list[str], shape: tuple[int, ...], rank: int
-) -> dict[str, Any]:
-    """A (experts, in, rank) and B (experts, rank, out) of all matrices of an array, their scalings in B.
+def is_stack(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is for experts in one array: A (experts, in, r), B (experts, r, out)."""
+    return set(entry) == {"A", "B"} and entry["A"].ndim == entry["B"].ndim == 3
+
+
+def part_of(entry: Mapping[str, Any], expert: int, part: int, parts: int, roles: str = "oi") -> dict[str, Any]:
+    """A (in, r) and B (r, out) of one matrix of an entry of stacked experts, whose parts split the first axis."""
+    a, b = entry["A"][expert], entry["B"][expert]  # (in, r), (r, out)
+    width = (b.shape[1] if roles == "oi" else a.shape[0]) // parts
+    own = slice(part * width, (part + 1) * width)
+    return {"A": a, "B": b[:, own]} if roles == "oi" else {"A": a[own], "B": b}
+
+
+def joined(matrices: Sequence[tuple[Slot, Entry]], shape: tuple[int, ...], turned: bool) -> Entry:
+    """A (experts, in, rank) and B (experts, rank, out) of matrices of an array, their scalings in B.
 
     Parts one upon the other have ranks of their own: A = [A1, A2], B = [[B1, 0], [0, B2]]. What has no adapter is zero.
+    `turned` says that the array is (experts, in, out).
     """
-    parts = max(map(_parts_of, paths))
-    first = next(iter(matrices.values()))[0]
-    (ins, _), width = first["A"].shape, first["B"].shape[1]
-    is_wide = any(entry[name].dtype == np.float64 for entry, _ in matrices.values() for name in "AB")
-    dtype = np.float64 if is_wide else np.float32
-    a = np.zeros((shape[0], ins, rank), dtype)
-    b = np.zeros((shape[0], rank, parts * width), dtype)
-    for (array, expert, part), (entry, scaling) in matrices.items():
-        if expert >= shape[0]:
-            raise DataError(f"{array} {shape}: there is no expert {expert}")
-        own_a, own_b = np.asarray(entry["A"]), np.asarray(entry["B"])  # (in, r), (r, out)
-        if own_a.shape[0] != ins or own_b.shape[1] != width:
-            raise DataError(f"{array}: A {own_a.shape} and B {own_b.shape} of expert {expert} do not fit the others")
-        rows = slice(part * (rank // parts), part * (rank // parts) + own_a.shape[1])
-        a[expert, :, rows] = own_a
-        b[expert, rows, part * width : (part + 1) * width] = scaling * own_b.astype(np.float64)
-    return {"A": a, "B": b}
+    ins, outs = shape[1:] if turned else shape[:0:-1]
+    ranks: dict[int, int] = {}
+    for slot, entry in matrices:
+        ranks[slot.part] = max(ranks.get(slot.part, 0), entry.parts["A"].shape[-1])
+    starts = {part: sum(rank for other, rank in ranks.items() if other < part) for part in ranks}
+    rank = sum(ranks.values())
+    is_wide = any(entry.parts[name].dtype == np.float64 for _, entry in matrices for name in "AB")
+    dtype = np.dtype(np.float64 if is_wide else np.float32)
+
+    def load_a() -> np.ndarray[Any, Any]:
+        a = np.zeros((shape[0], ins, rank), dtype)
+        for slot, entry in matrices:
+            own = np.asarray(entry.parts["A"])  # (in, r)
+            a[slot.expert, :, starts[slot.part] : starts[slot.part] + own.shape[1]] = own
+        return a
+
+    def load_b() -> np.ndarray[Any, Any]:
+        b = np.zeros((shape[0], rank, outs), dtype)
+        for slot, entry in matrices:
+            own = entry.scaling * np.asarray(entry.parts["B"]).astype(np.float64)  # (r, out)
+            rows, width = slice(starts[slot.part], starts[slot.part] + own.shape[0]), outs // slot.parts
+            b[slot.expert, rows, slot.part * width : (slot.part + 1) * width] = own
+        return b
+
+    parts = {
+        "A": LazyArray((shape[0], ins, rank), dtype, load_a),
+        "B": LazyArray((shape[0], rank, outs), dtype, load_b),
+    }
+    return Entry(parts, 1.0, Factorization("bio" if turned else "boi"))
 
 
-def _roles(array: str, entry: Mapping[str, Any], shape: tuple[int, ...], transposed: bool | None) -> str:
-    """How the axes of the array lie, by its shape, or else by the model."""
-    ins, outs = entry["A"].shape[1], entry["B"].shape[2]
-    if ins != outs:
-        return "bio" if shape[1:] == (ins, outs) else "boi"
-    if transposed is None:
-        raise DataError(open_experts(array, shape))
-    return "bio" if transposed else "boi"
+def one_by_one(entries: Entries, config: LoraConfig, others: Iterable[str]) -> tuple[Entries, LoraConfig]:
+    """Entries of stacked experts as entries of their matrices, where `others` are paths that name these one by one.
 
-
-def _without(config: LoraConfig, patterns: set[str]) -> LoraConfig:
-    """A configuration without what it says of some paths, given by their patterns."""
-
-    def kept(pairs: Any) -> dict[str, Any]:
-        return {pattern: value for pattern, value in pairs if pattern not in patterns}
-
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    return config.replace(
-        target_modules=tuple(pattern for pattern in targets if pattern not in patterns),
-        rank_pattern=kept(config.rank_pattern),
-        alpha_pattern=kept(config.alpha_pattern),
-        factorizations=kept(config.factorizations),
+    In an array (experts, in, out) the rows of gate and up alternate, so that these stay one.
+    """
+    there = {pair for other in others if (pair := _form_of(other.replace("/", ".")))}
+    found: Entries = {}
+    alphas: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+    for path, entry in entries.items():
+        array = path.replace("/", ".")
+        last = array.rpartition(".")[2]
+        groups = [group for group in _GROUPS.get(last, ()) if {(name, group[1]) for name in group[0]} & there]
+        turned = any(roles == "bio" for _, roles in config.matches("factorizations", path)[:1])
+        if not is_stack(entry) or not groups or (turned and len(groups[0][0]) > 1):
+            found[path] = entry
+            continue
+        group, form = groups[0]
+        for expert in range(entry["A"].shape[0]):
+            for part, name in enumerate(group):
+                own = form.format(module=array.rpartition(".")[0], expert=expert, name=name)
+                own = own.replace(".", "/") if "/" in path else own
+                found[own] = part_of(entry, expert, part, len(group))
+                alphas[literal_pattern(own)], ranks[literal_pattern(own)] = config.alpha_of(path), config.rank_of(path)
+    return found, config.replace(
+        factorizations={**dict.fromkeys(alphas, "oi"), **dict(config.factorizations)},
+        alpha_pattern={**alphas, **dict(config.alpha_pattern)},
+        rank_pattern={**ranks, **dict(config.rank_pattern)},
     )
+
+
+def _form_of(name: str) -> tuple[str, str] | None:
+    """The name of an expert's matrix, and how it is formed; None for other names."""
+    for pattern, form in zip(_NAMES, (_BY_NUMBER, _BY_NAME), strict=True):
+        if match := pattern.fullmatch(name):
+            return match["name"], form
+    return None

@@ -211,9 +211,9 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 def _diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", help="a folder of adapters, or a checkpoint")
     parser.add_argument("right", help="another of the same kind")
-    parser.add_argument(
-        "--mapping", metavar="FILE", help=f"{_TABLE} of name and path: the left's names and the right's"
-    )
+    parser.add_argument("--base", help=f"{_CHECKPOINT}; adapters of the same weight of it are compared")
+    names = "the left's names and the right's, or the adapters' and the base's"
+    parser.add_argument("--mapping", metavar="FILE", help=f"{_TABLE} of name and path: {names}")
 
 
 def _run_merge(arguments: argparse.Namespace) -> Done:
@@ -382,7 +382,11 @@ def _run_diff(arguments: argparse.Namespace) -> Done:
 
     with _progress("diff", arguments) as show:
         found = checkpoints.diff(
-            arguments.left, arguments.right, mapping=_mapping(arguments.mapping) or (), on_progress=show
+            arguments.left,
+            arguments.right,
+            base=arguments.base,
+            mapping=_mapping(arguments.mapping) or (),
+            on_progress=show,
         )
     fields = {"is_identical": found.is_identical, "counts": found.counts(), **plain_fields(found)}
     return Done(str(found), fields, DONE if found.is_identical else DIFFERENT)

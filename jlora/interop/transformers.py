@@ -96,6 +96,15 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
     return Facts() if number is None else _facts(number)
 
 
+def names_in_memory(config: Mapping[str, Any], disk: str) -> list[str]:
+    """The other names that the tensor of this name on the disk may have in memory."""
+    facts = facts_of(config)
+    found = paths_of_name(_reversed((*facts.renamed, *RENAMED)), disk)
+    for memory, parts in facts.stacked:
+        found += [filled(memory, match) for part in parts if (match := pattern_of(part).fullmatch(disk))]
+    return found
+
+
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether the table has the model that a config.json names."""
     return _number_of(config) is not None
@@ -125,11 +134,19 @@ def task_of(config: Mapping[str, Any]) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
+@functools.cache
 def pattern_of(template: str) -> re.Pattern[str]:
     """What matches the names of a template, a group for the number {e} of an expert, one for each other number."""
     parts = re.split(r"\{(\w)\}", template)
     inner = [f"(?P<{part}>\\d+)" if place % 2 else re.escape(part) for place, part in enumerate(parts)]
     return re.compile("".join(inner))
+
+
+def filled(template: str, match: re.Match[str]) -> str:
+    """A template with the numbers of a match of another."""
+    for letter, number in match.groupdict().items():
+        template = template.replace(f"{{{letter}}}", number)
+    return template
 
 
 @functools.cache

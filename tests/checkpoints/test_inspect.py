@@ -40,6 +40,9 @@ def norm(array: Any) -> float:
         ("language_model.model.", "model.language_model.", GEMMA, ()),
         ("model.", "", {}, ()),
         ("", "model.", {}, ()),
+        ("model.language_model.", "model.", {}, ()),
+        ("language_model.model.", "trained.language_model.", GEMMA, ()),
+        ("language_model.model.", "language_model.", GEMMA, ()),
         ("transformer.", "model._trainer_wrap.", {}, [Row("model._trainer_wrap.{x*}", "transformer.{x*}")]),
         ("a.{}.b.", "z.", {}, [Row("z.layers.{i}.{x*}", "a.{i}.b.layers.{i}.{x*}")]),
     ],
@@ -59,6 +62,35 @@ def test_names_prefixes_and_mappings(tmp_path, rng, on_disk, in_adapter, setting
     assert (found.total, found.warnings) == (2 * 7 * 13 + 11, ())
     merged = merge(base, folder, tmp_path / "out", mapping=tuple(rows))
     assert len(merged.changed) == 2
+
+
+def test_a_prefix_and_a_renaming_at_once(tmp_path, rng):
+    """The body of a classifier by itself, as transformers names it in memory; the rest of the name leads to it."""
+    settings = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    tensors = {f"vit.encoder.layer.{i}.attention.attention.query.weight": random(rng, (5, 7)) for i in range(3)}
+    base = write_checkpoint(tmp_path / "base", tensors | {"classifier.weight": random(rng, (3, 7))}, **settings)
+    for number, prefix in enumerate(("", "wrapped.", "vit.")):
+        names = [f"{prefix}layers.{i}.attention.q_proj" for i in (0, 2)]
+        parts = peft_parts(rng, {f"{name}.weight": np.zeros((5, 7)) for name in names}, *names)
+        changed = merge(base, write_peft(tmp_path / f"{number}", parts), tmp_path / f"out {number}").changed
+        assert changed == tuple(name for name in tensors if "layer.1" not in name)
+
+
+def test_of_several_parts_with_the_names_the_one_with_the_sizes(tmp_path, rng):
+    tensors = {f"{part}.{UP}.weight": random(rng, (13, width)) for part, width in (("text", 7), ("image", 11))}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    for prefix in ("", "model.", "any.thing."):
+        parts = peft_parts(rng, {f"{prefix}{UP}.weight": np.zeros((13, 7))}, UP)
+        found = merge(base, write_peft(tmp_path / f"adapter{prefix}", parts), tmp_path / f"out{prefix}")
+        assert found.changed == (f"text.{UP}.weight",)
+
+
+def test_a_prefix_of_some_and_none_of_others(tmp_path, rng):
+    tensors = {f"model.language_model.{UP}.weight": random(rng, (13, 7)), "lm_head.weight": random(rng, (5, 7))}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    names = {"lm_head.weight": np.zeros((5, 7)), f"model.{UP}.weight": np.zeros((13, 7))}
+    parts = peft_parts(rng, names, UP, "lm_head")
+    assert set(merge(base, write_peft(tmp_path / "adapter", parts), tmp_path / "out").changed) == set(tensors)
 
 
 def mixtral(rng: Any, folder: Path) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig
-from jlora.checkpoints import merge, unmerge
+from jlora.checkpoints import inspect, merge, unmerge
 from jlora.errors import DataError
 from tests.checkpoints.make import factors, product, random, read, write_checkpoint, write_own
 from tests.checkpoints.test_merge import assert_merged
@@ -117,9 +117,12 @@ def test_what_has_no_place_is_refused(tmp_path, rng):
 
     cases: list[tuple[str, dict[str, tuple[int, int]]]] = [
         (r"gate and up alternate in model\.layers\.0\.mlp\.experts\.gate_up_proj", {"0.gate_proj": (WIDTH, DIM)}),
-        (r"\(3, 5, 7\): there is no expert 3", {"down_projs.3": (DIM, WIDTH)}),
-        (r"of expert 1 do not fit the others", {"down_projs.0": (DIM, WIDTH), "down_projs.1": (DIM, 4)}),
-        (r"do not fit the weight \(3, 5, 7\)", {"down_projs.0": (DIM, 4)}),
+        (r"experts\.down_proj \(3, 5, 7\) has no expert 3", {"down_projs.3": (DIM, WIDTH)}),
+        (r"down_projs\.1\.weight: .*weight \(7, 5\)", {"down_projs.0": (DIM, WIDTH), "down_projs.1": (DIM, 4)}),
+        (
+            r"both .*1\.down_proj\.weight and .*down_projs\.1\.weight change it",
+            dict.fromkeys(("1.down_proj", "down_projs.1"), (DIM, WIDTH)),
+        ),
         (r"the checkpoint has no such tensor", {"0.middle_proj": (DIM, WIDTH)}),
     ]
     for number, (message, modules) in enumerate(cases):
@@ -129,3 +132,52 @@ def test_what_has_no_place_is_refused(tmp_path, rng):
         adapter = write_folder(tmp_path / f"adapter {number}", tensors)
         with pytest.raises(DataError, match=message):
             merge(base, adapter, tmp_path / "out")
+
+
+def test_what_is_more_than_a_and_b_is_refused(tmp_path, rng):
+    base = base_of(tmp_path, rng, "boi")
+    name = f"{AT}.1.down_proj"
+    tensors = pair(rng, name, DIM, WIDTH) | {f"{name}.lora_magnitude_vector": np.ones(DIM, np.float32)}
+    adapter = write_folder(tmp_path / "adapter", tensors)
+    with pytest.raises(DataError, match=r"has a magnitude, which has no place in model.*, where the experts are one"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_one_expert_and_all_of_them_are_refused(tmp_path, rng):
+    base = base_of(tmp_path, rng, "boi")
+    array, one = f"{AT}.down_proj", f"{AT}.1.down_proj.weight"
+    entries = {array: factors(rng, (EXPERTS, DIM, WIDTH), "boi", 2), one: factors(rng, (DIM, WIDTH), "oi", 2)}
+    config = LoraConfig(rank=2, factorizations={array: "boi", one: "oi"})
+    adapter = write_own(tmp_path / "adapter", entries, config)
+    with pytest.raises(DataError, match=r"experts\.down_proj: both .* change it"):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("roles", ["boi", "bio"])
+@pytest.mark.parametrize("prefix", ["", "base."])
+def test_inspect_finds_them(tmp_path, rng, roles, prefix):
+    """Each beside its own matrix of the array."""
+    base = base_of(tmp_path, rng, roles)
+    modules = {f"{prefix}{AT}.2.up_proj": (WIDTH, DIM), f"{prefix}{AT}.0.down_proj": (DIM, WIDTH)}
+    tensors = {}
+    for name, shape in modules.items():
+        tensors |= pair(rng, name, *shape)
+    found = inspect(write_folder(tmp_path / "adapter", tensors), base=base)
+    arrays = {name: as_matrices(read(base)[f"{AT}.{name}"], roles) for name in ("gate_up_proj", "down_proj")}
+    weights = {"up_proj": arrays["gate_up_proj"][2, WIDTH:], "down_proj": arrays["down_proj"][0]}
+    sizes = {entry.path.replace("/", "."): entry.relative for entry in found.entries}
+    assert sizes.keys() == {f"{name}.weight" for name in modules}
+    for name in modules:
+        weight = weights[name.rpartition(".")[2]].astype(np.float64)
+        size = np.linalg.norm(delta(tensors, name, "linear")) / np.linalg.norm(weight)
+        np.testing.assert_allclose(sizes[f"{name}.weight"], size, rtol=1e-5)
+    assert found.total == sum(array.size for array in read(base).values())
+
+
+def test_inspect_wants_to_be_told_of_square_ones_too(tmp_path, rng):
+    base = write_checkpoint(tmp_path / "base", {f"{AT}.down_proj": random(rng, (EXPERTS, DIM, DIM))}, 1)
+    adapter = write_folder(tmp_path / "adapter", pair(rng, f"{AT}.1.down_proj", DIM, DIM))
+    (base / "config.json").write_text('{"model_type": "own"}')
+    with pytest.raises(DataError, match=r"are square, .*--transposed-experts"):
+        inspect(adapter, base=base)
+    assert inspect(adapter, base=base, transposed_experts=True).entries[0].relative is not None

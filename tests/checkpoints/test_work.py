@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jlora import DataError, LoraConfig
-from jlora.checkpoints import _updates
+from jlora.checkpoints import _locate
 from jlora.checkpoints._updates import changes_of
 from tests.work import assert_linear
 
@@ -37,7 +37,7 @@ CASES: dict[str, Callable[[int], tuple[list[str], list[str]]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_names_that_do_not_fit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_updates, "_SAMPLE", 10)
+    monkeypatch.setattr(_locate, "_SAMPLE", 10)
 
     def make(count: int) -> Callable[[], Any]:
         own, there = CASES[case](count)
