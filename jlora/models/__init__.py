@@ -8,9 +8,13 @@ from jlora.models._families import FAMILIES
 from jlora.models._rope import Rope
 
 if TYPE_CHECKING:
+    from jlora.models._adapter import read_adapter, write_adapter
     from jlora.models._cache import Cache, init_cache
     from jlora.models._decoder import decoder
+    from jlora.models._names import factorizations, mapping
+    from jlora.models._read import read_params
     from jlora.models._shapes import init_params, param_shapes
+    from jlora.models._write import write_model
 
 __all__ = [
     "FAMILIES",
@@ -18,19 +22,29 @@ __all__ = [
     "DecoderConfig",
     "Rope",
     "decoder",
+    "factorizations",
     "init_cache",
     "init_params",
+    "mapping",
     "param_shapes",
     "parse_config",
+    "read_adapter",
     "read_config",
+    "read_params",
+    "write_adapter",
+    "write_model",
 ]
 
 # config.json is read without JAX.
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
+        "jlora.models._adapter": ("read_adapter", "write_adapter"),
         "jlora.models._cache": ("Cache", "init_cache"),
         "jlora.models._decoder": ("decoder",),
+        "jlora.models._names": ("factorizations", "mapping"),
+        "jlora.models._read": ("read_params",),
         "jlora.models._shapes": ("init_params", "param_shapes"),
+        "jlora.models._write": ("write_model",),
     },
 )

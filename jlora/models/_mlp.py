@@ -52,10 +52,10 @@ def _experts(config: DecoderConfig, weights: Any, x: jax.Array) -> jax.Array:
     sizes = jnp.bincount(chosen.reshape(-1), length=config.experts).astype(jnp.int32)  # (E,)
 
     def multiply(name: str, x: jax.Array) -> jax.Array:
-        return lax.ragged_dot_general(x, weights["experts"][name]["weight"], sizes, _ROWS_TIMES_OUT_IN)
+        return lax.ragged_dot_general(x, weights["experts"][name], sizes, _ROWS_TIMES_OUT_IN)
 
     taken = rows[order // each]  # (n * each, D), sorted by expert
-    hidden = _ACTIVATIONS[config.activation](multiply("gate_proj", taken)) * multiply("up_proj", taken)
-    out = multiply("down_proj", hidden)  # (n * each, D)
+    gate, up = jnp.split(multiply("gate_up_proj", taken), 2, axis=-1)  # (n * each, F) each
+    out = multiply("down_proj", _ACTIVATIONS[config.activation](gate) * up)  # (n * each, D)
     out *= shares.reshape(-1)[order, None].astype(x.dtype)
     return jnp.zeros_like(rows).at[order // each].add(out).reshape(x.shape)

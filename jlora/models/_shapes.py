@@ -42,24 +42,25 @@ def _of_a_layer(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     linear = {"self_attn/o_proj": (hidden, queries, config.output_bias)}  # out, in, with a bias
     if config.fused:
         linear["self_attn/qkv_proj"] = (queries + 2 * keys, hidden, config.qkv_bias)
-        linear["mlp/gate_up_proj"] = (2 * inner, hidden, config.mlp_bias)
     else:
         linear["self_attn/q_proj"] = (queries, hidden, config.qkv_bias)
         linear["self_attn/k_proj"] = (keys, hidden, config.qkv_bias)
         linear["self_attn/v_proj"] = (keys, hidden, config.qkv_bias)
-        linear["mlp/gate_proj"] = linear["mlp/up_proj"] = (inner, hidden, config.mlp_bias)
-    linear["mlp/down_proj"] = (hidden, inner, config.mlp_bias)
-
     shapes: dict[str, tuple[int, ...]] = {}
+    if config.experts:  # one array for all, as in transformers' memory, and so in the adapters of PEFT
+        linear["mlp/gate"] = (config.experts, hidden, False)
+        shapes["mlp/experts/gate_up_proj"] = (config.experts, 2 * inner, hidden)
+        shapes["mlp/experts/down_proj"] = (config.experts, hidden, inner)
+    else:
+        if config.fused:
+            linear["mlp/gate_up_proj"] = (2 * inner, hidden, config.mlp_bias)
+        else:
+            linear["mlp/gate_proj"] = linear["mlp/up_proj"] = (inner, hidden, config.mlp_bias)
+        linear["mlp/down_proj"] = (hidden, inner, config.mlp_bias)
     for name, (wide, narrow, bias) in linear.items():
-        if config.experts and name.startswith("mlp/"):
-            shapes[f"{name.replace('mlp/', 'mlp/experts/')}/weight"] = (config.experts, wide, narrow)
-            continue
         shapes[f"{name}/weight"] = (wide, narrow)
         if bias:
             shapes[f"{name}/bias"] = (wide,)
-    if config.experts:
-        shapes["mlp/gate/weight"] = (config.experts, hidden)
     for name, size in _norms(config).items():
         shapes[f"{name}/weight"] = (size,)
     return shapes
