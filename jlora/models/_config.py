@@ -8,7 +8,7 @@ from typing import Any
 from jlora.disk import read_json
 from jlora.errors import ConfigError, DataError, listed, raise_all, shortened
 from jlora.fields import choice, integer, number
-from jlora.models._families import FAMILIES, NO_MATTER, Family
+from jlora.models._families import FAMILIES, NEUTRAL, NO_MATTER, Family
 from jlora.models._rope import Rope
 from jlora.models._rope_config import read_ropes
 
@@ -148,16 +148,17 @@ def _family(data: Mapping[str, Any], where: str) -> str:
 def _refused_keys(data: Mapping[str, Any], row: Family) -> list[str]:
     """One problem for each key that might change the result in a way that is not known here."""
     problems = []
+    neutral_values = {**NEUTRAL, **row.neutral}
     for key, value in data.items():
         if key in row.defaults or key in NO_MATTER or key.startswith("_") or value is None:
             continue
-        if key not in row.neutral:
+        if key not in neutral_values:
             problems.append(
                 f"{key} = {shortened(value)}: this key is not known for {row.architecture}. Take it out of the file if "
                 "you are sure that the model computes the same without it"
             )
-        elif not any(value == neutral for neutral in row.neutral[key]):
-            wanted = " or ".join([*(repr(neutral) for neutral in row.neutral[key]), "null"])
+        elif value not in neutral_values[key]:
+            wanted = " or ".join([*(repr(neutral) for neutral in neutral_values[key]), "null"])
             problems.append(f"{key} = {shortened(value)} is not supported for {row.architecture}: wanted {wanted}")
     return problems
 
@@ -248,7 +249,7 @@ def _pattern(said: Mapping[str, Any]) -> Any:
 def _sliding_as_listed(kinds: Any, layers: int, on: bool) -> list[bool]:
     if not isinstance(kinds, list) or len(kinds) != layers:
         found = f"a list of {len(kinds)}" if isinstance(kinds, list) else shortened(kinds)
-        raise ConfigError(f"layer_types: wanted a list of {layers}, one for each layer, found {found}")
+        raise ConfigError(f"layer_types: wanted a list of num_hidden_layers = {layers} names, found {found}")
     for kind in kinds:
         choice("layer_types", kind, (_SLIDING, _FULL))
     sliding = [kind == _SLIDING for kind in kinds]

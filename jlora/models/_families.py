@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["FAMILIES", "NO_MATTER", "Family"]
+__all__ = ["FAMILIES", "NEUTRAL", "NO_MATTER", "Family"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +173,18 @@ FAMILIES: dict[str, Family] = {
         _UNDROPPED,
         {"norms": "after", "query_norm": "whole"},
     ),
+}
+
+# Of every family: more keys, and the values at which they change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "per_layer_config": ({},),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "tf_legacy_loss": (False,),
+    "tie_encoder_decoder": (False,),
 }
 
 # Of every family: what does not change the logits. What begins with an underscore is transformers' own bookkeeping.

@@ -1,0 +1,148 @@
+"""What read_config refuses: the file, the key, what was found and what was wanted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jlora import ConfigError, DataError
+from jlora.models import parse_config, read_config
+from tests.models.sizes import KINDS, config_of
+
+LOCAL = "sliding_attention"
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "family": (
+        {"model_type": "mamba"},
+        r"model_type = 'mamba' is not known: known are llama \(LlamaForCausalLM\), mistral",
+    ),
+    "no-family": ({"model_type": None}, "model_type = None is not known"),
+    "images": ({"model_type": "gemma3"}, "model_type = 'gemma3' is not known: .*gemma3_text"),
+    "class": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        "architectures = LlamaForSequenceClassification of model_type 'llama' is not known: wanted LlamaForCausalLM",
+    ),
+    "classes": ({"architectures": "LlamaForCausalLM"}, "architectures = 'LlamaForCausalLM': wanted a list of names"),
+    "key": ({"attention_sinks": 4}, "attention_sinks = 4: this key is not known for LlamaForCausalLM. Take it out"),
+    "packed": (
+        {"quantization_config": {"bits": 4}},
+        r"quantization_config = \{'bits': 4\} is not supported .* wanted null",
+    ),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported for LlamaForCausalLM: wanted 0"),
+    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    "partial-rope": (
+        {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}},
+        "rope_parameters/partial_rotary_factor = 0.5: wanted 1 for this family",
+    ),
+    "activation": ({"hidden_act": "silus"}, r"hidden_act = 'silus': wanted one of .*did you mean 'silu'"),
+    "heads": ({"num_key_value_heads": 3}, "num_key_value_heads = 3: wanted a divisor of num_attention_heads = 4"),
+    "width": ({"head_dim": None, "hidden_size": 21}, "num_attention_heads = 4: wanted a divisor of hidden_size = 21"),
+    "odd": ({"head_dim": 7}, "7 axes of head_dim = 7 would be turned: wanted an even number"),
+    "size": ({"vocab_size": "many"}, "vocab_size = 'many': wanted a whole number of at least 1"),
+    "flag": ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: wanted true or false"),
+    "eps": ({"rms_norm_eps": -1}, "rms_norm_eps = -1"),
+    "rope-kind": (
+        {"rope_scaling": {"type": "lniear"}},
+        "rope_parameters/rope_type = 'lniear': wanted one of .*did you mean 'linear'",
+    ),
+    "rope-key": (
+        {"rope_scaling": {"type": "linear", "fact": 2}},
+        "of rope_type 'linear': unknown key 'fact' .*'factor'",
+    ),
+    "rope-missing": ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor, which is missing"),
+    "rope-number": (
+        {"rope_scaling": {"type": "linear", "factor": 0.5}},
+        "rope_parameters/factor = 0.5: wanted a number of at least 1",
+    ),
+    "rope-table": ({"rope_parameters": 5}, "rope_parameters = 5: wanted an object or null"),
+    "rope-bounds": (
+        {"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}},
+        "low_freq_factor = 4.0 and high_freq_factor = 4.0",
+    ),
+    "rope-long": (
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+        "rope_parameters/short_factor: wanted a list of 3 numbers, found 1 numbers",
+    ),
+    "rope-layers": (
+        {"model_type": "gemma3_text", "rope_parameters": {"full_attentoin": {}}},
+        "rope_parameters: unknown key 'full_attentoin'",
+    ),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 0},
+        "sliding_window = 0: wanted a whole number of at least 1",
+    ),
+    "types": (
+        {"model_type": "gemma2", "layer_types": [LOCAL]},
+        "wanted a list of num_hidden_layers = 3 names, found a list of 1",
+    ),
+    "type": ({"model_type": "gemma2", "layer_types": ["chunked"] * 3}, "layer_types = 'chunked': wanted one of"),
+    "no-window": (
+        {"model_type": "qwen2", "layer_types": [LOCAL] * 3},
+        "there is no sliding_window: wanted one, switched on",
+    ),
+    "some-experts": (
+        {**KINDS["experts"], "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+        r"(?s)2 problems:.*decoder_sparse_step = 2 is not supported.*mlp_only_layers = \[0\] is not supported",
+    ),
+    "experts": (
+        {**KINDS["experts"], "num_experts_per_tok": 6},
+        "num_experts_per_tok = 6: wanted a whole number .* below 6",
+    ),
+    "bidirectional": (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        "use_bidirectional_attention = True",
+    ),
+    "no-cap": (
+        {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+        "attn_logit_softcapping = 50.0 is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path) -> None:
+    changes, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message) as found:
+        config_of("plain", **changes)
+    assert str(found.value).startswith("config.json: ")
+
+
+def test_the_error_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "head_dim": "wide"}))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: head_dim = 'wide'"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "it has no config.json: wanted the folder of a Hugging Face model"),
+        ("", "not valid JSON"),
+        ('{"model_type": "lla', "not valid JSON"),
+        ("[1, 2]", "wanted an object, found list"),
+        ('{"head_dim": 6, "head_dim": 8}', "head_dim"),
+    ],
+)
+def test_files_that_are_no_configuration(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DataError, match=message) as found:
+        read_config(tmp_path)
+    assert str(tmp_path) in str(found.value)
+
+
+def test_the_class_alone_names_the_family() -> None:
+    assert parse_config({"architectures": ["Olmo2ForCausalLM"]}).family == "olmo2"
+
+
+def test_a_configuration_is_hashable_and_says_all_that_differs() -> None:
+    assert hash(config_of("alternating")) == hash(config_of("alternating"))
+    assert config_of("alternating") != config_of("alternating", sliding_window=4)
+    assert config_of("alternating").windows == (5, None, 5)
+
+
+def test_what_does_not_matter_is_left_out() -> None:
+    more = {"torch_dtype": "bfloat16", "use_cache": False, "_name_or_path": "x", "is_decoder": False, "auto_map": {}}
+    assert config_of("plain", **more) == config_of("plain")
