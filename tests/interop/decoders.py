@@ -69,23 +69,13 @@ def params_of(model: Any, config: DecoderConfig) -> Any:
     arrays = {}
     for path, leaf in leaves_by_path(param_shapes(config)).items():
         if path.startswith("model/layers/"):
-            name = path.removeprefix("model/layers/")
-            array = np.stack([_of_layer(state, f"model.layers.{i}.", name) for i in range(config.layers)])
+            name = path.removeprefix("model/layers/").replace("/", ".")
+            array = np.stack([state[f"model.layers.{i}.{name}"] for i in range(config.layers)])
         else:
             array = state[path.replace("/", ".")]
         assert array.shape == leaf.shape, path
         arrays[path] = jnp.asarray(array)
     return nest(arrays)
-
-
-def _of_layer(state: dict[str, np.ndarray], layer: str, name: str) -> np.ndarray:
-    if "experts" not in name:
-        return state[layer + name.replace("/", ".")]
-    which = name.split("/")[-2]
-    if which == "down_proj":
-        return state[f"{layer}mlp.experts.down_proj"]
-    gate, up = np.split(state[f"{layer}mlp.experts.gate_up_proj"], 2, axis=1)
-    return gate if which == "gate_proj" else up
 
 
 def torch_logits(model: Any, tokens: np.ndarray, **more: Any) -> np.ndarray:

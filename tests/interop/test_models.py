@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jlora
 from jlora.models import decoder
+from jlora.paths import leaves_by_path, nest, path_string
 from tests.interop.decoders import assert_logits, config_of, params_of, random_tokens, torch_logits, torch_model
+from tests.interop.models import peft, quiet, torch
+from tests.reference import as64
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -88,3 +93,71 @@ def test_logits_are_those_of_transformers(case: str, rng: np.random.Generator, t
     params = params_of(model, config)
     tokens = random_tokens(rng, (2, 23))
     assert_logits(jax.jit(decoder(config))(params, tokens), torch_logits(model, tokens))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "phi3", "olmo2", "qwen3_moe"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(
+    family: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model = torch_model(family)
+    config = config_of(model, tmp_path)
+    params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params_of(model, config))
+    model.to(torch.bfloat16)
+    tokens = random_tokens(rng, (4, 23))
+    theirs = torch_logits(model, tokens)
+    found = jax.jit(decoder(config))(params, tokens)
+    assert found.dtype == jnp.float32
+    exact = torch_logits(model.float(), tokens)
+
+    def error(logits: Any) -> float:
+        return float(np.median(np.abs(as64(logits) - exact)))  # a token that went to another expert says nothing
+
+    assert error(found) <= 1.1 * error(theirs)
+
+
+def torch_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the loss of next tokens, by the names of PEFT's parameters."""
+    ids = torch.from_numpy(tokens)
+    model(ids, labels=ids).loss.backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def stacked_adapters(arrays: dict[str, np.ndarray], layers: int) -> Any:
+    """PEFT's A (r, in) and B (out, r) of each layer as the adapters of stacked weights."""
+    by_path: dict[str, list[Any]] = {}
+    for name, array in arrays.items():
+        _, _, module, part, _ = name.replace("base_model.model.", "").replace(".default", "").rsplit(".", 4)
+        block = "self_attn" if "self_attn" in name else "mlp"
+        by_path.setdefault(f"model/layers/{block}/{module}/weight/{part[-1]}", []).append(array.T)
+    assert all(len(each) == layers for each in by_path.values())
+    return nest({path: jnp.asarray(np.stack(each)) for path, each in by_path.items()})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_of_adapters_are_those_of_peft(family: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    model = torch_model(family)
+    config = config_of(model, tmp_path)
+    params = params_of(model, config)
+    lora = peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False)
+    with quiet():
+        model = peft.get_peft_model(model, lora)
+    tokens = random_tokens(rng, (2, 17))
+    theirs = torch_gradients(model, tokens)
+    arrays = {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
+
+    targets = jlora.LoraConfig(rank=3, alpha=7, target_modules=("model/layers/**",), exclude_modules=("**/*norm",))
+    fn, adapters, _, _ = jlora.adapt(decoder(config), targets, params, tokens, strict=True)
+
+    def loss(adapters: Any) -> jax.Array:
+        chances = jax.nn.log_softmax(fn(params, adapters, tokens)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(chances, tokens[:, 1:, None], axis=-1))
+
+    wanted = leaves_by_path(stacked_adapters(theirs, config.layers))
+    given = leaves_by_path(stacked_adapters(arrays, config.layers))
+    adapters = jax.tree_util.tree_map_with_path(lambda keys, _: given[path_string(keys)], adapters)
+    found = leaves_by_path(jax.jit(jax.grad(loss))(adapters))
+    assert set(found) == set(wanted)
+    for path, gradient in found.items():
+        scale = float(np.abs(wanted[path]).max())
+        assert scale > 0
+        np.testing.assert_allclose(gradient, wanted[path], rtol=0, atol=1e-4 * scale, err_msg=path)
