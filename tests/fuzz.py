@@ -31,9 +31,8 @@ import numpy as np
 
 from jlora import JloraError, LoraConfig
 from jlora.checkpoints import merge, unmerge
-from jlora.checkpoints._rewrite import RECORD
 from jlora.config import write_mapping
-from jlora.disk import Checkpoint, dump_json, file_written_whole, write_tensors
+from jlora.disk import RECORD, Checkpoint, dump_json, file_written_whole, write_tensors
 from jlora.interop.diffusion import read_lora_file
 from jlora.interop.mlx import read_mlx
 from jlora.interop.peft import read_peft, read_rows, write_peft

@@ -7,11 +7,13 @@ from jlora.faces import lazy_face
 if TYPE_CHECKING:
     from jlora.checkpoints._adapter_files import combine, convert, read_adapters, resize, write_adapters
     from jlora.checkpoints._extract import extract
+    from jlora.checkpoints._import_gguf import Imported, gguf_in_package, import_gguf
     from jlora.checkpoints._inspect import diff, inspect
     from jlora.checkpoints._merge import Merged, Unmerged, merge, unmerge
     from jlora.disk import dry_run
 
 __all__ = [
+    "Imported",
     "Merged",
     "Unmerged",
     "combine",
@@ -19,6 +21,8 @@ __all__ = [
     "diff",
     "dry_run",
     "extract",
+    "gguf_in_package",
+    "import_gguf",
     "inspect",
     "merge",
     "read_adapters",
@@ -33,6 +37,7 @@ __getattr__, __dir__ = lazy_face(
     {
         "jlora.checkpoints._extract": ("extract",),
         "jlora.checkpoints._adapter_files": ("combine", "convert", "read_adapters", "resize", "write_adapters"),
+        "jlora.checkpoints._import_gguf": ("Imported", "gguf_in_package", "import_gguf"),
         "jlora.checkpoints._inspect": ("diff", "inspect"),
         "jlora.checkpoints._merge": ("Merged", "Unmerged", "merge", "unmerge"),
         "jlora.disk": ("dry_run",),

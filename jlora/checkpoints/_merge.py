@@ -10,7 +10,7 @@ from jlora.adapter import Entry
 from jlora.checkpoints._arithmetic import Weight
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._record import check_last_merged, check_not_merged, merges_in, record_of
-from jlora.checkpoints._residuals import RESIDUALS, ResidualReader, check_names, residual_file
+from jlora.checkpoints._residuals import ResidualReader, check_names, residual_file
 from jlora.checkpoints._rewrite import Progress, rewrite_checkpoint
 from jlora.checkpoints._shards import ShardWriter
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
@@ -18,7 +18,7 @@ from jlora.checkpoints._tied import check_apart, parted, tie_of, write_apart
 from jlora.checkpoints._updates import changes_of, read_adapter
 from jlora.checkpoints._vocabulary import bytes_more, resized_by, write_vocabulary
 from jlora.checkpoints._warnings import warnings_of, warnings_of_the_same
-from jlora.disk import Checkpoint, TensorFile
+from jlora.disk import RESIDUALS, Checkpoint, TensorFile
 from jlora.errors import DataError, listed
 from jlora.fields import number
 from jlora.interop.mlx import check_base_of_mlx

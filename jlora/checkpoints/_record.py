@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jlora.checkpoints._forms import files_of
-from jlora.checkpoints._rewrite import RECORD, file_digest, fingerprint
-from jlora.disk import Checkpoint, read_json
+from jlora.checkpoints._rewrite import file_digest, fingerprint
+from jlora.disk import RECORD, Checkpoint, read_json
 from jlora.errors import DataError, listed, printable, shortened
 
 Merge = dict[str, Any]

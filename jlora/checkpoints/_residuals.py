@@ -11,11 +11,10 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from jlora.checkpoints._arithmetic import Array
-from jlora.disk import open_to_read, reason
+from jlora.disk import RESIDUALS, open_to_read, reason
 from jlora.errors import DataError, shortened
 from jlora.residual import Packer, Unpacker
 
-RESIDUALS = "jlora_residual"
 _DIGEST = 64
 _MOST_NAME = 255  # bytes of a file's name, on Linux and macOS
 

@@ -19,31 +19,31 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from jlora.checkpoints._residuals import RESIDUALS
-from jlora.checkpoints._shards import ShardWriter, bytes_of
+from jlora.checkpoints._shards import ShardWriter
 from jlora.disk import (
+    FOLDERS,
+    OWN,
+    RECORD,
+    RESIDUALS,
     Checkpoint,
     TensorFile,
-    Workplace,
     beside,
     bring_back,
-    check_can_hold,
+    bytes_of,
+    check_as_if_written,
+    check_room,
+    check_target,
     dump_json,
     header_bytes,
     is_dry_run,
-    left_places,
+    put_in_place,
     read_json,
-    there_already,
     workplace,
     write_whole,
 )
-from jlora.errors import DataError, listed, shortened
+from jlora.errors import DataError
 
-RECORD = "jlora_merge.json"
-_OWN = (RECORD, RESIDUALS)
-_FOLDERS = "folders"
 _JOURNAL = "journal.json"
-_SPARE = 64 << 20
 
 Progress = Callable[[int, int], None]
 Rewrite = Callable[[str, TensorFile, "ShardWriter"], None]
@@ -101,19 +101,19 @@ def rewrite_checkpoint(
     target = Path(out).resolve()
     _check_names(source)
     others = beside(source)
-    files = [name for name in others.files if name.partition("/")[0] not in _OWN]
+    files = [name for name in others.files if name.partition("/")[0] not in OWN]
     if inner := [name for name in files if "/" in name]:
-        record = {**record, _FOLDERS: inner}
+        record = {**record, FOLDERS: inner}
     journal: _Journal | None = None
     try:
         total = sum((source.folder / shard).stat().st_size for shard in source.shards)
         room = total + sum((source.folder / name).stat().st_size for name in files) + extra_bytes
-        left_out = tuple(name for name in others.left_out if name.partition(" with ")[0] not in _OWN)
+        left_out = tuple(name for name in others.left_out if name.partition(" with ")[0] not in OWN)
         if is_dry_run():
-            _check_as_if_written(target, [source.folder, *inputs], room, force)
+            check_as_if_written(target, [source.folder, *inputs], room, force)
             return Rewritten(0, None, left_out)
         bring_back(target)
-        _check_target(target, [source.folder, *inputs], force)
+        check_target(target, [source.folder, *inputs], force)
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True)
         with (
@@ -122,7 +122,7 @@ def rewrite_checkpoint(
         ):
             journal = _Journal(place.path, record, source)
             done = journal.begin(place.new, is_note)
-            _check_room(target.parent, room, [place.new])
+            check_room(target.parent, room, [place.new])
             progress = _Progress(on_progress, total)
             for shard in source.shards:
                 if shard in done:
@@ -139,22 +139,12 @@ def rewrite_checkpoint(
                 finish(place.new)
                 more = [note()]
             write_whole(place.new / RECORD, dump_json(record), sync=False)
-            _put_in_place(place, journal, force)
+            put_in_place(place, force, journal.forget)  # what the workplace holds afterwards is the old output
             place.remove()
     except OSError as error:
         way_out = "; the same command resumes" if journal is not None and journal.digests else ""
         raise DataError(f"{error.filename or target}: {error.strerror}{way_out}") from None
     return Rewritten(len(done), [*(journal.notes[shard] for shard in source.shards), *more], left_out)
-
-
-def _put_in_place(place: Workplace, journal: "_Journal", force: bool) -> None:
-    """Gives the output its place, which may hold something by now."""
-    if force and place.target.is_dir() and any(place.target.iterdir()):
-        _check_replaceable(place.target)
-        journal.forget()  # what the workplace holds afterwards is the old output
-        place.replace()
-    else:
-        place.publish()
 
 
 def _write_shard(
@@ -295,76 +285,12 @@ def fingerprint(source: Checkpoint) -> dict[str, Any]:
     return {shard: [status.st_size, status.st_mtime_ns] for shard, status in found.items()}
 
 
-def _check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
-    for folder in (folder.resolve() for folder in inputs):
-        if target in (folder, *folder.parents):
-            raise DataError(f"{target}: the output would replace {folder}, which is read; give another folder")
-    if target.exists() and not target.is_dir():
-        raise DataError(f"{target}: is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            raise there_already(target)
-        _check_replaceable(target)
-
-
-def _check_as_if_written(target: Path, inputs: Iterable[Path], room: int, force: bool) -> None:
-    """Refuses what writing would refuse, and changes nothing."""
-    _check_target(target, inputs, force)
-    left = left_places(target)
-    if not os.path.lexists(target) and any((path / "old").is_dir() for path in left) and not force:
-        raise there_already(target)  # a run was killed as it replaced it: the next one brings it back
-    check_can_hold(target.parent)
-    existing = next(folder for folder in target.parents if folder.is_dir())
-    _check_room(existing, room, left)
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuses to take away what belongs to no checkpoint."""
-    names = sorted(os.listdir(target))
-    if not any(name == RECORD or name.endswith(".safetensors") for name in names):
-        found = listed(map(shortened, names), 3)
-        raise DataError(f"{target}: holds no checkpoint, but {found}; give another folder, or empty this one")
-    ours = _copied_folders(target)
-    foreign = [name for name in names if name not in _OWN and not _is_ours(target, name, ours)]
-    if foreign:
-        raise DataError(
-            f"{target}: would be replaced with {listed(map(shortened, foreign), 3)} in it, which is no part of a "
-            "checkpoint; move it away, or give another folder"
-        )
-
-
-def _copied_folders(target: Path) -> set[str]:
-    """The files in folders of an output that were copied there, as its record says."""
-    try:
-        found = read_json(target / RECORD).get(_FOLDERS)
-    except DataError:
-        return set()
-    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
-
-
-def _is_ours(target: Path, name: str, ours: set[str]) -> bool:
-    """Whether this is a file, or a folder that holds nothing but what was copied there."""
-    path = target / name
-    if path.is_symlink() or not path.is_dir():
-        return path.is_file()
-    inner = [inner for inner in path.rglob("*") if not inner.is_dir()]
-    return bool(inner) and all(str(each.relative_to(target)) in ours for each in inner)
-
-
 def _check_names(source: Checkpoint) -> None:
     """Refuses shards that have the names of files that jlora itself writes beside them."""
     if taken := sorted({RECORD, RESIDUALS} & set(source.shards)):
         raise DataError(
             f"{source.folder / taken[0]}: jlora writes a file of this name; rename the shard, and in the index too"
         )
-
-
-def _check_room(folder: Path, wanted: int, left: Iterable[Path]) -> None:
-    """Refuses a disk that is too small, what earlier runs `left` set aside, which is kept or taken away."""
-    there = sum(file.stat().st_size for place in left for file in place.rglob("*") if file.is_file())
-    free = shutil.disk_usage(folder).free
-    if free + there < wanted + _SPARE:
-        raise DataError(f"{folder}: {(wanted - there) / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
 
 
 def _machine() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -96,11 +95,6 @@ def blocks_of(entry: TensorEntry, ranges: Iterable[tuple[int, int]]) -> Iterator
     width = (entry.stop - entry.start) // max(1, rows)
     for start, stop in ranges:
         yield start, stop, entry.start + start * width, (stop - start, *entry.shape[1:]) if entry.shape else ()
-
-
-def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
-    """The size of a tensor."""
-    return math.prod(shape) * int(np.dtype(dtype).itemsize)
 
 
 def _copy_range(source: int, target: int, start: int, at: int, count: int) -> int:

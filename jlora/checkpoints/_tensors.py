@@ -11,8 +11,8 @@ import numpy as np
 from jlora.adapter import Entry
 from jlora.checkpoints._arithmetic import SCRATCH, Array, Weight, row_blocks
 from jlora.checkpoints._residuals import ResidualReader, ResidualWriter, residual_file
-from jlora.checkpoints._shards import ShardWriter, blocks_of, bytes_of
-from jlora.disk import TensorEntry, TensorFile
+from jlora.checkpoints._shards import ShardWriter, blocks_of
+from jlora.disk import TensorEntry, TensorFile, bytes_of
 from jlora.errors import DataError
 
 

@@ -15,10 +15,9 @@ import numpy as np
 from jlora.adapter import Entry
 from jlora.checkpoints._forms import shapes_of
 from jlora.checkpoints._memory import settings_of
-from jlora.checkpoints._residuals import RESIDUALS
-from jlora.checkpoints._shards import ShardWriter, bytes_of
+from jlora.checkpoints._shards import ShardWriter
 from jlora.checkpoints._tensors import Tally, merge_tensor
-from jlora.disk import Checkpoint, dump_json, header_bytes, read_json, write_whole
+from jlora.disk import RESIDUALS, Checkpoint, bytes_of, dump_json, header_bytes, read_json, write_whole
 from jlora.errors import DataError
 from jlora.interop.peft import paths_of_name
 from jlora.interop.transformers import facts_of, is_known, task_of

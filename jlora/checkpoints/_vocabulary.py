@@ -7,8 +7,7 @@ from typing import Any
 
 from jlora.adapter import Entry
 from jlora.checkpoints._memory import settings_of
-from jlora.checkpoints._shards import bytes_of
-from jlora.disk import Checkpoint, dump_json, read_json, write_whole
+from jlora.disk import Checkpoint, bytes_of, dump_json, read_json, write_whole
 from jlora.errors import DataError
 
 Shapes = Mapping[str, tuple[int, ...]]

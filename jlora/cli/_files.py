@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jlora.cli._done import DIFFERENT, DONE, REFUSED, Done, add_output_options, plain_fields
-from jlora.cli._dry import add_dry_run, dry_or_not
-from jlora.cli._progress import progress_line
+from jlora.cli._command import add_command
+from jlora.cli._done import DIFFERENT, DONE, REFUSED, Done, plain_fields
+from jlora.cli._dry import add_dry_run
+from jlora.cli._progress import progress_of
 from jlora.errors import JloraError, listed, plain, shortened
 from jlora.tables import text_table
 
@@ -60,15 +59,7 @@ def add_file_commands(commands: Any) -> None:
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], Done], help_: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help_,
-        description=f"{help_[0].upper()}{help_[1:]}. In Python: jlora.checkpoints.{name}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_output_options(parser, _FIELDS[name])
-    parser.set_defaults(run=functools.partial(dry_or_not, run), command=name)
-    return parser
+    return add_command(commands, name, run, help_, _FIELDS[name])
 
 
 def _out(parser: argparse.ArgumentParser, *, form: bool = False) -> None:
@@ -219,7 +210,7 @@ def _diff(parser: argparse.ArgumentParser) -> None:
 def _run_merge(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with _progress("merge", arguments) as show:
+    with progress_of("merge", arguments) as show:
         done = checkpoints.merge(
             arguments.checkpoint,
             arguments.adapters,
@@ -239,7 +230,7 @@ def _run_merge(arguments: argparse.Namespace) -> Done:
 def _run_unmerge(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with _progress("unmerge", arguments) as show:
+    with progress_of("unmerge", arguments) as show:
         done = checkpoints.unmerge(
             arguments.checkpoint,
             arguments.adapters,
@@ -258,7 +249,7 @@ def _run_unmerge(arguments: argparse.Namespace) -> Done:
 def _run_extract(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with _progress("extract", arguments) as show:
+    with progress_of("extract", arguments) as show:
         report = checkpoints.extract(
             arguments.base,
             arguments.tuned,
@@ -380,7 +371,7 @@ def _inspection_fields(found: Inspection) -> dict[str, Any]:
 def _run_diff(arguments: argparse.Namespace) -> Done:
     from jlora import checkpoints
 
-    with _progress("diff", arguments) as show:
+    with progress_of("diff", arguments) as show:
         found = checkpoints.diff(
             arguments.left,
             arguments.right,
@@ -390,11 +381,6 @@ def _run_diff(arguments: argparse.Namespace) -> Done:
         )
     fields = {"is_identical": found.is_identical, "counts": found.counts(), **plain_fields(found)}
     return Done(str(found), fields, DONE if found.is_identical else DIFFERENT)
-
-
-def _progress(what: str, arguments: argparse.Namespace) -> Any:
-    """The progress line on the terminal, which --json and --quiet leave out."""
-    return contextlib.nullcontext() if arguments.json or arguments.quiet else progress_line(what)
 
 
 def _mapping(path: str | None) -> Any:

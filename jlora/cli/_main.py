@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from jlora.cli._done import REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
 from jlora.cli._files import add_file_commands
+from jlora.cli._import import add_import_command
 from jlora.cli._signals import exit_code, say, stopped_by_signals, warnings_in_a_line
 from jlora.errors import ConfigError, JloraError, plain
 
@@ -142,6 +143,7 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
     add_output_options(train, '"out" and "results", for each way of adapting the fields of jlora.recipes.Result')
     train.set_defaults(run=_train, command="train")
     add_file_commands(commands)
+    add_import_command(commands)
     return parser
 
 

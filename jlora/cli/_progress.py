@@ -1,5 +1,6 @@
 """One line on the terminal for what takes a while."""
 
+import argparse
 import contextlib
 import sys
 import time
@@ -7,10 +8,11 @@ from collections.abc import Callable, Iterator
 
 _WIDTH = 24
 _SECONDS = 0.1
+_Show = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
-def progress_line(what: str) -> Iterator[Callable[[int, int], None] | None]:
+def progress_line(what: str) -> Iterator[_Show | None]:
     """A function of (bytes done, bytes in all) that shows both; None where the output is no terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -33,3 +35,8 @@ def progress_line(what: str) -> Iterator[Callable[[int, int], None] | None]:
     finally:
         if shown:
             sys.stderr.write("\n")
+
+
+def progress_of(what: str, arguments: argparse.Namespace) -> contextlib.AbstractContextManager[_Show | None]:
+    """The progress line of a command, which --json and --quiet leave out."""
+    return contextlib.nullcontext() if arguments.json or arguments.quiet else progress_line(what)

@@ -7,8 +7,27 @@ from jlora.disk._dry import check_can_hold, dry_run, is_dry_run
 from jlora.disk._formats import format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
+from jlora.disk._output import (
+    FOLDERS,
+    OWN,
+    RECORD,
+    RESIDUALS,
+    check_as_if_written,
+    check_room,
+    check_target,
+    put_in_place,
+    write_folder,
+)
 from jlora.disk._pair import CONFIG, MOST_CONFIG, TENSORS, Pair
-from jlora.disk._safetensors import TensorEntry, TensorFile, can_store, header_bytes, tensor_bytes, write_tensors
+from jlora.disk._safetensors import (
+    TensorEntry,
+    TensorFile,
+    bytes_of,
+    can_store,
+    header_bytes,
+    tensor_bytes,
+    write_tensors,
+)
 from jlora.disk._small import (
     dump_json,
     parse_json,
@@ -18,10 +37,16 @@ from jlora.disk._small import (
     read_json_lines,
 )
 from jlora.disk._workplace import Workplace, bring_back, left_places, there_already, workplace
+from jlora.disk._written import MOST_OF_A_SHARD, write_checkpoint
 
 __all__ = [
     "CONFIG",
+    "FOLDERS",
     "MOST_CONFIG",
+    "MOST_OF_A_SHARD",
+    "OWN",
+    "RECORD",
+    "RESIDUALS",
     "TENSORS",
     "WEIGHTS",
     "Beside",
@@ -33,8 +58,12 @@ __all__ = [
     "Workplace",
     "beside",
     "bring_back",
+    "bytes_of",
     "can_store",
+    "check_as_if_written",
     "check_can_hold",
+    "check_room",
+    "check_target",
     "dry_run",
     "dump_json",
     "file_written_whole",
@@ -49,6 +78,7 @@ __all__ = [
     "parse_json",
     "parse_json_value",
     "parse_toml",
+    "put_in_place",
     "read_bytes",
     "read_json",
     "read_json_lines",
@@ -58,6 +88,8 @@ __all__ = [
     "tensor_bytes",
     "there_already",
     "workplace",
+    "write_checkpoint",
+    "write_folder",
     "write_tensors",
     "write_whole",
 ]

@@ -8,7 +8,10 @@ _PICKLE = (
     "which can run code as it is loaded, so that jlora loads none: load it with the library that wrote it, and save it "
     "again as safetensors, as save_pretrained does"
 )
-_GGUF = "a GGUF file, packed for llama.cpp, which jlora does not read: give the safetensors that it was made from"
+_GGUF = (
+    "a GGUF file, packed for llama.cpp: give the safetensors that it was made from; of a model `jlora import-gguf` "
+    "makes a folder of them"
+)
 _HDF5 = "an HDF5 file: save the model as safetensors"
 _STARTS = (
     (b"version https://git-lfs", "a pointer of git-lfs in place of the file: `git lfs pull` fetches the file"),

@@ -241,6 +241,11 @@ def _position(dtype: Any) -> int:
     return list(_BITS).index(_code(dtype) or "BOOL")
 
 
+def bytes_of(shape: Iterable[int], dtype: Any) -> int:
+    """The size of a tensor in bytes."""
+    return math.prod(shape) * int(np.dtype(dtype).itemsize)
+
+
 def tensor_bytes(array: Any) -> memoryview:
     """The bytes of an array in C order, little-endian."""
     host = np.asarray(array)

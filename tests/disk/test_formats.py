@@ -143,7 +143,7 @@ def test_the_configuration_is_what_is_blamed(change, message, tmp_path, rng):
 NAMED = {
     "x.gguf": (
         b"GGUF\3\0\0\0",
-        "x.gguf: is a GGUF file, packed for llama.cpp, which jlora does not read: give the saf",
+        "x.gguf: is a GGUF file, packed for llama.cpp: give the safetensors that it was made from",
     ),
     "without_an_end": (b"GGUF\3\0\0\0", "without_an_end: is a GGUF file"),
     "adapters.npz": (b"PK\3\4", "adapters.npz: is an archive of NumPy's, as mlx-lm once wrote its adapters"),
