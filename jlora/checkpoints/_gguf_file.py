@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from jlora.disk import format_of_file, open_to_read, reason
+from jlora.disk import START, format_of, open_to_read, reason
 from jlora.errors import DataError, listed, shortened
 
 _VERSIONS = (2, 3)
@@ -26,7 +26,7 @@ _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 _MOST_AXES = 4
 _ALIGNMENT = 32
-_ROWS_AT_ONCE = 4 << 20  # numbers; as float32 16 MiB
+_NUMBERS_AT_ONCE = 4 << 20  # as float32 16 MiB
 
 
 class GGUFTensor(NamedTuple):
@@ -95,7 +95,7 @@ class GGUFFile:
         result = np.empty((rows, width), dtype)
         if result.size:
             row_bytes = (tensor.stop - tensor.start) // rows
-            step = max(1, _ROWS_AT_ONCE // width)
+            step = max(1, _NUMBERS_AT_ONCE // width)
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 packed = self._bytes(tensor.start + first * row_bytes, count * row_bytes)
@@ -116,7 +116,7 @@ class GGUFFile:
         """How many tensors and pairs there are."""
         start = self._file.read(8)
         if start[:4] != b"GGUF" or len(start) < 8:
-            instead = "" if start[:4] == b"GGUF" else format_of_file(self.path)
+            instead = "" if start[:4] == b"GGUF" else format_of(start + self._file.read(START))
             raise DataError(f"{self.path}: is no GGUF file of a model{instead and f'; it is {instead}'}")
         version = int.from_bytes(start[4:], "little")
         if version not in _VERSIONS:

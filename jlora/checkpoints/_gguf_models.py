@@ -122,7 +122,7 @@ def _common(known: Architecture, settings: Settings, shapes: Mapping[str, tuple[
     settings.same("expert_count", 0)
     settings.same("expert_used_count", 0)
     settings.same("attention.causal", True)
-    rows = shapes["token_embd.weight"][0] if shapes.get("token_embd.weight") else 0
+    rows = next(iter(shapes.get("token_embd.weight", ())), 0) or settings.count("vocab_size", 1)
     settings.same("vocab_size", rows)
     return {
         "architectures": [known.class_name],

@@ -86,12 +86,10 @@ def import_gguf(
         setting, a tokenizer or a type of blocks that is not known here; tensors that are missing, not known, or of
         another shape; a tokenizer of another size than the embedding; `out` is there, or the disk is too small.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     import_gguf(f"{folder}/model.gguf", f"{folder}/model")
+    >>> import_gguf("no_such_model.gguf", "model")
     Traceback (most recent call last):
       ...
-    jlora.errors.DataError: .../model.gguf: cannot be read: No such file or directory
+    jlora.errors.DataError: no_such_model.gguf: cannot be read: No such file or directory
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype = {shortened(dtype)}: wanted bfloat16 or float32")

@@ -4,7 +4,7 @@ from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftove
 from jlora.disk._beside import WEIGHTS, Beside, beside
 from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._dry import check_can_hold, dry_run, is_dry_run
-from jlora.disk._formats import format_of_file, found_instead, orbax_instead
+from jlora.disk._formats import START, format_of, format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
 from jlora.disk._output import (
@@ -47,6 +47,7 @@ __all__ = [
     "OWN",
     "RECORD",
     "RESIDUALS",
+    "START",
     "TENSORS",
     "WEIGHTS",
     "Beside",
@@ -67,6 +68,7 @@ __all__ = [
     "dry_run",
     "dump_json",
     "file_written_whole",
+    "format_of",
     "format_of_file",
     "found_instead",
     "header_bytes",

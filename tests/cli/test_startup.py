@@ -109,7 +109,18 @@ def test_commands_on_files_do_not_import_jax(call, folder):
         assert json.loads(said)["command"] == call.split()[0]
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "train --help", *(f"{name} --help" for name in COMMANDS)])
+def test_import_gguf_does_not_import_jax(tmp_path, rng):
+    ggufs = pytest.importorskip("tests.ggufs")
+    file = ggufs.write_llama(tmp_path / "x.gguf", rng)
+    code, imported, said = run("import-gguf", str(file), str(tmp_path / "out"), "--json")
+    assert (code, json.loads(said)["tensors"]) == (0, 20)
+    assert imported == "[]"
+
+
+HELP = ["--help", "--version", "train --help", "import-gguf --help", *(f"{name} --help" for name in COMMANDS)]
+
+
+@pytest.mark.parametrize("words", HELP)
 def test_help_does_not_import_jax(words):
     code, imported, said = run(*words.split())
     assert (code, imported) == (0, "[]")

