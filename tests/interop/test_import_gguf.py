@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jlora import DataError
+from jlora import DataError, models
 from jlora.checkpoints import gguf_in_package, import_gguf
 from jlora.checkpoints._gguf_tokenizer import CUTS
 from tests.ggufs import (
@@ -147,6 +147,8 @@ def test_a_model(tmp_path, family):
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
     )
     assert not any(loading.values()), loading
+    params = models.read_params(tmp_path / "out")
+    assert params["model"]["embed_tokens"]["weight"].shape == tuple(ours.get_input_embeddings().weight.shape)
     tensors = original.state_dict()
     tolerance = 1e-6 if FAMILIES[family][0].startswith("gemma") else 0  # of norm + 1 - 1
     for name, tensor in ours.state_dict().items():
