@@ -28,9 +28,11 @@ from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from jlora import JloraError, LoraConfig
 from jlora.checkpoints import merge, unmerge
+from jlora.checkpoints._params import read_params
 from jlora.config import write_mapping
 from jlora.disk import RECORD, Checkpoint, dump_json, file_written_whole, write_tensors
 from jlora.interop.diffusion import read_lora_file
@@ -410,6 +412,27 @@ def load_diffusion(folder: Path) -> str:
     return "read"
 
 
+def make_maxtext(folder: Path, number: int) -> None:
+    """What lies beside the LoRA of MaxText. The tree is not damaged: tensorstore may end the process for it."""
+    rng = np.random.default_rng(number)
+    shapes = {"lora_a.kernel": (7, 3, 2), "lora_b.kernel": (2, 3, 4, 5)}
+    query = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder / "0" / "items", {"params": {"decoder": {"query": query}}})
+    (folder / "adapter_config.json").write_bytes(dump_json({"r": 2, "lora_alpha": 3 + number, "target_modules": ["q"]}))
+    said = {"scan_layers": True, "lora": {"lora_rank": 2, "lora_alpha": 3.0 + number}}
+    (folder / "_CHECKPOINT_METADATA").write_bytes(dump_json({"item_handlers": {}, "custom_metadata": said}))
+
+
+def load_maxtext(folder: Path) -> str:
+    """That the params could be read, with either of the files beside them."""
+    read_params(folder / "0" / "items", "maxtext")
+    with contextlib.suppress(OSError):
+        (folder / "adapter_config.json").unlink()
+    read_params(folder / "0" / "items", "maxtext")
+    return "read"
+
+
 def make_checkpoint(folder: Path, number: int) -> None:
     """A checkpoint of two files with an index."""
     rng = np.random.default_rng(number)
@@ -568,6 +591,7 @@ FORMATS: dict[str, Any] = {
     "peft": (make_peft, load_peft, None),
     "mlx": (make_mlx, load_mlx, None),
     "diffusion": (make_diffusion, load_diffusion, None),
+    "maxtext": (make_maxtext, load_maxtext, None),
     "checkpoint": (make_checkpoint, load_checkpoint, None),
     "mapping": (make_mapping, load_mapping, None),
     "config": (make_config, load_config, None),

@@ -8,25 +8,21 @@ from typing import Any
 from jlora import compose
 from jlora.adapter import is_entry
 from jlora.checkpoints._forms import form_of, read_entries, shapes_of
-from jlora.checkpoints._orbax import is_orbax_folder, read_orbax_params
+from jlora.checkpoints._params import read_params
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, there_already
 from jlora.errors import DataError, JloraWarning
 from jlora.fields import choice
 from jlora.interop.diffusion import is_flat, lora_file, write_diffusers, write_kohya
-from jlora.interop.gemma import from_gemma
 from jlora.interop.gguf import gguf_file, write_gguf
 from jlora.interop.mlx import write_mlx
-from jlora.interop.openpi import from_openpi
 from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
-from jlora.interop.qwix import from_qwix
 from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_on_host, save_adapters
 
 FORMATS = ("own", "peft", "mlx")
 WRITTEN = (*FORMATS, "gguf", "kohya", "diffusers")
-NAMES = ("gemma", "qwix", "openpi")
 
 
 def read_adapters(
@@ -150,11 +146,13 @@ def convert(
       mapping: how the names in the files of PEFT and mlx-lm meet the paths (`jlora.interop.peft`); by default paths are
         the names with slashes for dots.
       transposed_experts: as for `jlora.interop.peft.read_peft`.
-      names: "gemma" (`lora/a`, `lora/b` beside a weight), "qwix" (`kernel_lora_a`, `kernel_lora_b`) or
-        "openpi" (`lora_a`, `lora_b` beside `w`).
-      alpha: that qwix or openpi was given; it is not in the params. Of openpi by default the rank.
+      names: "gemma" (`lora/a`, `lora/b` beside a weight), "qwix" (`kernel_lora_a`, `kernel_lora_b` beside a weight),
+        "openpi" (`lora_a`, `lora_b` beside `w`) or "maxtext" (`lora_a.kernel`, or `kernel_lora_a` without weights).
+      alpha: that qwix, openpi or MaxText was given; it is not in the params. Of openpi by default the rank, of MaxText
+        what lies beside them.
       base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, and its
-        config.json gives GGUF names and the order of rows. What is written as "kohya" has to be found there again.
+        config.json gives GGUF names and the order of rows. What is written as "kohya" has to be found there again. Of
+        MaxText the shapes of its arrays split the axes of heads.
       component: of a diffusion model, as for `jlora.interop.diffusion.write_kohya`.
       force: whether to replace `out` where it is there.
     """
@@ -167,7 +165,7 @@ def convert(
             source, table, to=to, transposed_experts=transposed_experts, base=checkpoint
         )
     else:
-        adapters, config = _from_params(source, choice("names", names, NAMES), alpha)
+        adapters, config = read_params(source, names, alpha, base)
     if is_file:
         mapping = None  # which has renamed what such a file names in its own way
     if to == "gguf":
@@ -210,23 +208,6 @@ def _write_lora_file(
     else:
         shapes = None if base is None else shapes_of(Checkpoint(base))
         write_kohya(out, adapters, config, table, component=component, shapes=shapes)
-
-
-def _from_params(source: str | Path, names: str, alpha: float | None) -> tuple[Any, LoraConfig]:
-    if is_orbax_folder(source):
-        params = read_orbax_params(source)
-    else:
-        checkpoint = Checkpoint(source)
-        params = {name: checkpoint.read(name) for name in checkpoint.entries}
-    if names == "gemma":
-        _, adapters, config = from_gemma(params)
-    elif names == "openpi":
-        _, adapters, config = from_openpi(params, alpha=alpha)
-    elif alpha is None:
-        raise DataError("qwix keeps alpha outside of the params: give alpha")
-    else:
-        _, adapters, config = from_qwix(params, alpha=alpha)
-    return adapters, config
 
 
 def _table(adapters: Any) -> Table:

@@ -16,6 +16,7 @@ from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._lazy import lazy_row, lazy_tree
 from jlora.checkpoints._locate import Located, Piece, locate, same_weights
 from jlora.checkpoints._memory import settings_of, stack_of
+from jlora.checkpoints._params import read_params
 from jlora.checkpoints._rewrite import Progress
 from jlora.checkpoints._single_experts import Entries, one_by_one
 from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
@@ -33,6 +34,8 @@ def inspect(
     base: str | Path | None = None,
     mapping: Mapping = (),
     transposed_experts: bool | None = None,
+    names: str | None = None,
+    alpha: float | None = None,
 ) -> diagnostics.Inspection:
     """The table of what a folder of adapters holds, and what looks wrong; see `jlora.diagnostics.inspect`.
 
@@ -44,10 +47,16 @@ def inspect(
       adapters: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model.
       base: a folder of safetensors in the layout of Hugging Face, or one file.
       mapping, transposed_experts: as for `merge`; they say something of the base alone.
+      names, alpha: as for `convert`: params that hold another library's LoRA are read. Of MaxText `base` is then its
+        checkpoint, for the shapes alone; of others there is none.
 
     Raises:
       DataError: files that cannot be read, adapters that do not fit the base, a mapping without a base.
     """
+    if names is not None:
+        if base is not None and names != "maxtext":
+            raise DataError(f"params of {names} are inspected without a base: convert them first")
+        return diagnostics.inspect(*read_params(adapters, names, alpha, base))
     if base is None:
         if mapping:
             raise DataError("a mapping leads to the names of a checkpoint: give it as base (--base)")

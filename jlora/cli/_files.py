@@ -21,6 +21,7 @@ _LINE = 80  # characters of an error in a table
 
 _ADAPTERS = "a folder of adapters: jlora's own, PEFT's or mlx-lm's; or a LoRA file of a diffusion model"
 _FORMATS = ("own", "peft", "mlx")
+_NAMES = ("gemma", "qwix", "openpi", "maxtext")
 _WRITTEN = (*_FORMATS, "gguf", "kohya", "diffusers")
 _TO = "the format to write; of the last three, for llama.cpp and for diffusion models, --out may name the file"
 _TIED = "an output head that is the embedding too stays that: an adapter of one of them acts on both"
@@ -175,14 +176,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         "model, with slashes for dots",
     )
     _experts(parser)
-    parser.add_argument(
-        "--names", choices=("gemma", "qwix", "openpi"), help="read params that hold another library's LoRA"
-    )
-    parser.add_argument("--alpha", type=float, help="that qwix or openpi was given; of openpi the rank by default")
+    _names(parser)
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",
-        help="that the adapters are for: --to gguf reads its config.json; sd-scripts' names are found among its own",
+        help="that the adapters are for: --to gguf reads its config.json; sd-scripts' names are found among its own; "
+        "of MaxText its shapes split the axes of heads",
     )
     parser.add_argument(
         "--component",
@@ -192,11 +191,21 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--names", choices=_NAMES, help="read params that hold another library's LoRA")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="that qwix, openpi or MaxText was given; by default of openpi the rank, of MaxText what lies beside it",
+    )
+
+
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", help=f"{_ADAPTERS}; several give a line each")
     parser.add_argument("--base", metavar="CHECKPOINT", help="to compare with: sizes of the updates, shares")
     _renames(parser)
     _experts(parser)
+    _names(parser)
 
 
 def _diff(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +336,8 @@ def _run_inspect(arguments: argparse.Namespace) -> Done:
         "base": arguments.base,
         "mapping": _mapping(arguments.mapping) or (),
         "transposed_experts": arguments.transposed_experts,
+        "names": arguments.names,
+        "alpha": arguments.alpha,
     }
     if len(arguments.adapters) > 1:
         return _inspected_each(arguments.adapters, how)

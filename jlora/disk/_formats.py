@@ -32,8 +32,10 @@ _ENDS = {
 }
 _ORBAX = (
     "an Orbax checkpoint: restore it with Orbax, and save its adapters with jlora.save_adapters; where its params hold "
-    "the LoRA of gemma or of qwix (tunix), `jlora convert --names` reads it"
+    "the LoRA of gemma, qwix (tunix), openpi or MaxText, `jlora convert --names` and `jlora inspect --names` read it"
 )
+_MAXTEXT = "an adapter of MaxText, which `jlora convert --names maxtext` and `jlora inspect --names maxtext` read"
+_TREE = "_METADATA"  # in the folder of a tree that Orbax saved
 _OF_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin")
 _MOST_NAMES = 1000
@@ -77,8 +79,14 @@ def found_instead(folder: Path, wanted: str) -> str:
 
 
 def orbax_instead(folder: Path) -> str:
-    """That a folder is one of Orbax, and what to do; "" where it is none."""
-    return "" if _OF_ORBAX.isdisjoint(_names(folder)) else f"this is {_ORBAX}"
+    """That a folder is one of Orbax, or of its steps or trees, and what to do; "" where it is none."""
+    names = _names(folder)
+    if "adapter_config.json" in names and _TREE in _names(folder / "0" / "items"):
+        return f"this is {_MAXTEXT}"
+    steps = [folder / name for name in names if name.isdecimal()]
+    below = [place / name for place in (folder, *steps[:1]) for name in _names(place)]
+    is_above = any(_TREE in _names(place) for place in below)
+    return f"this is {_ORBAX}" if is_above or not _OF_ORBAX.isdisjoint(names) else ""
 
 
 def _names(folder: Path) -> list[str]:

@@ -179,6 +179,23 @@ def test_a_folder_of_orbax(tmp_path):
             given(tmp_path)
 
 
+@pytest.mark.parametrize("given", ["checkpoints", "checkpoints/7", "checkpoints/7/items"])
+def test_folders_of_steps_and_trees_of_orbax(given, tmp_path):
+    (tmp_path / "checkpoints" / "7" / "items").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "7" / "items" / "_METADATA").write_text("{}")
+    with pytest.raises(DataError, match=r"LoRA of gemma, qwix \(tunix\), openpi or MaxText, `jlora convert --names`"):
+        checkpoints.inspect(tmp_path / given)
+
+
+def test_an_adapter_of_maxtext(tmp_path):
+    (tmp_path / "0" / "items").mkdir(parents=True)
+    (tmp_path / "0" / "items" / "_METADATA").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}')
+    for given in (checkpoints.inspect, lambda path: checkpoints.convert(path, tmp_path / "out", "own")):
+        with pytest.raises(DataError, match="this is an adapter of MaxText, which `jlora convert --names maxtext` and"):
+            given(tmp_path)
+
+
 def test_the_tensors_alone_of_a_folder_with_its_configuration(tmp_path, rng):
     path = adapter(tmp_path / "adapter", rng) / "adapter_model.safetensors"
     with pytest.raises(DataError, match=r"its scaling is in adapter_config\.json beside it: give the folder of both"):

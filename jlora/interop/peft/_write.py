@@ -189,7 +189,7 @@ class _Writer:
                     "Conv1D"
                 )
             return "oi"
-        own = tree_roles[len(row.stack) :]
+        own = tree_roles.replace("b", "", len(row.stack))  # of scanned layers the axis may be another than the first
         order = row.transpose or tuple(range(len(own)))
         return "".join(own[order.index(axis)] for axis in range(len(own)))
 
