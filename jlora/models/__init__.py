@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from jlora.models._adapter import read_adapter, write_adapter
     from jlora.models._cache import Cache, init_cache
     from jlora.models._decoder import decoder
+    from jlora.models._filters import filtered
+    from jlora.models._generate import Answer, generate
     from jlora.models._names import factorizations, mapping
     from jlora.models._read import read_params
     from jlora.models._shapes import init_params, param_shapes
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES",
+    "Answer",
     "Cache",
     "DecoderConfig",
     "Rope",
     "decoder",
     "factorizations",
+    "filtered",
+    "generate",
     "init_cache",
     "init_params",
     "mapping",
@@ -42,6 +47,8 @@ __getattr__, __dir__ = lazy_face(
         "jlora.models._adapter": ("read_adapter", "write_adapter"),
         "jlora.models._cache": ("Cache", "init_cache"),
         "jlora.models._decoder": ("decoder",),
+        "jlora.models._filters": ("filtered",),
+        "jlora.models._generate": ("Answer", "generate"),
         "jlora.models._names": ("factorizations", "mapping"),
         "jlora.models._read": ("read_params",),
         "jlora.models._shapes": ("init_params", "param_shapes"),
