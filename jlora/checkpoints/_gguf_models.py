@@ -124,13 +124,18 @@ def _common(known: Architecture, settings: Settings, shapes: Mapping[str, tuple[
     settings.same("attention.causal", True)
     rows = next(iter(shapes.get("token_embd.weight", ())), 0) or settings.count("vocab_size", 1)
     settings.same("vocab_size", rows)
+    layers = settings.count("block_count")
+    if layers > len(shapes):
+        raise DataError(
+            f"{settings.path}: {layers:,} layers ({settings.architecture}.block_count) in {len(shapes):,} tensors"
+        )
     return {
         "architectures": [known.class_name],
         "model_type": known.model_type,
         "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": settings.count("feed_forward_length"),
-        "num_hidden_layers": settings.count("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": settings.count("attention.head_count_kv", heads),
         "head_dim": head_dim,

@@ -21,6 +21,7 @@ from jlora.checkpoints._gguf_settings import text
 from jlora.errors import DataError, listed, shortened
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # ggml's types of tokens
+_MOST_CHARACTERS = 1000
 _SPACE = "\u2581"
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _GEMMAS = ("gemma", "gemma2", "gemma3")
@@ -164,6 +165,8 @@ def _sentencepiece(
     missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in set(tokens)]
     if missing:
         raise DataError(f"{path}: tokenizer.ggml.tokens: no tokens for the bytes {listed(missing)}")
+    if (longest := max(map(len, tokens))) > _MOST_CHARACTERS:  # all its splits are tried
+        raise DataError(f"{path}: tokenizer.ggml.tokens: one of {longest:,} characters; at most {_MOST_CHARACTERS:,}")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = _merges_by_score(vocabulary, _scores(path, metadata, len(tokens)))
     model = _bpe(library, path, vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=unknown)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a part": (changed(split__count=3), "is one of 3 parts; join them first"),
     "alignment": (changed(general__alignment="wide"), "general.alignment = 'wide': wanted a power of two"),
     "no layers": (changed(llama__block_count=None), "x.gguf: no llama.block_count, which every llama has"),
+    "many layers": (changed(llama__block_count=1 << 31), "2,147,483,648 layers .llama.block_count. in 20 tensors"),
     "a count that is none": (changed(llama__block_count="two"), "llama.block_count = 'two': wanted one whole number"),
     "a layer of its own": (
         changed(llama__feed_forward_length=[22, 22]),
@@ -367,6 +370,15 @@ def test_tokens_that_are_not_those_of_the_embedding(tmp_path, rng):
         import_gguf(tmp_path / "x.gguf", tmp_path / "out")
 
 
+def test_a_token_that_is_endless(tmp_path, rng):
+    tokenizer = sentencepiece()
+    tokenizer = tokenizer | {TOKENS: [*tokenizer[TOKENS][:-1], "x" * 1001]}
+    tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+    write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer, tensors)
+    with pytest.raises(DataError, match=r"tokenizer.ggml.tokens: one of 1,001 characters; at most 1,000"):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+
+
 def test_an_array_that_says_it_is_endless(tmp_path, rng):
     path = write_llama(tmp_path / "x.gguf", rng)
     data = path.read_bytes()
@@ -397,6 +409,9 @@ def test_a_package(tmp_path, monkeypatch):
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n")
     (folder / "RECORD").write_text("some_model/__init__.py,,\nsome_model/x.gguf,,\n")
     monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "some_model").mkdir()
+    for name in ("__init__.py", "x.gguf", "y.gguf"):
+        (tmp_path / "some_model" / name).touch()
     assert gguf_in_package("some-model") == tmp_path / "some_model" / "x.gguf"
     (folder / "RECORD").write_text("some_model/y.gguf,,\nsome_model/x.gguf,,\n")
     with pytest.raises(DataError, match="some-model: the package brings 2 GGUF files; wanted one"):
@@ -408,7 +423,7 @@ def test_a_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["gguf", "tokenizers"])
 def test_a_library_that_is_not_installed(tmp_path, rng, monkeypatch, package):
     path = write_llama(tmp_path / "x.gguf", rng)
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError, match=rf"{package} is not installed: pip install 'jlora\[lm\]'"):
         import_gguf(path, tmp_path / "out")
 
@@ -517,3 +532,39 @@ def test_smollm2(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.encode("a  12 <|im_end|>").ids == [81, 256, 33, 34, 216, 2]
     assert tokenizer.encode("*/5 9-17 * * 1-5").tokens == [*"*/5", "Ġ", *"9-17", *("Ġ*", "Ġ*", "Ġ"), *"1-5"]
+
+
+CHILD = """
+import sys
+from jlora.checkpoints import import_gguf
+
+import_gguf(*sys.argv[1:])
+with open("/proc/self/status") as status:
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_the_peak_does_not_grow_with_the_file(tmp_path):
+    """Layers of 33 million numbers, of which the largest tensors have 8 million: 16 MiB in bfloat16."""
+    tokenizer, peaks = byte_level("smollm"), []
+    for layers in (1, 5):
+        changes = {"block_count": layers, "embedding_length": 1024, "feed_forward_length": 8192}
+        settings = llama_settings(**{f"llama__{key}": value for key, value in changes.items()})
+        settings["llama.rope.dimension_count"] = 256
+        sizes = {24: 1024, 22: 8192, 12: 512}
+        small = llama_tensors(np.random.default_rng(0), len(tokenizer[TOKENS]), layers)
+        tensors = {name: np.zeros([sizes.get(size, size) for size in array.shape]) for name, array in small.items()}
+        types = {}
+        for name, array in tensors.items():
+            if array.ndim == 2:  # half a byte for each number, and a scale for each 32
+                tensors[name], types[name] = np.zeros((array.shape[0], array.shape[1] // 32 * 18), np.uint8), "Q4_0"
+        path = write_file(tmp_path / f"{layers}.gguf", "llama", settings | tokenizer, tensors, types)
+        command = [sys.executable, "-c", CHILD, str(path), str(tmp_path / f"out{layers}")]
+        found = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, check=True)
+        peaks.append(int(found.stdout) / 1e3)
+        size = sum(entry.stop - entry.start for entry in Checkpoint(tmp_path / f"out{layers}").entries.values())
+        assert size > layers * 55e6
+    assert peaks[1] - peaks[0] < 20, peaks
+    assert peaks[1] < 200, peaks
