@@ -151,8 +151,8 @@ def convert(
       alpha: that qwix, openpi or MaxText was given; it is not in the params. Of openpi by default the rank, of MaxText
         what lies beside them.
       base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, and its
-        config.json gives GGUF names and the order of rows. What is written as "kohya" has to be found there again. Of
-        MaxText the shapes of its arrays split the axes of heads.
+        config.json gives GGUF names and the order of rows. What is written as "kohya" has to be found there again. With
+        `names`, the weights that are not among the params, for their shapes; it may be Orbax's.
       component: of a diffusion model, as for `jlora.interop.diffusion.write_kohya`.
       force: whether to replace `out` where it is there.
     """

@@ -47,15 +47,13 @@ def inspect(
       adapters: a folder of adapters, jlora's own, PEFT's or mlx-lm's, or a LoRA file of a diffusion model.
       base: a folder of safetensors in the layout of Hugging Face, or one file.
       mapping, transposed_experts: as for `merge`; they say something of the base alone.
-      names, alpha: as for `convert`: params that hold another library's LoRA are read. Of MaxText `base` is then its
-        checkpoint, for the shapes alone; of others there is none.
+      names, alpha: as for `convert`: params that hold another library's LoRA are read. `base` is then for the shapes
+        of weights that are not among them, and may be Orbax's.
 
     Raises:
       DataError: files that cannot be read, adapters that do not fit the base, a mapping without a base.
     """
     if names is not None:
-        if base is not None and names != "maxtext":
-            raise DataError(f"params of {names} are inspected without a base: convert them first")
         return diagnostics.inspect(*read_params(adapters, names, alpha, base))
     if base is None:
         if mapping:

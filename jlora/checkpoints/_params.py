@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlora.checkpoints._orbax import is_orbax_folder, read_orbax_params, read_orbax_shapes
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, Checkpoint, read_json
@@ -30,7 +32,8 @@ def read_params(
       source: a folder of Orbax, or a checkpoint of safetensors; of MaxText the folder with its adapter_config.json too.
       names: the library, one of `NAMES`.
       alpha: that the library was given, where the files do not say it.
-      base: of MaxText, the checkpoint of the model, whose shapes split the axes that qwix has joined.
+      base: the checkpoint of the model, where its weights are not among the params, safetensors or Orbax's: its shapes
+        say how the axes of the weights split.
 
     Raises:
       DataError: what cannot be read, params that hold no such LoRA, no alpha where one is needed.
@@ -39,6 +42,9 @@ def read_params(
     if names == "maxtext":
         return _from_maxtext(Path(source), alpha, base)
     params = _params_in(source)
+    if base is not None:
+        weights = _weights_in(base)
+        params = _joined(params, weights if "params" in params else weights.get("params", weights))
     if names == "gemma":
         _, adapters, config = from_gemma(params)
     elif names == "openpi":
@@ -67,7 +73,7 @@ def _from_maxtext(source: Path, alpha: float | None, base: str | Path | None) ->
             f"{source}: neither {CONFIG} nor Orbax's metadata says the alpha that MaxText was given: give alpha "
             "(--alpha)"
         )
-    adapters, config = from_maxtext(_params_in(folder), alpha=alpha, base=None if base is None else _shapes_in(base))
+    adapters, config = from_maxtext(_params_in(folder), alpha=alpha, base=None if base is None else _weights_in(base))
     found = {config.rank, *dict(config.rank_pattern).values()}
     if "rank" in said and found != {said["rank"]}:
         raise DataError(
@@ -76,8 +82,22 @@ def _from_maxtext(source: Path, alpha: float | None, base: str | Path | None) ->
     return adapters, config
 
 
-def _shapes_in(base: str | Path) -> Mapping[str, Any]:
-    return read_orbax_shapes(base) if is_orbax_folder(base) else dict(Checkpoint(base).entries)
+def _weights_in(base: str | Path) -> Any:
+    """The weights of a checkpoint, zeros that take no memory in their place."""
+
+    def stand_in(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: stand_in(child) for key, child in node.items()}
+        return np.broadcast_to(np.float32(0), tuple(getattr(node, "shape", ())))
+
+    return stand_in(read_orbax_shapes(base) if is_orbax_folder(base) else Checkpoint(base).entries)
+
+
+def _joined(params: Any, weights: Any) -> Any:
+    """The params, and what they lack of the weights."""
+    if not isinstance(params, Mapping) or not isinstance(weights, Mapping):
+        return params
+    return {**weights, **{key: _joined(child, weights.get(key)) for key, child in params.items()}}
 
 
 def _said_by_maxtext(folder: Path) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="CHECKPOINT",
         help="that the adapters are for: --to gguf reads its config.json; sd-scripts' names are found among its own; "
-        "of MaxText its shapes split the axes of heads",
+        "with --names it has the weights where the params hold LoRA alone",
     )
     parser.add_argument(
         "--component",

@@ -76,8 +76,8 @@ def paired(
         found = [keys for keys in weights(at, leaves) if keys in leaves]
         if not found:
             problems.append(
-                f"{path_of(pair['a'])}: no weight beside it; pass the params of the base and of LoRA in one tree, or, "
-                "of MaxText, the LoRA alone to from_maxtext (--names maxtext)"
+                f"{path_of(pair['a'])}: no weight beside it; pass the params of the base and of LoRA in one tree "
+                "(--base reads them), or those of MaxText to from_maxtext (--names maxtext)"
             )
         elif len(found) > 1:
             problems.append(f"{path_of(pair['a'])}: several weights beside it: {listed(map(path_of, found))}")

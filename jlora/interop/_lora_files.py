@@ -221,7 +221,7 @@ def _flattened(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
         if taken.setdefault(flat, module) != module:
             problems.append(f"{taken[flat]} and {module}: both {flat} with underscores for dots")
         found[module] = flat
-    back = parts_by_module(f"{flat}.lora_{part}.weight" for flat in taken for part in ("down", "up"))
+    back = parts_by_module([f"{flat}.lora_{part}.weight" for flat in taken for part in ("down", "up")])
     problems += [f"{taken[flat]}: {flat} would be read as another name" for flat in taken if flat not in back]
     raise_all(problems, DataError, f"{path}: names that sd-scripts does not tell apart; the format diffusers does")
     return found

@@ -94,6 +94,9 @@ def from_maxtext(
             problems.append(f"{path}: the base has none; {format_nearest(path, map(path_of, there))}")
             continue
         shape = tuple(there[keys].shape) if keys in there else None
+        if shape is None and keys[-1] != "kernel":
+            problems.append(f"{path}: no kernel, the order of whose axes is known: give the base (--base)")
+            continue
         try:
             reading = _read(tuple(pair["a"].shape), tuple(pair["b"].shape), shape)
         except DataError as error:

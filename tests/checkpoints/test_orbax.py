@@ -10,6 +10,7 @@ import pytest
 
 from jlora import DataError, checkpoints, cli
 from jlora.adapter import is_entry
+from jlora.disk import write_tensors
 from jlora.paths import leaves_by_path
 from tests.interop.files import Rng
 
@@ -71,6 +72,41 @@ def test_adapters_come_out_of_it(kind: str, names: str, tmp_path: Path, rng: Rng
     given = saved(tmp_path / "orbax", params, kind)
     alpha = 2.0 if names == "qwix" else None
     checkpoints.convert(given, tmp_path / "own", "own", names=names, alpha=alpha)
+    tree, config, _ = checkpoints.read_adapters(tmp_path / "own")
+    found = {path: entry for path, entry in leaves_by_path(tree, is_leaf=is_entry).items() if is_entry(entry)}
+    assert found.keys() == updates.keys()
+    for path, update in updates.items():
+        a, b = (np.asarray(found[path][part], np.float64) for part in "AB")
+        np.testing.assert_allclose(config.scaling_of(path) * np.tensordot(a, b, 1), update, rtol=0, atol=1e-6)
+
+
+def without_weights(tree: Any) -> Any:
+    kept = {key: without_weights(child) if isinstance(child, dict) else child for key, child in tree.items()}
+    return {
+        key: child for key, child in kept.items() if key != "kernel" and not (isinstance(child, dict) and not child)
+    }
+
+
+@pytest.mark.parametrize("names", ["gemma", "qwix"])
+@pytest.mark.parametrize("kind", ["tree", "only params", "safetensors"])
+def test_lora_alone_and_the_base_beside_it(kind: str, names: str, tmp_path: Path, rng: Rng) -> None:
+    """As tunix saves it (save_only_lora_params), or gemma's split_params leaves it."""
+    params, updates = made(rng, names)
+    alpha = 2.0 if names == "qwix" else None
+    if kind == "safetensors":
+        flat = {path.replace("/", "."): leaf for path, leaf in leaves_by_path(params).items()}
+        given, base = tmp_path / "lora", tmp_path / "base"
+        for folder, is_lora in ((given, True), (base, False)):
+            folder.mkdir()
+            with (folder / "model.safetensors").open("wb") as file:
+                write_tensors(file, {name: leaf for name, leaf in flat.items() if ("lora" in name) == is_lora})
+    else:
+        given = saved(tmp_path / "lora", without_weights(params), "tree")
+        base = saved(tmp_path / "base", params, kind)
+    with pytest.raises(DataError, match=r"no weight beside it; .*--base"):
+        checkpoints.convert(given, tmp_path / "own", "own", names=names, alpha=alpha)
+    checkpoints.convert(given, tmp_path / "own", "own", names=names, alpha=alpha, base=base)
+    assert len(checkpoints.inspect(given, names=names, alpha=alpha, base=base).entries) == len(updates)
     tree, config, _ = checkpoints.read_adapters(tmp_path / "own")
     found = {path: entry for path, entry in leaves_by_path(tree, is_leaf=is_entry).items() if is_entry(entry)}
     assert found.keys() == updates.keys()

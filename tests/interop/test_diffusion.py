@@ -285,7 +285,17 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         "keeps the scaling in adapter_config.json: give the folder",
     ),
     "mlx": ({"m.q.lora_a": (2, 7), "m.q.lora_b": (7, 2)}, "mlx-lm's: give the folder"),
-    "nothing": ({"m.q.weight": (2, 7)}, "no part of a LoRA"),
+    "nothing": (
+        {"model.diffusion_model.q.weight": (2, 7)},
+        "no LoRA: its tensors are those of a model, such as 'model",
+    ),
+    "beside a model": (PAIR | {"time_embedding.weight": (2, 7)}, "time_embedding.weight: no part of a LoRA that jlora"),
+    "IA3": ({f"{Q}.weight": (7,), f"{Q}.on_input": ()}, "on_input: IA3, which scales what goes in or out"),
+    "GLoRA": ({f"{Q}.a1.weight": (2, 7)}, "a1.weight: GLoRA"),
+    "norm": (PAIR | {"unet.n.w_norm": (7,)}, "w_norm: a norm that was trained beside it"),
+    "embedding": (PAIR | {"bundle_emb.x.string_to_param.*": (2, 7)}, "an embedding that was trained beside it"),
+    "XLabs": ({"b.0.processor.qkv_lora1.down.weight": (2, 7)}, "XLabs' names, of processors"),
+    "control": ({"lora_controlnet": ()}, "lora_controlnet: ControlLoRA, which has layers"),
 }
 
 

@@ -201,6 +201,11 @@ WRONG = {
         "several ways, bio, ibo, as",
     ),
     "base": ({f"{Q}/kernel_lora_a": (7, 2), f"{Q}/kernel_lora_b": (2, 5)}, {f"{Q}/kernel": (5, 7)}, r"weight \(5, 7\)"),
+    "no kernel": (
+        {"q/w_lora_a": (7, 2), "q/w_lora_b": (2, 5)},
+        None,
+        "q/w: no kernel, the order of whose axes is known",
+    ),
     "no base": (
         {f"{Q}/kernel_lora_a": (7, 2), f"{Q}/kernel_lora_b": (2, 5)},
         {"k/kernel": (7, 5)},
