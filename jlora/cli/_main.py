@@ -10,8 +10,9 @@ from typing import NoReturn
 from jlora.cli._done import REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
 from jlora.cli._files import add_file_commands
 from jlora.cli._import import add_import_command
-from jlora.cli._signals import exit_code, say, stopped_by_signals, warnings_in_a_line
-from jlora.errors import ConfigError, JloraError, plain
+from jlora.cli._print import plain_output, say, show
+from jlora.cli._signals import exit_code, stopped_by_signals, warnings_in_a_line
+from jlora.errors import ConfigError, DataError, JloraError, plain
 
 _TRAIN = """\
 Adapts a model with LoRA, as a TOML or JSON file says, and compares with the frozen base, and where the file asks for it
@@ -61,7 +62,11 @@ _INTERRUPTED = "interrupted; the same command goes on where it can, or starts an
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments and returns its exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    with plain_output():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(words: Sequence[str]) -> int:
     parser = _parser("--json" in words)
     arguments, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-")]:
@@ -93,17 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show(arguments: argparse.Namespace, done: Done) -> None:
     if arguments.json:
-        print(json_object(arguments.command, done.code, done.fields))
+        show(json_object(arguments.command, done.code, done.fields))
     elif done.text and not arguments.quiet:
-        print(done.text)
+        show(done.text)
 
 
 def _refused(arguments: argparse.Namespace, message: str, code: int = REFUSED) -> int:
     """Says on standard error what is wrong, and in the object of --json as well."""
     say(f"jlora: {message}")
     if arguments.json:
-        with contextlib.suppress(OSError):  # nobody listens any more
-            print(json_object(arguments.command, code, {"error": message}), flush=True)
+        with contextlib.suppress(DataError):  # which cannot be written either
+            show(json_object(arguments.command, code, {"error": message}))
     return code
 
 
@@ -115,8 +120,16 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
 
         def error(self, message: str) -> NoReturn:
             if is_json:
-                print(json_object(None, REFUSED, {"error": message}))
+                with contextlib.suppress(DataError):
+                    show(json_object(None, REFUSED, {"error": message}))
             super().error(message)
+
+        def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+            try:
+                show("", end="")  # --help, which is printed by now
+            except DataError as error:
+                status, message = REFUSED, f"jlora: {error}\n"
+            super().exit(status, message)
 
     parser = Parser(prog="jlora", description="Low-rank adaptation (LoRA) for JAX.")
     parser.add_argument("--version", action="version", version=f"jlora {__version__}")

@@ -1,14 +1,13 @@
-"""What a command says on standard error, and what it does when it is asked to stop."""
+"""What a command does when it is asked to stop, and with warnings."""
 
 import contextlib
-import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from jlora.cli._print import say
 from jlora.errors import JloraWarning, plain
 
 
@@ -53,15 +52,3 @@ def exit_code(error: KeyboardInterrupt) -> int:
     """128 and the number of the signal, as shells count."""
     by = getattr(error, "signal", error.args[0] if error.args else None)
     return 128 + (by if isinstance(by, signal.Signals) else signal.SIGINT)
-
-
-def say(message: str) -> None:
-    """Prints a message to stderr, where anybody still listens."""
-    try:
-        print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    except OSError:  # the terminal is gone: what is left in the buffers must not fail again as Python ends
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(nowhere, stream.fileno())

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +123,7 @@ def _replacing(target: Path, like: Path, sync: bool) -> Iterator[BinaryIO]:
 def _created(target: Path) -> tuple[Path, int]:
     """A new file beside the target, and its descriptor, which holds a lock on it."""
     while True:
-        temporary = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.jlora"
+        temporary = target.parent / f"{_prefix(target)}{os.urandom(8).hex()}.jlora"
         try:
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except ValueError as error:

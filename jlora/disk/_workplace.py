@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -123,7 +122,7 @@ def there_already(target: Path) -> DataError:
 
 
 def _made(target: Path) -> Workplace:
-    path = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.jlora"
+    path = target.parent / f"{_prefix(target)}{os.urandom(8).hex()}.jlora"
     path.mkdir(mode=0o700)
     (path / _MARK).write_bytes(os.fsencode(target.name))
     return Workplace(path, target)

@@ -7,10 +7,10 @@ transformers itself. `RENAMED` has the rows for checkpoints whose config.json do
 
 import dataclasses
 import functools
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jlora.interop.peft import Row, paths_of_name
@@ -156,7 +156,7 @@ def _reversed(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 @functools.cache
 def _table() -> Mapping[str, Any]:
-    text = importlib.resources.files("jlora.interop").joinpath("transformers.json").read_text("utf-8")
+    text = Path(__file__).with_name("transformers.json").read_text("utf-8")
     return dict(json.loads(text))
 
 

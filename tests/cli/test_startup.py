@@ -30,6 +30,20 @@ sys.exit(code)
 CONFIG = LoraConfig(rank=3, alpha=6, factorizations={"**": "oi"})
 
 
+ALL = """
+import sys
+before = set(sys.modules)  # of the interpreter, and of what an environment starts it with
+from jlora import cli
+try:
+    code = cli.main(sys.argv[1:])
+except SystemExit as error:
+    code = error.code
+print(*sorted(set(sys.modules) - before))
+sys.exit(code)
+"""
+NEVER_FOR_FILES = {"asyncio", "html.parser", "importlib.metadata", "importlib.resources", "multiprocessing", "secrets"}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch, rng):
     """Checkpoints and adapters, of PEFT and of jlora, also with whole values, magnitudes and another library's LoRA."""
@@ -129,3 +143,31 @@ def test_help_does_not_import_jax(words):
 
 def test_every_command_on_files_is_called():
     assert {call.split()[0] for call in CALLS} == set(COMMANDS)
+
+
+def imported(*words):
+    done = subprocess.run([sys.executable, "-c", ALL, *words], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def foreign(modules):
+    """The packages among them that are neither Python's nor jlora's."""
+    tops = {name.partition(".")[0] for name in modules}
+    return {name for name in tops - sys.stdlib_module_names - {"jlora"} if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "merge --help"])
+def test_help_reads_no_more_than_the_arguments_take(words):
+    modules = imported(*words.split())
+    assert foreign(modules) == set()
+    ours = {".".join(name.split(".")[:2]) for name in modules if name.partition(".")[0] == "jlora"}
+    assert ours == {"jlora", "jlora.cli", "jlora.compose", "jlora.errors", "jlora.faces", "jlora.tables"}
+    assert {name for name in modules if name.startswith("jlora.compose.")} == {"jlora.compose._rules"}
+
+
+def test_a_merge_takes_numpy_and_three_small_packages(folder):
+    modules = imported("merge", "base", "adapter", "--out", "out", "--quiet")
+    assert foreign(modules) - {"org"} == {"ml_dtypes", "numpy", "threadpoolctl", "tomli_w"}
+    assert modules & NEVER_FOR_FILES == set()
+    rooms = {name.split(".")[1] for name in modules if name.startswith("jlora.")}
+    assert rooms & {"diagnostics", "linen", "models", "nnx", "recipes", "text", "train", "transform"} == set()

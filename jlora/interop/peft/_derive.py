@@ -2,10 +2,10 @@
 
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jlora.config import LoraConfig
@@ -234,7 +234,7 @@ def without_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def fields_of_peft() -> dict[str, tuple[str, Any]]:
     """The keys of PEFT's LoraConfig: the version that brought each, and its default."""
-    text = importlib.resources.files(__package__).joinpath("fields.json").read_text("utf-8")
+    text = Path(__file__).with_name("fields.json").read_text("utf-8")
     return {name: (since, default) for name, (since, default) in json.loads(text).items()}
 
 
