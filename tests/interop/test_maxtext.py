@@ -1,6 +1,8 @@
 """The LoRA of MaxText, in folders that Orbax saves as MaxText does, against sums in float64."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jlora.errors import DataError
 from jlora.interop.maxtext import from_maxtext
 from jlora.interop.peft import read_peft
 from jlora.paths import leaves_by_path
+from tests.interop import real_maxtext
 from tests.interop.files import Rng
 
 LAYERS, RANK, ALPHA = 3, 2, 5.0
@@ -241,3 +244,38 @@ def test_what_lies_beside_the_params_is_checked(case: str, tmp_path: Path, rng: 
     source = tmp_path / "x" / "0" / "items" if more is None else tmp_path / "x"
     with pytest.raises(DataError, match=message):
         checkpoints.convert(source, tmp_path / "own", "own", names="maxtext")
+
+
+@pytest.mark.slow
+def test_what_maxtext_and_qwix_make_and_compute(tmp_path: Path) -> None:
+    if not hasattr(pytest.importorskip("flax.core.spmd"), "logical_axis_rules"):
+        pytest.skip("this Flax is older than MaxText wants")
+    if not real_maxtext.install(tmp_path / "packages"):
+        pytest.skip("pip cannot install MaxText here")
+    command = [sys.executable, "-W", "ignore", real_maxtext.__file__, str(tmp_path / "packages"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def read(name: str, alpha: float | None = None) -> tuple[Any, dict[str, Any]]:
+        """Base and merged params."""
+        folder, base = tmp_path / name, tmp_path / f"{name}_base"
+        checkpoints.convert(folder, tmp_path / f"{name}_own", "own", names="maxtext", alpha=alpha, base=base)
+        tree, config, _ = checkpoints.read_adapters(tmp_path / f"{name}_own")
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            params = checkpointer.restore(base)
+        params = params["params"]["params"] if "params" in params else params
+        return params, leaves_by_path(merge_params(params, tree, config))
+
+    base, found = read("scanned")
+    changed = [path for path, leaf in leaves_by_path(base).items() if np.abs(found[path] - leaf).max() > 0.1]
+    assert len(changed) == 4
+    base, found = read("unscanned")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        wanted = leaves_by_path(checkpointer.restore(tmp_path / "unscanned_merged")["params"]["params"])
+    for path, value in wanted.items():
+        np.testing.assert_allclose(found[path], value, rtol=0, atol=1e-4, err_msg=path)
+    _, found = read("qwix", real_maxtext.ALPHA)
+    said = np.load(tmp_path / "qwix.npz")
+    y = np.einsum("bd,dnh,nhe,ef->bf", said["x"], *(found[f"{name}/kernel"] for name in ("query", "out", "wi_0")))
+    assert np.abs(said["plain"] - said["y"]).max() > 1
+    np.testing.assert_allclose(y, said["y"], rtol=1e-4, atol=1e-3)
