@@ -165,9 +165,9 @@ def read_examples(
                 continue
             fate = _fate(found, length, long)
             counted[fate] += 1
-            counted["joined"] += found.is_joined
             counted["longest"] = max(counted["longest"], len(found.tokens))
             if fate in ("whole", "cut"):
+                counted["joined"] += found.is_joined
                 kept.append(Example(found.tokens[:length], found.counts[:length]))
         counted["lines"] += len(chunk)
         parts.append(Examples.of(kept))

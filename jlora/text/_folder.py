@@ -11,15 +11,17 @@ from jlora.text._imports import imported
 from jlora.text._template import ChatTemplate
 from jlora.text._tokenizer import Tokenizer
 
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MOST_TOKENIZER, _MOST_TEMPLATE = 256 << 20, 4 << 20
 
 
 def read_tokenizer(folder: str | Path, *, now: datetime.datetime | None = None) -> Tokenizer:
     """The tokenizer of a model's folder: the numbers that transformers' AutoTokenizer gives.
 
-    It reads tokenizer.json; tokenizer_config.json, special_tokens_map.json and added_tokens.json for the special tokens
-    and for whether BOS is put before a text; generation_config.json and config.json for the tokens that end an answer;
-    chat_template.jinja, or what the older places hold. Only tokenizer.json must be there.
+    It reads tokenizer.json, which says whether BOS is put before a text; tokenizer_config.json, special_tokens_map.json
+    and added_tokens.json for the special tokens; generation_config.json and config.json for the tokens that end an
+    answer; chat_template.jinja, or what the older places hold. Only tokenizer.json must be there.
 
     Args:
       folder: of the model, as Hugging Face lays it out.
@@ -35,8 +37,6 @@ def read_tokenizer(folder: str | Path, *, now: datetime.datetime | None = None) 
     special = _special_tokens(config, folder)
     backend = _backend(folder / "tokenizer.json")
     _add_tokens(backend, config, special, folder)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _surround(backend, config, special)
     told = {name: token for name, token in special.items() if name.endswith("_token")}
     templates = {
         name: ChatTemplate(source, path, told, now) for name, (source, path) in _templates(folder, config).items()
@@ -72,9 +72,10 @@ def _backend(path: Path) -> Any:
 
 
 def _special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The named tokens, such as eos_token, each as the text that stands for it."""
+    """The named tokens, each as the text that stands for it, in the order in which transformers adds them."""
     found, problems = {}, []
-    for name, value in config.items():
+    for name in sorted(config, key=lambda name: _NAMES.index(name) if name in _NAMES else len(_NAMES)):
+        value = config[name]
         if not name.endswith("_token") or isinstance(value, bool) or value is None:
             continue
         token = value.get("content") if isinstance(value, dict) else value
@@ -91,8 +92,9 @@ def _add_tokens(backend: Any, config: Mapping[str, Any], special: Mapping[str, s
     added = imported("tokenizers").AddedToken
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     more: dict[str, tuple[int | None, dict[str, bool]]] = dict(_tokens_beside(config, special, folder))
-    for token in [*special.values(), *_extra(config)]:
-        more.setdefault(token, (None, {"special": True}))
+    for value in [*(config[name] for name in special), *_extra(config)]:
+        token, options = _options(value)
+        more.setdefault(token, (None, options | {"special": True}))
     problems = []
     for text, (number, options) in more.items():
         if text in known or not text:
@@ -107,18 +109,14 @@ def _tokens_beside(
     config: Mapping[str, Any], special: Mapping[str, str], folder: Path
 ) -> Iterator[tuple[str, tuple[int, dict[str, bool]]]]:
     """The text of each token of another file, with its number and how it is looked for, in order of the numbers."""
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     decoder = config.get("added_tokens_decoder", {})
     found = []
     if isinstance(decoder, dict):
         for number, token in decoder.items():
-            if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not number.isdecimal():
-                raise DataError(
-                    f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: {number!r}: {shortened(token)}"
-                )
-            found.append(
-                (int(number), token["content"], {flag: token[flag] is True for flag in flags if flag in token})
-            )
+            if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not _is_number(number):
+                path = folder / "tokenizer_config.json"
+                raise DataError(f"{path}: added_tokens_decoder: {shortened(number)}: {shortened(token)}")
+            found.append((int(number), *_options(token)))
     if not decoder:
         for text, number in _optional(folder / "added_tokens.json").items():
             if isinstance(number, bool) or not isinstance(number, int):
@@ -129,24 +127,22 @@ def _tokens_beside(
         yield text, (number, options)
 
 
-def _extra(config: Mapping[str, Any]) -> list[str]:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _options(token: Any) -> tuple[str, dict[str, bool]]:
+    """The text of a token, and how it is looked for."""
+    if isinstance(token, str):
+        return token, {}
+    return token["content"], {flag: token[flag] is True for flag in _FLAGS if flag in token}
+
+
+def _extra(config: Mapping[str, Any]) -> list[Any]:
     """The special tokens without a name."""
     tokens = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     values = list(tokens.values()) if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
-    texts = [value.get("content") if isinstance(value, dict) else value for value in values]
-    return [text for text in texts if isinstance(text, str)]
-
-
-def _surround(backend: Any, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Puts BOS and EOS around a text as tokenizer_config.json says, which goes before tokenizer.json."""
-    single, tokens = ["$A"], []
-    for key, name, at in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", 2)):
-        token = special.get(name)
-        if config.get(key) and token is not None:
-            single.insert(at, token)
-            tokens.append((token, backend.token_to_id(token)))
-    processors = imported("tokenizers.processors")
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=sorted(set(tokens)))
+    return [value for value in values if isinstance(value.get("content") if isinstance(value, dict) else value, str)]
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, Path]]:

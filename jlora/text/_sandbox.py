@@ -1,8 +1,8 @@
 """Where the programs of chat templates run: no way out of the sandbox, and an end to what they do.
 
 Jinja's sandbox keeps a template from Python's internals and from changing what it is given. Steps, numbers and texts
-that grow without an end are stopped here: every turn of a loop and every call of a macro is counted, and each text that
-is put together is of bounded length.
+that grow without an end are stopped here: every turn of a loop, every call of a macro and all that is written is
+counted, and each text that is put together is of bounded length.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 OPENS, CLOSES = "\ufdd0", "\ufdd1"  # around what the assistant says; Unicode keeps them for such a use
-MOST_STEPS, MOST_SECONDS = 1_000_000, 20.0
+MOST_STEPS, MOST_SECONDS = 100_000, 5.0
 MOST_CHARACTERS, MOST_WIDTH, MOST_BITS = 32 << 20, 100_000, 4096
 
 
@@ -39,7 +39,8 @@ class _Watch(Extension):
         self.begin()
 
     def begin(self) -> None:
-        self._steps, self._until = 0, time.monotonic() + MOST_SECONDS
+        self._steps = self._characters = 0
+        self._until = time.monotonic() + MOST_SECONDS
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -49,21 +50,33 @@ class _Watch(Extension):
     def _marked(self, caller: Callable[[], str]) -> str:
         return f"{OPENS}{caller()}{CLOSES}"
 
-    def step(self) -> None:
-        """One turn of a loop, or one call of a macro."""
+    def step(self, characters: int) -> None:
+        """One turn of a loop, or one call of a macro, with as many characters of the template in it."""
         self._steps += 1
+        self._wrote(characters)
         if self._steps > MOST_STEPS:
             raise SecurityError(f"more than {MOST_STEPS:,} steps")
         if time.monotonic() > self._until:
             raise SecurityError(f"more than {MOST_SECONDS:.0f} seconds")
 
+    def written(self, value: Any) -> str:
+        """A value that is written, be it into a macro's result or a variable."""
+        text = value if isinstance(value, str) else _written(value)
+        self._wrote(len(text))
+        return text
+
     def joined(self, *parts: Any) -> str:
         """What `~` puts together."""
-        return _join(map(str, parts))
+        return _join(map(_written, parts))
+
+    def _wrote(self, characters: int) -> None:
+        self._characters += characters
+        if self._characters > MOST_CHARACTERS:
+            raise SecurityError(f"more than {MOST_CHARACTERS:,} characters")
 
 
 class _Counting(NodeTransformer):
-    """Puts a count into the body of every loop and macro, and a bound on what is put together."""
+    """Puts counts into the body of every loop and macro, and around all that is written or put together."""
 
     def __init__(self, watch: _Watch) -> None:
         self._watch = watch
@@ -74,14 +87,25 @@ class _Counting(NodeTransformer):
     def visit_Macro(self, node: Any) -> nodes.Node:  # noqa: N802
         return self._counted(node)
 
+    def visit_CallBlock(self, node: Any) -> nodes.Node:  # noqa: N802
+        return self._counted(node)
+
+    def visit_Output(self, node: Any) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        for number, child in enumerate(node.nodes):
+            if not isinstance(child, nodes.TemplateData):
+                node.nodes[number] = self._watch.call_method("written", [child], lineno=child.lineno)
+        return node
+
     def visit_Concat(self, node: Any) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return self._watch.call_method("joined", node.nodes, lineno=node.lineno)
 
     def _counted(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        step = nodes.ExprStmt(self._watch.call_method("step", lineno=node.lineno), lineno=node.lineno)
-        node.body.insert(0, step)
+        characters = nodes.Const(sum(len(text.data) for text in node.find_all(nodes.TemplateData)))
+        step = self._watch.call_method("step", [characters], lineno=node.lineno)
+        node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return node
 
 
@@ -97,7 +121,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(obj, "__self__", None)
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # format is wrapped
         if isinstance(owner, str):
             _check_call(getattr(obj, "__name__", ""), (owner, *args), kwargs)
         return super().call(context, obj, *args, **kwargs)
@@ -115,6 +139,7 @@ class Sandbox:
             "strftime_now": lambda form: (now or datetime.datetime.now()).strftime(form),
             "namespace": _Namespace,
         }
+        del environment.globals["lipsum"]  # as much text as is asked for
         self._environment = environment
         self._watch: Any = environment.extensions[_Watch.identifier]
         self._lock = threading.Lock()
@@ -164,6 +189,7 @@ def _tojson(
 ) -> str:
     if isinstance(indent, int):
         _check_width(indent)
+    _check_size(x)
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -231,6 +257,26 @@ def _power_grows(left: Any, right: Any) -> bool:
 
 def _format_grows(left: Any, right: Any) -> bool:
     return isinstance(left, str) and _has_width(left)
+
+
+def _written(value: Any) -> str:
+    _check_size(value)
+    return str(value)
+
+
+def _check_size(value: Any) -> None:
+    """Refuses a value whose text would be too long; what stands in many places counts in each."""
+    left = [value]
+    size = 0
+    while left:
+        value = left.pop()
+        size += 16 + (len(value) if isinstance(value, str) else 0)
+        if size > MOST_CHARACTERS:
+            raise SecurityError(f"more than {MOST_CHARACTERS:,} characters")
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def _join(parts: Any) -> str:

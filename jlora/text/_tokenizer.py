@@ -9,7 +9,7 @@ import numpy as np
 from jlora.errors import DataError
 from jlora.text._template import ChatTemplate, Conversation, Message
 
-_ANCHOR, _PROBE = "\n", "jlora"
+_ANCHORS, _PROBE = ("\n", "a", "0", "."), "jlora"
 
 
 class Tokenizer:
@@ -44,7 +44,8 @@ class Tokenizer:
         self.bos = self._number(special.get("bos_token"))
         self.eos = self._number(special.get("eos_token"))
         pad = self._number(special.get("pad_token"))
-        self._before, self._anchor = self._surroundings()
+        self._before = self._before_a_text()
+        self._anchors = [(anchor, self.encode(anchor)) for anchor in _ANCHORS]
         self.stop = tuple(sorted({*ends, *([] if self.eos is None else [self.eos]), *self._ends_of_a_turn()}))
         self.pad = next((number for number in (pad, self.eos, *self.stop) if number is not None), 0)
 
@@ -69,10 +70,11 @@ class Tokenizer:
 
     def encode_after(self, text: str) -> list[int]:
         """The tokens of a text that goes on after another: without the space that some put at a text's beginning."""
-        tokens = self.encode(_ANCHOR + text)
-        if tokens[: len(self._anchor)] == self._anchor:
-            return tokens[len(self._anchor) :]
-        return self.encode(text)  # it begins with what the anchor melts into
+        for anchor, before in self._anchors:
+            tokens = self.encode(anchor + text)
+            if tokens[: len(before)] == before:  # or the text begins with what the anchor melts into
+                return tokens[len(before) :]
+        return self.encode(text)
 
     def decode(self, tokens: Iterable[int], special: bool = False) -> str:
         """The text of tokens; special ones are left out unless `special`."""
@@ -99,13 +101,12 @@ class Tokenizer:
         the assistant begins to speak.
         """
         if isinstance(prompt, str):
-            return [*self._before, *self.encode(prompt)]
+            return self.begun(self.encode(prompt))
         return self.encode(self.chat(prompt, True, **variables))
 
-    @property
-    def before(self) -> list[int]:
-        """What the tokenizer puts before a text: BOS, or nothing."""
-        return list(self._before)
+    def begun(self, tokens: list[int]) -> list[int]:
+        """Tokens after what the tokenizer puts before a text (BOS, or nothing), unless it stands there already."""
+        return tokens if tokens[: len(self._before)] == self._before else self._before + tokens
 
     def template_for(self, conversation: Conversation) -> ChatTemplate:
         """The chat template for a conversation; some folders have another for those with tools."""
@@ -122,12 +123,11 @@ class Tokenizer:
     def _number(self, token: str | None) -> int | None:
         return None if token is None else self._numbers.get(token)
 
-    def _surroundings(self) -> tuple[list[int], list[int]]:
-        """What is put before a text, and the tokens of the anchor of `encode_after`."""
+    def _before_a_text(self) -> list[int]:
         plain, whole = self.encode("a"), self.encode("a", special=True)
         starts = range(len(whole) - len(plain) + 1)
         start = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
-        return whole[:start], self.encode(_ANCHOR)
+        return whole[:start]
 
     def _ends_of_a_turn(self) -> list[int]:
         """The first special token that the template writes after what the assistant says."""

@@ -73,7 +73,8 @@ def _write_by_difference(chat: ChatTemplate, conversation: Conversation, answers
     spans = []
     for answer in answers:
         given = chat.write(conversation.first(answer), generate=True)
-        upto = chat.write(conversation.first(answer + 1))
+        is_last = answer == len(conversation.messages) - 1
+        upto = text if is_last else chat.write(conversation.first(answer + 1))
         if not (text.startswith(given) and text.startswith(upto) and len(given) <= len(upto)):
             raise DataError(
                 f"the chat template writes message {answer + 1}, or what is before it, otherwise where more follows: "
@@ -140,8 +141,9 @@ def _joined(each: Written, given: Sequence[list[int]], tokenizer: Tokenizer) -> 
 
 def _end_of_turn(tokens: np.ndarray, start: int, end: int, stop: Sequence[int]) -> int:
     """Where an answer ends: what a template writes after the token that ends it, nobody generates."""
-    (stops,) = np.nonzero(np.isin(tokens[start:end], stop))
-    return end if not len(stops) else start + int(stops[-1]) + 1
+    answer = tokens[start:end].tolist()
+    last = max((i for i, token in enumerate(answer, 1) if token in stop), default=len(answer))
+    return start + last
 
 
 def _overlapping(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
@@ -155,9 +157,9 @@ def _overlapping(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 def _surrounded(found: Encoded, tokenizer: Tokenizer) -> Encoded:
     """With what the tokenizer puts before a text, and with EOS, which counts; neither stands twice."""
     tokens, counts = found.tokens, found.counts
-    before = np.array(tokenizer.before, np.int32)
-    if len(before) and tokens[: len(before)].tolist() != before.tolist():
-        tokens, counts = np.concatenate([before, tokens]), np.concatenate([np.zeros(len(before), bool), counts])
+    begun = np.array(tokenizer.begun(tokens.tolist()), np.int32)
+    counts = np.concatenate([np.zeros(len(begun) - len(tokens), bool), counts])
+    tokens = begun
     if tokenizer.eos is not None and not (len(tokens) and tokens[-1] == tokenizer.eos):
         tokens, counts = np.append(tokens, np.int32(tokenizer.eos)), np.append(counts, True)
     return Encoded(tokens, counts, found.is_joined)
