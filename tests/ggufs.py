@@ -19,6 +19,8 @@ CORPUS = [
     "Été, déjà vu, 日本語のテキスト, naïve café, größer, 12345 67 8.90, the end of the text.",
     "the the the and and it it is is on on in in   spaces    here, and the other there",
 ]
+# What the expressions cut at different places: digits, letters after capitals, contractions, marks and line ends.
+EDGES = ["12345 678 a  12", "HelloWorld XMLHttp", "dog's I'D WE'RE", "x//x/ --\n\n\t\n!!\n x/\n", "  (x)  \r\n ½ Ⅳ"]
 TEXTS = [
     "",
     " ",
@@ -33,6 +35,8 @@ TEXTS = [
     "<|start|>user\nthe question<|end|>\n<|start|>",
     "<|start|><|end|> the <think>hm</think> <|start|",
     "HelloWorld camelCaseName XMLHttpRequest",
+    *EDGES,
+    "".join(EDGES),
 ]
 CHAT = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
 _CONTROL, _USER = 3, 4
@@ -42,19 +46,15 @@ _CONTROL, _USER = 3, 4
 def byte_level(pre: str) -> dict[str, Any]:
     """tokenizer.* of a byte-level BPE that was trained on the corpus."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    # Merges across all edges, so that where a text is cut changes its ids.
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420,
+        vocab_size=419,
         show_progress=False,
         special_tokens=["<|end|>", "<|start|>", "<|unknown|>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator([*CORPUS, *3 * EDGES], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     types = [_CONTROL] * 3 + [1] * (len(tokens) - 3) + [_USER] * 2

@@ -99,10 +99,18 @@ class GGUFFile:
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 packed = self._bytes(tensor.start + first * row_bytes, count * row_bytes)
-                blocks = np.frombuffer(packed, np.uint8).reshape(count, row_bytes)
-                numbers = self._gguf.dequantize(blocks, self._gguf.GGMLQuantizationType(tensor.type))  # float32
+                numbers = self._numbers(name, packed, tensor.type, count)
                 result[first : first + count] = numbers + np.float32(added) if added else numbers
         return result.reshape(tensor.shape)
+
+    def _numbers(self, name: str, packed: bytes, type_: int, rows: int) -> np.ndarray[Any, Any]:
+        """Rows of blocks as float32."""
+        blocks = np.frombuffer(packed, np.uint8).reshape(rows, -1)
+        with np.errstate(all="ignore"):  # what comes of it is looked at
+            numbers: np.ndarray[Any, Any] = self._gguf.dequantize(blocks, self._gguf.GGMLQuantizationType(type_))
+            if not np.isfinite(numbers).all():
+                raise DataError(f"{self.path}: {shortened(name)} holds NaN or infinity: damaged, or badly quantised")
+        return numbers
 
     def _is_known(self, type_: int) -> bool:
         _, size = self._gguf.GGML_QUANT_SIZES[self._gguf.GGMLQuantizationType(type_)]

@@ -160,6 +160,32 @@ def test_all_that_ends_an_answer(tmp_path, rng):
     assert str(done).endswith("\nnot imported: tokenizer.chat_template.tools")
 
 
+def encoder(tmp_path: Path, rng: np.random.Generator, tokenizer: dict[str, Any]) -> Any:
+    """The tokenizer of a file, as tokenizers reads it from the folder."""
+    tensors = llama_tensors(rng, len(tokenizer[TOKENS]))
+    write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer, tensors)
+    import_gguf(tmp_path / "x.gguf", tmp_path / "out", force=True)
+    return tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+
+
+def test_a_text_in_another_normal_form(tmp_path, rng):
+    ids = {
+        pre: [encoder(tmp_path, rng, byte_level(pre)).encode(text).ids for text in ("é", "e\u0301")]
+        for pre in ("qwen2", "deepseek-r1-qwen")
+    }
+    assert ids["qwen2"][0] == ids["qwen2"][1] == ids["deepseek-r1-qwen"][0] != ids["deepseek-r1-qwen"][1]
+
+
+def test_a_token_that_no_merge_makes(tmp_path, rng):
+    """Llama 3 takes a piece that is a token as it is."""
+    for pre, is_whole in (("llama-bpe", True), ("tekken", True), ("dbrx", False), ("qwen2", False)):
+        tokenizer = byte_level(pre)
+        merges = [merge for merge in tokenizer["tokenizer.ggml.merges"] if merge.replace(" ", "") != "dog"]
+        assert len(merges) < len(tokenizer["tokenizer.ggml.merges"])
+        found = encoder(tmp_path, rng, tokenizer | {"tokenizer.ggml.merges": merges}).encode("dog").tokens
+        assert found[-1:] == ["dog"] if is_whole else found[-2:] == ["do", "g"]
+
+
 @pytest.mark.parametrize("has_prefix", [True, False])
 def test_a_sentencepiece_tokenizer_merges_by_score(tmp_path, rng, has_prefix):
     tokenizer = sentencepiece() | {"tokenizer.ggml.add_space_prefix": has_prefix}
@@ -316,6 +342,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "frequencies": (
         with_tensors(lambda tensors: tensors.update({"rope_freqs.weight": np.array([1, 2, 3], np.float32)})),
         "rope_freqs.weight is not what Llama 3.1 and 3.2 make it of a factor",
+    ),
+    "not a number": (
+        with_tensors(lambda tensors: tensors["blk.1.ffn_up.weight"].__setitem__((3, 5), np.nan)),
+        "'blk.1.ffn_up.weight' holds NaN or infinity: damaged, or badly quantised",
     ),
     "whole numbers": (
         with_tensors(lambda tensors: tensors.update(odd=np.ones(4, np.int8))),

@@ -185,7 +185,11 @@ def ids_of(folder: Path, texts: list[str]) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("pre", CUTS)
+OTHER_NAMES = ("olmo", "llama3", "llama-v3", "falcon3", "smaug-bpe", "llama4")  # of what another name is for too
+PRE_TOKENIZERS = [pytest.param(name, marks=pytest.mark.slow if name in OTHER_NAMES else ()) for name in CUTS]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_a_byte_level_tokenizer(tmp_path, pre):
     write_llama(tmp_path / "model.gguf", byte_level(pre))
     import_gguf(tmp_path / "model.gguf", tmp_path / "out")
