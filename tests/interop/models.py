@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 load_file = pytest.importorskip("safetensors.torch").load_file
+torch.set_num_threads(1)  # of models so small, more threads wait for each other
 
 LLAMA = {
     "vocab_size": 37,
