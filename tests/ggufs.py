@@ -39,6 +39,7 @@ TEXTS = [
     "".join(EDGES),
 ]
 CHAT = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+TOKENS = "tokenizer.ggml.tokens"
 _CONTROL, _USER = 3, 4
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints._gguf_settings import Settings
-from jlora.errors import DataError, listed
+from jlora.errors import DataError, listed, shortened
 
 # The sizes of a tensor, by the letters of its shape below.
 #   V vocabulary  D hidden  F intermediate  G gate and up  Q all query heads  K all key heads  P q, k and v  H one head
@@ -96,7 +96,8 @@ def read_model(settings: Settings, shapes: Mapping[str, tuple[int, ...]]) -> tup
     known = ARCHITECTURES.get(settings.architecture)
     if known is None:
         raise DataError(
-            f"{settings.path}: general.architecture = {settings.architecture!r}; known here are {listed(ARCHITECTURES)}"
+            f"{settings.path}: general.architecture = {shortened(settings.architecture)}; known here are "
+            f"{listed(ARCHITECTURES)}"
         )
     biases = known.biases
     if known.is_reordered and "blk.0.attn_q.bias" in shapes:
@@ -116,6 +117,8 @@ def _common(known: Architecture, settings: Settings, shapes: Mapping[str, tuple[
     """The settings that all architectures have."""
     hidden, heads = settings.count("embedding_length"), settings.count("attention.head_count")
     head_dim = settings.count("attention.key_length", None) or settings.count("rope.dimension_count", hidden // heads)
+    if head_dim % 2:
+        raise DataError(f"{settings.path}: heads of {head_dim} numbers, which cannot rotate in pairs")
     settings.same("attention.value_length", head_dim)
     if known.model_type != "phi3":
         settings.same("rope.dimension_count", head_dim)
@@ -181,6 +184,7 @@ def _places(known: Architecture, config: Config, biases: tuple[str, ...], has_he
 
 
 def _llama(settings: Settings, config: Config) -> Config:
+    settings.same("tensor_data_layout", "Meta AI original pth")  # the paired rows, which all files have
     return {"hidden_act": "silu"}
 
 
@@ -230,7 +234,8 @@ def _phi3(settings: Settings, config: Config) -> Config:
     rotated = settings.count("rope.dimension_count", config["head_dim"])
     settings.same("rope.scaling.original_context_length", config["max_position_embeddings"])
     more = {} if rotated == config["head_dim"] else {"partial_rotary_factor": rotated / config["head_dim"]}
-    return {"hidden_act": "silu", "sliding_window": settings.count("attention.sliding_window", None) or None, **more}
+    window = settings.count("attention.sliding_window", None, least=0) or None  # 0 for none, as of Phi-4
+    return {"hidden_act": "silu", "sliding_window": window, **more}
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(

@@ -26,11 +26,11 @@ class Settings:
         self.architecture: str = text(path, metadata, "general.architecture")
         self._asked: set[str] = set()
 
-    def count(self, key: str, default: Any = _MISSING) -> Any:
-        """A whole number of at least 1."""
+    def count(self, key: str, default: Any = _MISSING, least: int = 1) -> Any:
+        """A whole number that is not less than `least`."""
         value = self._get(key, default)
-        if value is not default and (type(value) is not int or not 1 <= value < _MOST):
-            wanted = "one whole number of at least 1"
+        if value is not default and (type(value) is not int or not least <= value < _MOST):
+            wanted = f"one whole number of at least {least}"
             raise DataError(f"{self.path}: {self._name(key)} = {shortened(value)}: wanted {wanted}")
         return value
 

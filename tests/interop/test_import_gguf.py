@@ -12,6 +12,7 @@ from jlora.checkpoints._gguf_tokenizer import CUTS
 from tests.ggufs import (
     CHAT,
     TEXTS,
+    TOKENS,
     byte_level,
     gguf,
     llama_settings,
@@ -93,6 +94,12 @@ IGNORED = {
 }
 
 
+FAMILIES["phi3, no window"] = (
+    "phi3",
+    "phi3",
+    {"sliding_window": None, "pad_token_id": 0},
+    {"rope.dimension_count": 6, "attention.sliding_window": 0},
+)
 UNREAD = {"phi3": {"sliding_window"}}  # by transformers, in a GGUF file
 
 
@@ -248,9 +255,6 @@ def test_a_sentencepiece_tokenizer(tmp_path, architecture):
     wanted = [theirs(text).input_ids for text in TEXTS]
     assert ids_of(tmp_path / "out", TEXTS) == wanted
     assert [ours.decode(ids) for ids in wanted] == [theirs.decode(ids) for ids in wanted]
-
-
-TOKENS = "tokenizer.ggml.tokens"
 
 
 def test_a_sentencepiece_tokenizer_of_a_llama(tmp_path):
