@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jlora.models._cache import Cache
 from jlora.models._config import DecoderConfig
+from jlora.models._kernels import attend, within
 from jlora.models._parts import linear, norm
 from jlora.models._rope import Rope
 
@@ -18,13 +19,17 @@ class View(NamedTuple):
 
     Attributes:
       turns: of queries and keys, float32 (2, B, T, dims / 2).
-      seen: bool (B, 1, T, S), which slots each token attends to.
+      seen: bool (B, 1, T, S), which slots each token attends to; None for all up to its own, within `window`.
+      window: of all layers, where `seen` is None.
+      kernel: of `KERNELS`.
       slots: int32 (B, T), that of each token.
       layer: its number.
     """
 
     turns: jax.Array
-    seen: jax.Array
+    seen: jax.Array | None
+    window: int | None
+    kernel: str
     slots: jax.Array
     layer: jax.Array
 
@@ -35,22 +40,19 @@ def turns(rope: Rope, positions: jax.Array, length: int) -> jax.Array:
     return rope.scale * jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
-def visible(queries: jax.Array, slots: int, window: int | None, segments: jax.Array | None = None) -> jax.Array:
-    """Which slots each query sees, bool (B, 1, T, S): those up to its own, within its window and its segment.
+def visible(slots: jax.Array, held: int, window: int | None, segments: jax.Array | None = None) -> jax.Array:
+    """Which slots each token attends to, bool (B, 1, T, S): those up to its own, within its window and its segment.
 
     Args:
-      queries: int32 (B, T), the slot of each query.
-      slots: S, of the keys.
-      window: how many slots a query sees, its own included; None for all.
-      segments: int32 (B, S), where queries and keys are the same tokens.
+      slots: int32 (B, T), that of each token.
+      held: S, how many slots there are.
+      window: how many slots a token attends to, its own included; None for all.
+      segments: int32 (B, S), where the tokens are all that there is.
     """
-    ahead = queries[:, :, None] - jnp.arange(slots)  # (B, T, S)
-    seen = ahead >= 0
-    if window is not None:
-        seen &= ahead < window
+    seen = within(slots, held, window)
     if segments is not None:
-        seen &= segments[:, :, None] == segments[:, None, :]
-    return seen[:, None]
+        seen &= segments[:, None, :, None] == segments[:, None, None, :]
+    return seen
 
 
 def attention(config: DecoderConfig, weights: Any, x: jax.Array, view: View, cache: Cache | None) -> Any:
@@ -60,7 +62,16 @@ def attention(config: DecoderConfig, weights: Any, x: jax.Array, view: View, cac
     if cache is not None:
         cache = cache.written(view.layer, view.slots, k, v)
         k, v = cache.keys[view.layer], cache.values[view.layer]
-    out = _attend(q, k, v, view.seen, config.query_scale, config.attention_softcap)
+    out = attend(
+        q,
+        k,
+        v,
+        scale=config.query_scale,
+        seen=view.seen,
+        window=view.window,
+        softcap=config.attention_softcap,
+        kernel=view.kernel,
+    )
     return linear(weights["o_proj"], out.reshape(*x.shape[:2], -1)), cache
 
 
@@ -90,28 +101,3 @@ def _rotate(x: jax.Array, turns: jax.Array) -> jax.Array:
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
-
-
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, softcap: float | None = None
-) -> jax.Array:
-    """softmax(cap(scale q k')) v, where `seen`; the softmax in float32.
-
-    Args:
-      q: (B, T, N, H).
-      k, v: (B, S, K, H), each for N / K heads of the queries.
-      seen: bool (B, 1, T, S).
-      softcap: c in cap(x) = c tanh(x / c), which no kernel of `jax.nn.dot_product_attention` has; None for none.
-
-    Returns:
-      (B, T, N, H), in the dtype of v.
-    """
-    if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=scale)
-    batch, queries, heads, width = q.shape
-    q = q.reshape(batch, queries, k.shape[2], -1, width)  # (B, T, K, N / K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    logits = softcap * jnp.tanh(logits * (scale / softcap))
-    logits = jnp.where(seen[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, queries, heads, width)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.errors import ConfigError, DataError
+from jlora.fields import choice
 from jlora.models._attention import View, attention, turns, visible
 from jlora.models._cache import Cache, check_length
 from jlora.models._config import DecoderConfig
+from jlora.models._kernels import KERNELS, cudnn_can
 from jlora.models._mlp import mlp
 from jlora.models._parts import norm
 
@@ -19,7 +21,9 @@ __all__ = ["decoder"]
 Policy = Callable[..., Any]
 
 
-def decoder(config: DecoderConfig, *, remat: str | Policy | None = None) -> Callable[..., Any]:
+def decoder(
+    config: DecoderConfig, *, remat: str | Policy | None = None, attention: str | None = None
+) -> Callable[..., Any]:
     """The language model of a configuration, as a pure function of its params.
 
     The layers are one `lax.scan` over params that are stacked on a leading axis: the program does not grow with their
@@ -30,6 +34,9 @@ def decoder(config: DecoderConfig, *, remat: str | Policy | None = None) -> Call
       remat: what a gradient computes again rather than keep. None keeps all activations; "layer" keeps the input of
         each layer only, which costs about one more forward pass; a policy of `jax.checkpoint_policies` says what is
         kept of each layer.
+      attention: "xla" or "cudnn", the implementation of `jax.nn.dot_product_attention`; None takes cuDNN on NVIDIA GPUs
+        where it takes the shapes and dtypes: then no array of T x T logits exists. A cache is read by XLA, and
+        softcapped attention is written out.
 
     Returns:
       `fn(params, tokens, *, positions=None, segments=None, cache=None, logits_at=None)`:
@@ -46,7 +53,7 @@ def decoder(config: DecoderConfig, *, remat: str | Policy | None = None) -> Call
       `(logits, cache)`.
 
     Raises:
-      ConfigError: a remat that is not known.
+      ConfigError: a remat or an attention that is not known, or cuDNN for a model with softcapped attention.
       DataError: while tracing: rows longer than `config.max_positions` or than the cache; a cache and segments.
 
     Example:
@@ -59,6 +66,10 @@ def decoder(config: DecoderConfig, *, remat: str | Policy | None = None) -> Call
     """
     if remat is not None and remat != "layer" and not callable(remat):
         raise ConfigError(f"remat = {remat!r}: wanted None, 'layer' or a policy of jax.checkpoint_policies")
+    if attention is not None:
+        choice("attention", attention, KERNELS)
+    if attention == "cudnn" and config.attention_softcap is not None:
+        raise ConfigError("attention = 'cudnn': the model's attention is softcapped, which cuDNN cannot: wanted None")
     kinds = list(dict.fromkeys(zip(config.windows, config.ropes, strict=True)))
     kind_of_layer = [kinds.index(kind) for kind in zip(config.windows, config.ropes, strict=True)]
 
@@ -73,22 +84,26 @@ def decoder(config: DecoderConfig, *, remat: str | Policy | None = None) -> Call
     ) -> Any:
         _check(config, tokens, segments, cache)
         length = tokens.shape[1]
-        slots = jnp.broadcast_to(jnp.arange(length), tokens.shape)  # (B, T), of the queries
-        seen_slots = length
+        held = length if cache is None else cache.slots
+        slots = jnp.broadcast_to(jnp.arange(length), tokens.shape)  # (B, T)
         if cache is not None:
-            slots, seen_slots = slots + cache.lengths[:, None], cache.slots
-        if positions is None:
-            positions = slots
-        of_kinds = [
-            (turns(rope, positions, seen_slots), visible(slots, seen_slots, window, segments)) for window, rope in kinds
-        ]
-        of_kinds = jax.tree.map(lambda *each: jnp.stack(each), *of_kinds)
+            slots += cache.lengths[:, None]
+        turned = [turns(rope, slots if positions is None else positions, held) for _, rope in kinds]
+        seen = None
+        if segments is not None or cache is not None or len({window for window, _ in kinds}) > 1:
+            seen = [visible(slots, held, window, segments) for window, _ in kinds]
+        of_kinds = (jnp.stack(turned), None if seen is None else jnp.stack(seen))
+        kernel = "xla" if cache is not None else attention
+        if kernel is None:
+            dtype = params["model"]["embed_tokens"]["weight"].dtype
+            kernel = "cudnn" if cudnn_can(dtype, config.head_dim, length, masked=seen is not None) else "xla"
 
         def layer(carry: Any, scanned: Any) -> Any:
             hidden, cache = carry
             weights, kind, index = scanned
             turned, seen = jax.tree.map(lambda each: each[kind], of_kinds)
-            return _layer(config, weights, hidden, View(turned, seen, slots, index), cache), None
+            view = View(turned, seen, config.windows[0], kernel, slots, index)
+            return _layer(config, weights, hidden, view, cache), None
 
         if remat is not None:
             policy: Any = None if remat == "layer" else remat
