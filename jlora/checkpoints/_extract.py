@@ -14,7 +14,7 @@ from jlora.checkpoints._quantized import problems_of
 from jlora.checkpoints._rewrite import Progress
 from jlora.checkpoints._wholes import for_peft
 from jlora.config import LoraConfig
-from jlora.disk import Checkpoint
+from jlora.disk import NOT_GATHERED, Checkpoint
 from jlora.errors import DataError, raise_all
 from jlora.interop.peft import of_model
 from jlora.interop.transformers import Facts, facts_of, task_of
@@ -88,6 +88,7 @@ def extract(
     if form == "peft":
         before, after = in_memory(before, facts), in_memory(after, facts_of(settings[1]))
     given = dict(factorizations or {})
+    raise_all(_without_numbers(before, after), DataError, "no adapter can be extracted")
     named = LoraConfig(target_modules=_listed(target_modules), exclude_modules=_listed(exclude_modules))
     converted = {path for path in before if form == "peft" and is_converted(path.replace("/", "."), facts)}
     carried = [path for path in before if path in after and is_targeted(named, path) and path not in converted]
@@ -175,6 +176,17 @@ def _name_of(folder: Path) -> str:
     """The name on the Hub of what lies in its cache, else the folder."""
     match = re.search(r"models--([^/]+)/snapshots/[^/]+/?$", folder.as_posix())
     return match[1].replace("--", "/") if match else str(folder)
+
+
+def _without_numbers(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The weights that one of both checkpoints has numbers of, and the other none."""
+    problems = []
+    for name, tree, other in (("base", before, after), ("tuned", after, before)):
+        empty = [
+            path for path, leaf in tree.items() if 0 in leaf.shape and path in other and 0 not in other[path].shape
+        ]
+        problems += [f"{path}: holds no numbers in {name}: {NOT_GATHERED}" for path in empty]
+    return problems
 
 
 def _listed(patterns: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
 from jlora.checkpoints._single_experts import Entries, Slot, is_stack, names_of, slot_of
 from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
-from jlora.disk import Checkpoint
+from jlora.disk import NOT_GATHERED, Checkpoint
 from jlora.errors import DataError, listed
 from jlora.interop.peft import Mapping as Rows
 from jlora.interop.peft import paths_of_name
@@ -89,7 +89,7 @@ def locate(
         reason = quantized.problem(stored_as(tie, piece.tensor), None if value is None else value.dtype)
         if reason:
             reasons.setdefault(piece.path, reason)
-    problems = [*_missing(entries, pieces, shapes), *_changed_twice(_each(pieces))]
+    problems = [*_missing(entries, pieces, shapes), *_changed_twice(_each(pieces)), *_without_numbers(pieces, sizes)]
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(settings)
     for path, found in pieces.items():
@@ -317,6 +317,11 @@ def _changed_twice(pieces: Iterable[Piece]) -> Iterator[str]:
         if other := next((other for other in others if other != piece.path), None):
             yield f"{piece.tensor}: both {other} and {piece.path} change it"
         own |= {place: own.get(place, piece.path) for place in places}
+
+
+def _without_numbers(pieces: Mapping[str, Sequence[Piece]], sizes: Mapping[str, int]) -> list[str]:
+    tensors = dict.fromkeys(piece.tensor for piece in _each(pieces) if not sizes[piece.tensor])
+    return [f"{tensor} holds no numbers: {NOT_GATHERED}" for tensor in tensors]
 
 
 def _missing(entries: Entries, pieces: Mapping[str, Any], shapes: Shapes) -> list[str]:

@@ -1,12 +1,13 @@
 """The tensors of a checkpoint as transformers has them in memory, where they are read when they are asked for."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jlora.disk import Checkpoint, LazyArray, read_json
-from jlora.errors import DataError
+from jlora.errors import DataError, JloraWarning
 from jlora.interop.peft import names_embedding
 from jlora.interop.transformers import Facts, filled, pattern_of
 
@@ -14,11 +15,13 @@ Tree = dict[str, LazyArray]
 
 
 def settings_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The config.json of a checkpoint, nothing where there is none that can be read."""
+    """The config.json of a checkpoint; nothing where there is none, and with a warning where it cannot be read."""
     path = checkpoint.folder / "config.json"
     try:
         return read_json(path) if path.is_file() else {}
-    except DataError:
+    except DataError as error:
+        unknown = "which weights are tied, and what transformers names and turns otherwise, is not known"
+        warnings.warn(f"{error}; {unknown}", JloraWarning, stacklevel=2)
         return {}
 
 

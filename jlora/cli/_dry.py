@@ -9,7 +9,8 @@ from jlora.cli._done import WIDTH, Done
 
 _FIELDS = (
     'With --dry-run nothing is written, and exit codes and errors are the same. The object then has "dry_run", true, '
-    'and "replaces", whether something that would be replaced lies there; what only writing would count is null.'
+    'and "replaces", whether something that would be replaced lies there; what only writing would count is null. '
+    "Merging computes no sums then, so that one which is too large for its dtype is found only as it is written."
 )
 
 

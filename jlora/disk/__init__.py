@@ -4,7 +4,7 @@ from jlora.disk._atomic import file_written_whole, locked_folder, remove_leftove
 from jlora.disk._beside import WEIGHTS, Beside, beside
 from jlora.disk._checkpoint import Checkpoint
 from jlora.disk._dry import check_can_hold, dry_run, is_dry_run
-from jlora.disk._formats import START, format_of, format_of_file, found_instead, orbax_instead
+from jlora.disk._formats import NOT_GATHERED, START, format_of, format_of_file, found_instead, orbax_instead
 from jlora.disk._lazy import LazyArray
 from jlora.disk._open import open_to_read, read_bytes, reason
 from jlora.disk._output import (
@@ -23,6 +23,7 @@ from jlora.disk._safetensors import (
     TensorEntry,
     TensorFile,
     bytes_of,
+    bytes_of_all,
     can_store,
     header_bytes,
     tensor_bytes,
@@ -44,6 +45,7 @@ __all__ = [
     "FOLDERS",
     "MOST_CONFIG",
     "MOST_OF_A_SHARD",
+    "NOT_GATHERED",
     "OWN",
     "RECORD",
     "RESIDUALS",
@@ -60,6 +62,7 @@ __all__ = [
     "beside",
     "bring_back",
     "bytes_of",
+    "bytes_of_all",
     "can_store",
     "check_as_if_written",
     "check_can_hold",

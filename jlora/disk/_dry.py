@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,8 +33,13 @@ def is_dry_run() -> bool:
     return _IS_DRY.get()
 
 
-def check_can_hold(folder: Path) -> None:
-    """Raises the OSError or ValueError with which the system would refuse to make a folder, or a file in it."""
+def check_can_hold(folder: Path, room: int = 0) -> None:
+    """Raises the OSError or ValueError with which the system would refuse to make a folder, or a file in it.
+
+    Args:
+      folder: which may not be there yet.
+      room: how many bytes are to be written there.
+    """
     there = missing = folder
     with contextlib.suppress(FileNotFoundError):
         os.stat(folder)
@@ -43,3 +49,5 @@ def check_can_hold(folder: Path) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(missing))
+    if shutil.disk_usage(there).free < room:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))

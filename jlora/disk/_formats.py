@@ -39,6 +39,11 @@ _TREE = "_METADATA"  # in the folder of a tree that Orbax saved
 _OF_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin")
 _MOST_NAMES = 1000
+NOT_GATHERED = (
+    "a tensor that is spread over processes was saved without being gathered; under DeepSpeed's ZeRO-3 set "
+    "stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py"
+)
+"""Why a tensor holds no numbers."""
 
 
 def format_of(start: bytes) -> str:

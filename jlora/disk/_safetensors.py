@@ -246,6 +246,11 @@ def bytes_of(shape: Iterable[int], dtype: Any) -> int:
     return math.prod(shape) * int(np.dtype(dtype).itemsize)
 
 
+def bytes_of_all(tensors: Mapping[str, Any]) -> int:
+    """The size of arrays in bytes."""
+    return sum(bytes_of(array.shape, array.dtype) for array in tensors.values())
+
+
 def tensor_bytes(array: Any) -> memoryview:
     """The bytes of an array in C order, little-endian."""
     host = np.asarray(array)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.disk._formats import START, format_of
 from jlora.disk._open import read_bytes
 from jlora.errors import DataError, shortened
 
@@ -82,12 +83,19 @@ def parse_json_value(text: bytes, *, constants: bool = False, levels: int = MOST
     """What a JSON text says, which may be any value."""
     if text.startswith(codecs.BOM_UTF8):
         raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
-    plain = text.decode("utf-8")
+    if what := format_of(text[:START]):
+        raise ValueError(what)
+    try:
+        plain = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{error}; save it as UTF-8") from None
     _check_nesting(re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", text, flags=re.S).translate(None, _UNMARKED)), levels)
     try:
         data = json.loads(plain, object_pairs_hook=_unique, parse_constant=None if constants else _no_constant)
     except RecursionError:  # of a caller that is deep in the stack itself
         raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error}{_way_out(plain, error.pos)}") from None
     if "\\u" in plain:
         _check_pairs(data)
     return data
@@ -119,6 +127,17 @@ def dump_json(data: Any, *, sort_keys: bool = True) -> bytes:
         return (text + "\n").encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"cannot be written as JSON: {error}") from None
+
+
+def _way_out(text: str, at: int) -> str:
+    """What to do where a text stops being JSON, for what people write."""
+    if not text.strip():
+        return "; the file is empty"
+    if text[at:].lstrip().startswith(("//", "/*", "#")):
+        return "; JSON has no comments: take them out"
+    if text[at:].lstrip().startswith(("}", "]")) and text[:at].rstrip().endswith(","):
+        return "; JSON has no comma behind the last item: take it out"
+    return ""
 
 
 def _check_nesting(brackets: bytes, most: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jlora.config import LoraConfig
-from jlora.disk import CONFIG, check_can_hold, file_written_whole, write_tensors
+from jlora.disk import CONFIG, bytes_of_all, check_can_hold, file_written_whole, write_tensors
 from jlora.errors import DataError, JloraWarning, listed, raise_all
 from jlora.interop._flattened import component_of, is_flat, names_in
 from jlora.interop._lora_keys import METADATA, parts_by_module
@@ -280,7 +280,7 @@ def _write(path: str | Path, adapters: Any, tensors: Mapping[str, Any], metadata
         with file_written_whole(target) as file:
             write_tensors(file, tensors, {"format": "pt", **metadata})
 
-    write_once(leaves(adapters), write, lambda: check_can_hold(target.parent))
+    write_once(leaves(adapters), write, lambda: check_can_hold(target.parent, bytes_of_all(tensors)))
 
 
 def _check_alone(target: Path) -> None:

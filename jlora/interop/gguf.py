@@ -89,7 +89,7 @@ def write_gguf(path: str | Path, adapters: Any, config: LoraConfig, mapping: Tab
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, contents)
 
-    write_once(leaves(adapters), write, lambda: check_can_hold(target.parent))
+    write_once(leaves(adapters), write, lambda: check_can_hold(target.parent, len(contents)))
 
 
 def _imported() -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jlora.config import LoraConfig
-from jlora.disk import CONFIG, Pair, dump_json, parse_json, write_tensors
+from jlora.disk import CONFIG, Pair, bytes_of_all, dump_json, parse_json, write_tensors
 from jlora.errors import DataError, raise_all, shortened
 from jlora.interop._named import Module, alike, entries_of_modules
 from jlora.interop._placed import placed
@@ -245,7 +245,7 @@ def write_mlx(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapp
         with folder_to_write(folder, TENSORS):
             Pair(folder, TENSORS).replace(dump_json(data), lambda file: write_tensors(file, tensors, {"format": "mlx"}))
 
-    write_once(leaves(adapters), write, lambda: check_folder_to_write(folder, TENSORS))
+    write_once(leaves(adapters), write, lambda: check_folder_to_write(folder, bytes_of_all(tensors), TENSORS))
 
 
 def _unwritable(entry: ModelEntry, is_dora: bool) -> str | None:

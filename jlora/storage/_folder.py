@@ -91,15 +91,15 @@ def folder_to_write(folder: Path, tensors: str = TENSORS) -> Iterator[None]:
         yield
 
 
-def check_folder_to_write(folder: Path, tensors: str = TENSORS) -> None:
-    """Refuses what `folder_to_write`, and writing there, would refuse, and changes nothing.
+def check_folder_to_write(folder: Path, room: int, tensors: str = TENSORS) -> None:
+    """Refuses what `folder_to_write`, and writing `room` bytes there, would refuse, and changes nothing.
 
     Raises:
       DataError: the system would refuse, or another process is writing here.
     """
     if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         raise DataError(f"{folder}: cannot be written: {os.strerror(errno.EACCES)}")
-    _made(folder, tensors, lambda: check_can_hold(folder))
+    _made(folder, tensors, lambda: check_can_hold(folder, room))
     if folder.is_dir():
         with locked_folder(folder):
             pass
@@ -220,7 +220,8 @@ def _open_tensors(folder: Path) -> TensorFile:
     if is_peft(folder):
         raise DataError(f"{folder}: {PEFT}")
     if found != FORMAT:
-        raise DataError(f"{file.path}: found the format {str(found)[:40]!r}, wanted {FORMAT!r}")
+        missing = "" if os.path.lexists(folder / CONFIG) else f"; if it is PEFT's, {CONFIG} is missing beside it"
+        raise DataError(f"{file.path}: found the format {str(found)[:40]!r}, wanted {FORMAT!r}{missing}")
     raise DataError(f"{file.path}: found version {str(version)[:40]!r}, wanted {VERSION!r}: a newer jlora wrote it")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import LoraConfig
-from jlora.disk import CONFIG, MOST_CONFIG, dump_json, parse_json
+from jlora.disk import CONFIG, MOST_CONFIG, bytes_of_all, dump_json, parse_json
 from jlora.errors import AdapterError, DataError, raise_all
 from jlora.storage._checks import check_arrays, check_fit, not_finite
 from jlora.storage._folder import FORMAT, check_folder_to_write, write_folder
@@ -65,7 +65,7 @@ def save_adapters(
     write_once(
         tensors.values(),
         lambda: write_folder(folder, text, tensors, structure),
-        lambda: check_folder_to_write(folder),
+        lambda: check_folder_to_write(folder, bytes_of_all(tensors)),
     )
 
 

@@ -156,6 +156,26 @@ def test_a_disk_that_is_too_small(command, folder, capsys, monkeypatch):
     assert run(capsys, command) == dry
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "extract base tuned --rank 2 --out x",
+        "resize adapter --rank 2 --out x",
+        "resize adapter --rank 2 --format own --out x",
+        "combine adapter other --method cat --format mlx --out a/b/x",
+        "convert adapter --to own --out other --force",
+    ],
+)
+def test_a_disk_without_room_for_adapters(command, folder, capsys, monkeypatch):
+    """The command itself is told so by the system as it writes."""
+    usage, before = shutil.disk_usage(folder), listing(folder)
+    for free, code in ((100, 2), (1 << 20, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        dry = run(capsys, command, "--dry-run")
+        assert (dry[0], "No space left on device" in dry[2]) == (code, code == 2)
+    assert listing(folder) == before
+
+
 def killed(out):
     """The workplace of a run that was killed."""
     place = Path(f".{out}.{7:016x}.jlora")
@@ -249,3 +269,15 @@ def test_help_tells_of_it_where_something_is_written(capsys):
         assert '"dry_run", true, and "replaces"' in " ".join(text.split())
     for command in ("inspect", "diff", "train"):
         assert "--dry-run" not in run(capsys, command, "--help")[1]
+
+
+def test_a_sum_that_is_too_large_is_found_by_the_command_alone(folder, capsys):
+    """As the help says."""
+    large = {key: np.full((13, 17), 3e38, np.float32) for key in (UP, DOWN)}
+    write_checkpoint(Path("large"), large, 1)
+    write_peft("huge", {UP: {"A": np.full((17, 3), 1e19, np.float32), "B": np.full((3, 13), 1e19, np.float32)}}, CONFIG)
+    assert run(capsys, "merge large huge --out x", "--dry-run")[0] == 0
+    code, _, err = run(capsys, "merge large huge --out x")
+    assert (code, UP in err) == (2, True)
+    text = " ".join(run(capsys, "merge --help")[1].split())
+    assert "Merging computes no sums then, so that one which is too large for its dtype is found only as" in text

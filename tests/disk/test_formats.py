@@ -124,7 +124,15 @@ def test_the_folder_of_a_trainer(tmp_path, rng):
     ("change", "message"),
     [
         (lambda text: b"\xef\xbb\xbf" + text, "byte order mark: save it as UTF-8 without one"),
-        (lambda text: b"// ours\n" + text, "adapter_config.json: not valid JSON"),
+        (
+            lambda text: b"// ours\n" + text,
+            "adapter_config.json: not valid JSON: .*; JSON has no comments: take them out",
+        ),
+        (lambda text: text.replace(b"2,", b"2, # rank\n"), "not valid JSON: .*; JSON has no comments: take them out"),
+        (lambda text: text.rstrip()[:-1] + b",}", "not valid JSON: .*; JSON has no comma behind the last item"),
+        (lambda text: text.decode().encode("utf-16"), "not valid JSON: .*; save it as UTF-8"),
+        (lambda text: b" ", "adapter_config.json: not valid JSON: .*; the file is empty"),
+        (lambda text: b"version https://git-lfs.github.com/spec/v1\n", "adapter_config.json: .*git lfs pull"),
         (lambda text: text.replace(b'"r": 2', b'"r": NaN'), "NaN is no JSON number"),
         (lambda text: text.replace(b"peft_type", b"peft"), 'adapter_config.json has no peft_type, which is "LORA"'),
     ],
@@ -138,6 +146,37 @@ def test_the_configuration_is_what_is_blamed(change, message, tmp_path, rng):
         with pytest.raises(DataError, match=message):
             read(folder)
     assert path.read_bytes() == (before / "adapter_config.json").read_bytes()
+
+
+def test_the_configuration_is_missing(tmp_path, rng):
+    folder = adapter(tmp_path / "adapter", rng)
+    (folder / "adapter_config.json").unlink()
+    for read in (load_adapters, checkpoints.read_adapters):
+        with pytest.raises(DataError, match=r"if it is PEFT's, adapter_config\.json is missing beside it"):
+            read(folder)
+
+
+NOT_GATHERED = "holds no numbers.*: a tensor that is spread over processes was saved without being gathered"
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "extract", "extract from", "unmerge"])
+def test_a_base_that_was_not_gathered(command, tmp_path, rng):
+    model(tmp_path / "whole")
+    model(tmp_path / "base")
+    with (tmp_path / "base" / "model.safetensors").open("wb") as file:
+        write_tensors(file, {NAME: np.ones((0,), np.float32)}, {"format": "pt"})
+    given = adapter(tmp_path / "adapter", rng)
+    whole, base, out = (tmp_path / name for name in ("whole", "base", "out"))
+    calls = {
+        "merge": lambda: checkpoints.merge(base, given, out),
+        "unmerge": lambda: checkpoints.unmerge(base, given, out, unrecorded=True),
+        "inspect": lambda: checkpoints.inspect(given, base=base),
+        "extract": lambda: checkpoints.extract(whole, base, out),
+        "extract from": lambda: checkpoints.extract(base, whole, out),
+    }
+    with pytest.raises(DataError, match=NOT_GATHERED):
+        calls[command]()
+    assert not out.exists()
 
 
 NAMED = {

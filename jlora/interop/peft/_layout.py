@@ -21,6 +21,7 @@ import numpy as np
 
 from jlora.arrays import is_floating
 from jlora.contraction import split_batch_axes
+from jlora.disk import NOT_GATHERED
 from jlora.errors import DataError, raise_all
 from jlora.interop.peft._mapping import Row
 
@@ -164,10 +165,7 @@ def _joined(sizes: tuple[int, ...]) -> tuple[int, ...]:
 def _check(kind: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], rank: int) -> None:
     found = f"lora_A {a.shape} and lora_B {b.shape}"
     if not a.size or not b.size:
-        raise DataError(
-            f"{found} hold no numbers: a tensor that is spread over processes was saved without being gathered; under "
-            "DeepSpeed's ZeRO-3 set stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py"
-        )
+        raise DataError(f"{found} hold no numbers: {NOT_GATHERED}")
     if kind.startswith("experts"):
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
             raise DataError(f"{found} do not fit: wanted (experts * {rank}, in) and (out, experts * {rank})")

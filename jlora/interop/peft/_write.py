@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
-from jlora.disk import Pair, dump_json, write_tensors
+from jlora.disk import Pair, bytes_of_all, dump_json, write_tensors
 from jlora.errors import DataError, JloraError, raise_all
 from jlora.interop.peft._config import Scales, check_peft_config, kept_of
 from jlora.interop.peft._derive import Contents, digest_of, peft_config
@@ -84,7 +84,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
         with folder_to_write(folder):
             Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
-    write_once(leaves(adapters), write, lambda: check_folder_to_write(folder))
+    write_once(leaves(adapters), write, lambda: check_folder_to_write(folder, bytes_of_all(tensors)))
 
 
 def model_entries(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> list[ModelEntry]:
