@@ -145,7 +145,7 @@ def _common(known: Architecture, settings: Settings, shapes: Mapping[str, tuple[
         "max_position_embeddings": settings.count("context_length"),
         "rms_norm_eps": settings.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": settings.number("rope.freq_base", 10000.0),
-        "rope_scaling": settings.rope_scaling(),
+        "rope_scaling": settings.rope_scaling(head_dim // 2),
         "tie_word_embeddings": "output.weight" not in shapes,
     }
 

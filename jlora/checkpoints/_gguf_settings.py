@@ -49,8 +49,8 @@ class Settings:
         if value != wanted:
             raise DataError(f"{self.path}: {self._name(key)} = {shortened(value)}: known here with {wanted} only")
 
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """How positions are stretched, as config.json has it."""
+    def rope_scaling(self, pairs: int) -> dict[str, Any] | None:
+        """How positions are stretched, as config.json has it; `pairs` of numbers rotate in a head."""
         kind = self._get("rope.scaling.type", "none")
         factor = self.number("rope.scaling.factor", 1.0)
         self._asked |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
@@ -61,6 +61,9 @@ class Settings:
         if self._factors is not None:
             if kind != "none":
                 raise DataError(f"{self.path}: rope_freqs.weight beside {self._name('rope.scaling.type')} = {kind!r}")
+            if self.architecture != "llama" or len(self._factors) != pairs:
+                found = f"{len(self._factors):,} numbers in a {self.architecture} with {pairs:,} pairs in a head"
+                raise DataError(f"{self.path}: rope_freqs.weight: {found}; known here of llama, one for each pair")
             return self._llama3()
         return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
 

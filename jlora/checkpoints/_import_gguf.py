@@ -19,6 +19,7 @@ from jlora.errors import ConfigError, DataError, raise_all, shortened
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _FACTORS = "rope_freqs.weight"
+_MOST_FACTORS = 1 << 16
 _TEMPLATES = "tokenizer.chat_template."
 
 
@@ -186,10 +187,10 @@ def _factors(source: GGUFFile) -> np.ndarray[Any, Any] | None:
     """By what each frequency is divided, where the file has a tensor for it."""
     if _FACTORS not in source.tensors:
         return None
-    factors = source.read(_FACTORS, np.float32)
-    if factors.ndim != 1 or factors.size > 1 << 16:
-        raise DataError(f"{source.path}: {_FACTORS} {list(factors.shape)}: wanted half the width of a head")
-    return factors
+    shape = source.tensors[_FACTORS].shape
+    if len(shape) != 1 or shape[0] > _MOST_FACTORS:
+        raise DataError(f"{source.path}: {_FACTORS} {list(shape)}: wanted one number for each pair of a head")
+    return source.read(_FACTORS, np.float32)
 
 
 def _check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> None:
@@ -206,6 +207,6 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], places: Ma
 
 def _generation(tokens: Tokens) -> dict[str, Any]:
     """generation_config.json: the tokens that begin, end and fill up."""
-    ends: Any = list(tokens.ends) if len(tokens.ends) > 1 else tokens.ids.get("eos")
+    ends: Any = list(tokens.ends) if len(tokens.ends) > 1 else next(iter(tokens.ends), None)
     found = {"bos_token_id": tokens.ids.get("bos"), "eos_token_id": ends, "pad_token_id": tokens.ids.get("pad")}
     return {key: number for key, number in found.items() if number is not None}

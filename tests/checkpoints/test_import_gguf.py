@@ -154,6 +154,10 @@ def test_all_that_ends_an_answer(tmp_path, rng):
     write_file(tmp_path / "x.gguf", "llama", llama_settings() | tokenizer, tensors)
     done = import_gguf(tmp_path / "x.gguf", tmp_path / "out")
     assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 1]
+    without = {key: value for key, value in tokenizer.items() if key != "tokenizer.ggml.eos_token_id"}
+    write_file(tmp_path / "y.gguf", "llama", llama_settings() | without, tensors)
+    import_gguf(tmp_path / "y.gguf", tmp_path / "other")
+    assert read_json(tmp_path / "other" / "generation_config.json")["eos_token_id"] == 1
     assert done.left_out == ("tokenizer.chat_template.tools",)
     assert str(done).endswith("\nnot imported: tokenizer.chat_template.tools")
 

@@ -109,6 +109,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         with_tensors(lambda tensors: tensors.update({"blk.0.ffn_up.weight": np.ones((24, 22), np.float32)})),
         r"blk.0.ffn_up.weight \[24, 22\]: wanted \[22, 24\]",
     ),
+    "too many frequencies": (
+        with_tensors(lambda tensors: tensors.update({"rope_freqs.weight": np.ones(4, np.float32)})),
+        "rope_freqs.weight: 4 numbers in a llama with 3 pairs in a head",
+    ),
+    "frequencies in a matrix": (
+        with_tensors(lambda tensors: tensors.update({"rope_freqs.weight": np.ones((3, 1), np.float32)})),
+        r"rope_freqs.weight \[3, 1\]: wanted one number for each pair of a head",
+    ),
     "frequencies": (
         with_tensors(lambda tensors: tensors.update({"rope_freqs.weight": np.array([1, 2, 3], np.float32)})),
         "rope_freqs.weight is not what Llama 3.1 and 3.2 make it of a factor",

@@ -8,6 +8,7 @@ import pytest
 
 from jlora import DataError, models
 from jlora.checkpoints import gguf_in_package, import_gguf
+from jlora.checkpoints._gguf_settings import llama3_factors
 from jlora.checkpoints._gguf_tokenizer import CUTS
 from tests.ggufs import (
     CHAT,
@@ -174,6 +175,24 @@ def test_a_model(tmp_path, family):
         different = {key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)}
         assert different - IGNORED <= UNREAD.get(family, set())
         assert np.float32(found["rms_norm_eps"]) == np.float32(wanted["rms_norm_eps"])
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_frequencies_of_llama_3(factor):
+    rule = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = transformers.LlamaConfig(head_dim=128, rope_parameters=rule)
+    stretched, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 5e5 ** -(np.arange(64) / 64)
+    found = llama3_factors(64, 5e5, factor, 1.0, 4.0, 8192)
+    np.testing.assert_allclose(found, plain / stretched.numpy(), rtol=1e-5)
+    assert len(set(found.round(3))) > 5  # some lie between 1 and the factor
 
 
 def write_llama(path: Path, tokenizer: dict[str, Any], architecture: str = "llama") -> None:
