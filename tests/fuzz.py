@@ -40,7 +40,9 @@ from jlora.interop.mlx import read_mlx
 from jlora.interop.peft import read_peft, read_rows, write_peft
 from jlora.recipes import JobConfig
 from jlora.storage import load_adapters, save_adapters
+from jlora.text import pack, read_examples, read_tokenizer
 from jlora.train import MetricsLog
+from tests.text.make import CHAT, MARKED, turns, write_folder, write_lines
 
 Rng = np.random.Generator
 Files = dict[str, bytes]
@@ -586,6 +588,24 @@ def load_record(folder: Path) -> str:
     return "read"
 
 
+def make_examples(folder: Path, number: int) -> None:
+    """A tokenizer, a chat template, and examples of every kind."""
+    write_folder(folder, template=(CHAT, MARKED)[number], pad_token="<pad>", chat_template="{{ messages }}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    (folder / "special_tokens_map.json").write_text('{"sep_token": {"content": "<sep>", "lstrip": true}}')
+    rows: list[Any] = [{"prompt": f"{number} is ", "completion": "a number"}, {"text": "größer"}]
+    rows.append({"messages": turns("Hi", "Hello"), "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}})
+    write_lines(folder / "x.jsonl", *rows)
+
+
+def load_examples(folder: Path) -> str:
+    """That the examples could be read and laid into rows."""
+    examples, report = read_examples(folder / "x.jsonl", read_tokenizer(folder), length=100)
+    rows, packed = pack(examples, 100)
+    assert rows["inputs"]["segments"].astype(bool).sum() == report.tokens == packed.tokens
+    return "read"
+
+
 FORMATS: dict[str, Any] = {
     "own": (make_own, load_own, seal_own),
     "peft": (make_peft, load_peft, None),
@@ -596,6 +616,7 @@ FORMATS: dict[str, Any] = {
     "mapping": (make_mapping, load_mapping, None),
     "config": (make_config, load_config, None),
     "metrics": (make_metrics, load_metrics, None),
+    "examples": (make_examples, load_examples, None),
     "record": (make_record, load_record, None),
 }
 

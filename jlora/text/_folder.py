@@ -13,7 +13,7 @@ from jlora.text._tokenizer import Tokenizer
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_MOST_TOKENIZER, _MOST_TEMPLATE = 256 << 20, 4 << 20
+_MOST_TOKENIZER, _MOST_TEMPLATE = 256 << 20, 1 << 20
 
 
 def read_tokenizer(folder: str | Path, *, now: datetime.datetime | None = None) -> Tokenizer:
