@@ -22,7 +22,8 @@ from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_on_host, save_adapters
 
 FORMATS = ("own", "peft", "mlx")
-WRITTEN = (*FORMATS, "gguf", "kohya", "diffusers")
+_OF_DIFFUSION = ("kohya", "diffusers")
+WRITTEN = (*FORMATS, "gguf", *_OF_DIFFUSION)
 
 
 def read_adapters(
@@ -157,6 +158,8 @@ def convert(
       force: whether to replace `out` where it is there.
     """
     choice("to", to, WRITTEN)
+    if component is not None and to not in _OF_DIFFUSION:
+        raise DataError(f"component {component!r} is of the formats {' and '.join(_OF_DIFFUSION)}, not of {to}")
     is_file = names is None and form_of(source) == "file"
     if names is None:
         table = NESTED if mapping is None else mapping
@@ -170,7 +173,7 @@ def convert(
         mapping = None  # which has renamed what such a file names in its own way
     if to == "gguf":
         _write_gguf(out, adapters, config, mapping, base, force=force)
-    elif to in ("kohya", "diffusers"):
+    elif to in _OF_DIFFUSION:
         _write_lora_file(out, adapters, config, mapping, to, base, component, force=force)
     else:
         write_adapters(out, adapters, config, to, mapping=mapping, force=force)

@@ -54,6 +54,8 @@ def inspect(
       DataError: files that cannot be read, adapters that do not fit the base, a mapping without a base.
     """
     if names is not None:
+        if mapping:
+            raise DataError("params are inspected by their own names: convert them with the mapping")
         return diagnostics.inspect(*read_params(adapters, names, alpha, base))
     if base is None:
         if mapping:

@@ -176,7 +176,9 @@ def _names(
             problems.append(problem)
         elif (may_be_flat and is_flat(module)) or known in COMPONENTS:
             names[entry.name] = module
-        elif known or is_flat(module):
+        elif is_flat(module):
+            problems.append(f"{entry.path}: has underscores for dots: give the base, which has its name (--base)")
+        elif known:
             problems.append(f"{entry.path}: a module of {known}, which is none of {listed(COMPONENTS)}; rename it")
         elif component is None:
             problems.append(

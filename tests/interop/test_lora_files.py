@@ -139,6 +139,8 @@ def test_components_are_said_where_the_names_do_not(
         assert cli.main([*map(str, arguments), "--component", "transformer"]) == 2
         assert "is there already" in capsys.readouterr().err
         assert cli.main([*map(str, arguments), "--component", "transformer", "--force"]) == 0
+    with pytest.raises(DataError, match="component 'unet' is of the formats kohya and diffusers, not of peft"):
+        checkpoints.convert(tmp_path / "own", tmp_path / "peft", "peft", component="unet")
     with pytest.raises(DataError, match="component 'vae': wanted one of unet"):
         checkpoints.convert(tmp_path / "own", tmp_path / "x.safetensors", "kohya", component="vae")
 
@@ -158,7 +160,10 @@ def test_flattened_names_stay_without_a_base_and_dots_come_with_one(tmp_path: Pa
         checkpoints.convert(source, tmp_path / "y.safetensors", "kohya")
     with TensorFile(tmp_path / "y.safetensors") as file:
         np.testing.assert_array_equal(file.read("lora_unet_m_to_q.lora_up.weight"), up)
-    with pytest.warns(JloraWarning), pytest.raises(DataError, match="a module of lora_unet, which is none of unet"):
+    with (
+        pytest.warns(JloraWarning),
+        pytest.raises(DataError, match=r"q/weight: has underscores for dots: give the base"),
+    ):
         checkpoints.convert(source, tmp_path / "z.safetensors", "diffusers")
     write_file(tmp_path / "base" / "model.safetensors", {"m.to_q.weight": normal(rng, 5, 7)})
     checkpoints.convert(source, tmp_path / "z.safetensors", "diffusers", base=tmp_path / "base", component="unet")

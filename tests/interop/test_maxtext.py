@@ -14,7 +14,7 @@ import pytest
 from jlora import checkpoints, cli, merge_params
 from jlora.errors import DataError
 from jlora.interop.maxtext import from_maxtext
-from jlora.interop.peft import read_peft
+from jlora.interop.peft import NESTED, read_peft
 from jlora.paths import leaves_by_path
 from tests.interop import real_maxtext
 from tests.interop.files import Rng
@@ -185,6 +185,8 @@ def test_names_of_maxtext_are_none_of_peft(tmp_path: Path, rng: Rng) -> None:
     saved(tmp_path / "x", made(rng, "qwix", 1)[0])
     with pytest.raises(DataError, match="give a mapping whose row has its name in the Hugging Face model"):
         checkpoints.convert(tmp_path / "x", tmp_path / "peft", "peft", names="maxtext", alpha=2.0)
+    with pytest.raises(DataError, match="params are inspected by their own names"):
+        checkpoints.inspect(tmp_path / "x", names="maxtext", alpha=2.0, mapping=NESTED)
 
 
 Q = "decoder/layers/q"
