@@ -34,9 +34,13 @@ class View(NamedTuple):
     layer: jax.Array
 
 
-def turns(rope: Rope, positions: jax.Array, length: int) -> jax.Array:
-    """Cosines and sines, float32 (2, B, T, dims / 2), of int32 positions (B, T) in rows of up to `length` tokens."""
-    angles = positions[..., None].astype(jnp.float32) * rope.frequencies(length)  # (B, T, dims / 2)
+def turns(rope: Rope, positions: jax.Array) -> jax.Array:
+    """Cosines and sines, float32 (2, B, T, dims / 2), of int32 positions (B, T)."""
+    frequencies: Any = rope.frequencies()
+    if rope.kind == "longrope":  # as transformers does, for all rows by the farthest of them
+        far = jnp.max(positions) >= rope.original
+        frequencies = jnp.where(far, rope.frequencies(far=True), frequencies)
+    angles = positions[..., None].astype(jnp.float32) * frequencies  # (B, T, dims / 2)
     return rope.scale * jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 

@@ -149,10 +149,15 @@ def _refused_keys(data: Mapping[str, Any], row: Family) -> list[str]:
     """One problem for each key that might change the result in a way that is not known here."""
     problems = []
     neutral_values = {**NEUTRAL, **row.neutral}
+    accounted = {*row.defaults, *row.ignored, *NO_MATTER}
     for key, value in data.items():
-        if key in row.defaults or key in NO_MATTER or key.startswith("_") or value is None:
+        if key in accounted or key.startswith("_") or value is None:
             continue
-        if key not in neutral_values:
+        if key == "quantization_config":
+            problems.append(
+                f"{key} = {shortened(value)}: packed weights are not supported: wanted the model before that"
+            )
+        elif key not in neutral_values:
             problems.append(
                 f"{key} = {shortened(value)}: this key is not known for {row.architecture}. Take it out of the file if "
                 "you are sure that the model computes the same without it"

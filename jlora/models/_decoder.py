@@ -88,7 +88,7 @@ def decoder(
         slots = jnp.broadcast_to(jnp.arange(length), tokens.shape)  # (B, T)
         if cache is not None:
             slots += cache.lengths[:, None]
-        turned = [turns(rope, slots if positions is None else positions, held) for _, rope in kinds]
+        turned = [turns(rope, slots if positions is None else positions) for _, rope in kinds]
         seen = None
         if segments is not None or cache is not None or len({window for window, _ in kinds}) > 1:
             seen = [visible(slots, held, window, segments) for window, _ in kinds]

@@ -17,8 +17,9 @@ class Family:
     Attributes:
       architecture: the class of transformers that config.json names.
       defaults: the keys that are used, and what they are where config.json is silent.
-      neutral: keys that are not used, and the values at which they change nothing; any other value is refused. Null
+      neutral: more keys, and the values at which they change nothing; any other value is refused. Null
         always is one.
+      ignored: keys of the family that change nothing, whatever they are.
       fixed: fields of `DecoderConfig` that config.json says nothing about.
       window: which layers attend within `sliding_window`: "none"; "all"; "last", those from `max_window_layers` on;
         "even", the first, third and so on; "pattern", all but each `sliding_window_pattern`-th.
@@ -30,6 +31,7 @@ class Family:
     defaults: Mapping[str, Any]
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     window: str = "none"
     switch: bool = False
     other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -65,12 +67,13 @@ _GEMMA = {
     "layer_types": None,
 }
 _GEMMA_FIXED = {"norms": "around", "norm_offset": 1.0, "embedding_scaled": True}
+_OTHER_ACT = ("hidden_act",)  # an older key, which transformers does not read either
 _UNDROPPED = {"attention_dropout": (0,), "partial_rotary_factor": (1,)}
 
 
 def _gemma(vocab: int, positions: int, **more: Any) -> dict[str, Any]:
     defaults = _defaults(vocab, 2304, 9216, 26, 8, positions, **_GEMMA | more)
-    del defaults["hidden_act"]  # an older key, which transformers does not read either
+    del defaults["hidden_act"]
     return defaults
 
 
@@ -122,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _UNDROPPED | {"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "output_router_logits": (False,)},
         {"query_norm": "head"},
+        ("max_window_layers",),  # transformers has the window in all layers of this family
         window="all",
         switch=True,
         other_names={"num_local_experts": "num_experts"},
@@ -131,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         _gemma(256_000, 8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
         _UNDROPPED | {"use_bidirectional_attention": (False,)},
         _GEMMA_FIXED,
+        _OTHER_ACT,
         window="even",
     ),
     "gemma3_text": Family(
@@ -146,6 +151,7 @@ FAMILIES: dict[str, Family] = {
         # transformers has the key attn_logit_softcapping, and does nothing with it
         _UNDROPPED | {"use_bidirectional_attention": (False,), "attn_logit_softcapping": ()},
         _GEMMA_FIXED | {"query_norm": "head"},
+        _OTHER_ACT,
         window="pattern",
     ),
     "phi3": Family(
@@ -163,7 +169,16 @@ FAMILIES: dict[str, Family] = {
             partial_rotary_factor=1.0,
             head_dim=None,
         ),
-        {"attention_dropout": (0,), "resid_pdrop": (0,), "embd_pdrop": (0,), "attention_bias": (False,)},
+        {
+            "attention_dropout": (0,),
+            "resid_pdrop": (0,),
+            "embd_pdrop": (0,),
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "lm_head_bias": (False,),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
         {"fused": True},
         window="all",
     ),
@@ -182,7 +197,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "per_layer_config": ({},),
     "pruned_heads": ({},),
-    "quantization_config": (),
     "tf_legacy_loss": (False,),
     "tie_encoder_decoder": (False,),
 }

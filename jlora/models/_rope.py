@@ -23,7 +23,8 @@ class Rope:
         `high` is not; "llama3" and "yarn", which has them as beta_slow and beta_fast.
       truncate: "yarn": the bounds that follow from it are rounded to whole axes.
       scale: of the turned queries and keys ("yarn" and "longrope").
-      short, long: "longrope": what each frequency is divided by in rows of up to, and of more than, `original` tokens.
+      short, long: "longrope": what each frequency is divided by, where no position is `original` or more, and where
+        some position is.
     """
 
     kind: str
@@ -38,8 +39,8 @@ class Rope:
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
 
-    def frequencies(self, length: int) -> np.ndarray:
-        """Radians for each position, float32 (dims / 2,), in rows of up to `length` tokens."""
+    def frequencies(self, *, far: bool = False) -> np.ndarray:
+        """Radians for each position, float32 (dims / 2,); `far` says that some position is `original` or more."""
         plain = self.theta ** -(np.arange(0, self.dims, 2) / self.dims)  # float64
         divided = plain / self.factor
         if self.kind == "linear":
@@ -52,7 +53,7 @@ class Rope:
             share = self._share_of_yarn()
             plain = share * plain + (1 - share) * divided
         elif self.kind == "longrope":
-            plain = plain / np.asarray(self.long if length > self.original else self.short)
+            plain = plain / np.asarray(self.long if far else self.short)
         return plain.astype(np.float32)
 
     def _share_of_yarn(self) -> np.ndarray:

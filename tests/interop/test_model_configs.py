@@ -29,7 +29,13 @@ def keys_of(family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_the_class_is_accounted_for(family: str) -> None:
     row = FAMILIES[family]
-    groups = [set(row.defaults), set(row.neutral) | set(NEUTRAL), set(NO_MATTER), set(row.other_names)]
+    groups = [
+        set(row.defaults),
+        set(row.neutral) | set(NEUTRAL),
+        set(NO_MATTER),
+        set(row.ignored),
+        set(row.other_names),
+    ]
     assert set(keys_of(family)) <= set.union(*groups)
     assert sum(map(len, groups)) == len(set.union(*groups))
 

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "key": ({"attention_sinks": 4}, "attention_sinks = 4: this key is not known for LlamaForCausalLM. Take it out"),
     "packed": (
         {"quantization_config": {"bits": 4}},
-        r"quantization_config = \{'bits': 4\} is not supported .* wanted null",
+        r"quantization_config = \{'bits': 4\}: packed weights are not supported",
     ),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported for LlamaForCausalLM: wanted 0"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
@@ -146,3 +146,18 @@ def test_a_configuration_is_hashable_and_says_all_that_differs() -> None:
 def test_what_does_not_matter_is_left_out() -> None:
     more = {"torch_dtype": "bfloat16", "use_cache": False, "_name_or_path": "x", "is_decoder": False, "auto_map": {}}
     assert config_of("plain", **more) == config_of("plain")
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # keys that published models have beside those of transformers' classes
+    "llama": {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "pretraining_tp": 1},
+    "gemma2": {"cache_implementation": "hybrid", "hidden_act": "gelu"},
+    "gemma3_text": {"cache_implementation": "hybrid", "_sliding_window_pattern": 6},
+    "phi3": {"auto_map": {"AutoConfig": "x"}, "interpolate_factor": 1, "lm_head_bias": False, "full_attn_mod": 1},
+    "qwen3_moe": {"max_window_layers": 48, "mlp_only_layers": [], "router_aux_loss_coef": 0.001},
+    "qwen2": {"use_mrope": False},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_keys_of_published_models(family: str) -> None:
+    assert parse_config({"model_type": family, **PUBLISHED[family]}) == parse_config({"model_type": family})
