@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ DONE, DIFFERENT, REFUSED = 0, 1, 2
 
 WIDTH = 110
 
-_EXIT_CODES = (
+EXIT_CODES = (
     "Exit codes: 0 done; 1 diff found differences; 2 something in the call or its files is wrong, or a file could not "
     "be written; 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."
 )
@@ -25,11 +25,12 @@ _JSON = (
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What a command prints, what it says with --json, and its exit code."""
+    """What a command prints, what it says with --json, its exit code, and what went wrong with a part of its work."""
 
     text: str
     fields: Mapping[str, Any]
     code: int = DONE
+    errors: Sequence[str] = ()
 
 
 class StoppedError(Exception):
@@ -42,7 +43,7 @@ class StoppedError(Exception):
 
 def add_output_options(parser: argparse.ArgumentParser, fields: str) -> None:
     """The options for scripts, which every command has; `fields` tells what its object holds."""
-    paragraphs = [textwrap.fill(text, WIDTH) for text in (_EXIT_CODES, _JSON.format(fields=fields))]
+    paragraphs = [textwrap.fill(text, WIDTH) for text in (EXIT_CODES, _JSON.format(fields=fields))]
     parser.epilog = "\n\n".join([*([parser.epilog.rstrip()] if parser.epilog else []), *paragraphs])
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print one JSON object, for scripts")

@@ -346,17 +346,20 @@ def _run_inspect(arguments: argparse.Namespace) -> Done:
 
 
 def _inspected_each(folders: Sequence[str], how: Mapping[str, Any]) -> Done:
-    """A line for each folder; one that cannot be read has its error there, and does not hide the others."""
+    """A line for each folder; one that cannot be read has its error there, and does not hide the others.
+
+    The whole error, with the way out, is said on standard error.
+    """
     from jlora import checkpoints
 
-    rows, found, refused = [], [], False
+    rows, found, errors = [], [], []
     for folder in folders:
         try:
             inspection = checkpoints.inspect(folder, **how)
         except (JloraError, OSError) as error:
-            refused = True
             text = plain(str(error))
-            rows.append((plain(folder), "", "", "", "", shortened(text, _LINE)))
+            errors.append(text)
+            rows.append((plain(folder), "", "", "", "", shortened(text.removeprefix(f"{plain(folder)}: "), _LINE)))
             found.append({"adapters": folder, "error": text})
         else:
             ranks = sorted({entry.rank for entry in inspection.entries if entry.rank is not None})
@@ -372,7 +375,7 @@ def _inspected_each(folders: Sequence[str], how: Mapping[str, Any]) -> Done:
             )
             found.append({"adapters": folder, **_inspection_fields(inspection)})
     table = text_table(("adapters", "entries", "rank", "parameters", "update", "what looks wrong"), rows, left=1)
-    return Done(table, {"inspected": found}, REFUSED if refused else DONE)
+    return Done(table, {"inspected": found}, REFUSED if errors else DONE, errors)
 
 
 def _inspection_fields(found: Inspection) -> dict[str, Any]:

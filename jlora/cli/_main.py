@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jlora.cli._done import REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
+from jlora.cli._done import EXIT_CODES, REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
 from jlora.cli._files import add_file_commands
 from jlora.cli._import import add_import_command
 from jlora.cli._print import plain_output, say, show
@@ -97,6 +97,8 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _show(arguments: argparse.Namespace, done: Done) -> None:
+    for error in done.errors:
+        say(f"jlora: {error}")
     if arguments.json:
         show(json_object(arguments.command, done.code, done.fields))
     elif done.text and not arguments.quiet:
@@ -120,8 +122,9 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
 
         def error(self, message: str) -> NoReturn:
             if is_json:
+                command = self.prog.partition(" ")[2] or None
                 with contextlib.suppress(DataError):
-                    show(json_object(None, REFUSED, {"error": message}))
+                    show(json_object(command, REFUSED, {"error": message}))
             super().error(message)
 
         def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -131,7 +134,7 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
                 status, message = REFUSED, f"jlora: {error}\n"
             super().exit(status, message)
 
-    parser = Parser(prog="jlora", description="Low-rank adaptation (LoRA) for JAX.")
+    parser = Parser(prog="jlora", description="Low-rank adaptation (LoRA) for JAX.", epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"jlora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train = commands.add_parser(

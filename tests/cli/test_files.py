@@ -273,7 +273,7 @@ def test_params_of_gemma_and_qwix(folder, capsys, rng):
         assert code == 0
         assert load_adapters(name)[0]["up"]["kernel"]["B"].shape == (2, 7)
     code, _, err = run(capsys, "convert", "qwix.safetensors", "--names", "qwix", "--to", "own", "--out", "x")
-    assert (code, err) == (2, "jlora: qwix keeps alpha outside of the params: give alpha\n")
+    assert (code, err) == (2, "jlora: qwix keeps alpha outside of the params: give alpha (--alpha)\n")
 
 
 def test_no_command_opens_a_connection(folder, capsys, monkeypatch):

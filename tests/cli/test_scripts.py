@@ -80,7 +80,9 @@ def test_json_is_one_object_with_the_documented_fields(command, folder, capsys):
     assert list(said) == ["command", "exit_code", *fields.split()]
     assert said["command"] == command.split()[0]
     assert said["exit_code"] == code
-    assert err == (f"jlora: {said['error']}\n" if "error" in said else "")
+    errors = [each["error"] for each in [said, *said.get("inspected", [])] if "error" in each]
+    assert err == "".join(f"jlora: {error}\n" for error in errors)
+    assert bool(errors) == (code == 2)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -88,7 +90,7 @@ def test_quiet_prints_errors_alone_and_the_exit_code_is_the_same(command, folder
     code, out, err = run(capsys, command, "--quiet")
     assert code == COMMANDS[command][0]
     assert out == ""
-    assert bool(err) == ("error" in COMMANDS[command][1].split())
+    assert bool(err) == (code == 2)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ def test_a_call_that_cannot_be_read_is_an_object_too(words, capsys):
     said = strict_json(captured.out)
     assert list(said) == ["command", "exit_code", "error"]
     assert said["exit_code"] == 2
+    assert said["command"] == ("merge" if words[:1] == ["merge"] else None)  # whose own options were read
     assert said["error"] in captured.err
 
 
@@ -129,7 +132,9 @@ def test_what_has_no_number_in_json_is_null(folder, capsys):
 def test_inspect_has_a_line_for_each_of_several_adapters(folder, capsys):
     code, out, err = run(capsys, "inspect adapter nowhere other base")
     assert code == 2
-    assert err == ""
+    missing, base = err.splitlines()
+    assert missing.startswith("jlora: nowhere: no such folder")
+    assert base.startswith("jlora: base: this is a checkpoint of a model")
     rows = [line for line in out.splitlines() if line.startswith(("adapter ", "nowhere ", "other ", "base "))]
     one, missing, other, base = rows[1:] if rows[0].split()[1] == "entries" else rows
     assert one.split()[:4] == ["adapter", "2", "3", "180"]
@@ -158,3 +163,6 @@ def test_help_tells_exit_codes_and_fields(command, capsys):
     assert "Exit codes: 0 done; 1 diff found differences; 2 " in text
     assert '"exit_code"; "error"' in text
     assert "{fields}" not in text
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    assert "Exit codes: 0 done; 1 diff found differences; 2 " in capsys.readouterr().out
