@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.disk import read_bytes, read_json
 from jlora.errors import DataError, listed, raise_all, shortened
-from jlora.text._imports import imported
+from jlora.text._imports import imported, told_as
 from jlora.text._template import ChatTemplate
 from jlora.text._tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ _MOST_TOKENIZER, _MOST_TEMPLATE = 256 << 20, 1 << 20
 
 
 def read_tokenizer(folder: str | Path, *, now: datetime.datetime | None = None) -> Tokenizer:
-    """The tokenizer of a model's folder: the numbers that transformers' AutoTokenizer gives.
+    """The tokenizer of a model's folder: the numbers that transformers' AutoTokenizer gives by its tokenizer.json.
 
     It reads tokenizer.json, which says whether BOS is put before a text; tokenizer_config.json, special_tokens_map.json
     and added_tokens.json for the special tokens; generation_config.json and config.json for the tokens that end an
@@ -59,15 +59,11 @@ def _backend(path: Path) -> Any:
         way_out = f"make one of {listed(others)} with transformers" if others else "copy it from the model's folder"
         raise DataError(f"{path}: no such file: {way_out}")
     contents = read_bytes(path, _MOST_TOKENIZER)
-    try:
+    with told_as(f"{path}: not a tokenizer"):
         backend = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
         backend.no_truncation()
         backend.no_padding()
         backend.encode("a")
-    except BaseException as error:  # a panic of Rust is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise DataError(f"{path}: not a tokenizer: {shortened(str(error), 300)}") from None
     return backend
 
 

@@ -51,8 +51,6 @@ def read_lines(path: str | Path, problems: Problems) -> Iterator[tuple[int, dict
             continue
         try:
             yield number, parse_json(line)
-        except UnicodeDecodeError as error:
-            problems.add(number, f"not UTF-8: byte {line[error.start]:#04x} at {error.start:,}")
         except ValueError as error:
             problems.add(number, f"not valid JSON: {error}: {shortened(line[:200].decode(errors='replace'), 60)}")
 

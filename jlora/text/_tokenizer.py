@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import DataError
+from jlora.text._imports import told_as
 from jlora.text._template import ChatTemplate, Conversation, Message
 
 _ANCHORS, _PROBE = ("\n", "a", "0", "."), "jlora"
@@ -37,6 +38,7 @@ class Tokenizer:
         self.folder = folder
         self.template = template
         self._backend = backend
+        self._failure = f"{folder / 'tokenizer.json'}: it makes no tokens of a text"
         self._tool_template = tool_template
         self._numbers = backend.get_vocab(with_added_tokens=True)
         self._special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -58,12 +60,14 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """The tokens of many texts, on all cores."""
-        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        with told_as(self._failure):
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [each.ids for each in found]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its tokens, int32 (n,), and where each begins and ends in it, in characters, int64 (n, 2)."""
-        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        with told_as(self._failure):
+            found = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(each.ids, np.int32), np.array(each.offsets, np.int64).reshape(len(each.ids), 2)) for each in found
         ]

