@@ -109,7 +109,8 @@ def start_peft(form: str, sizes: argparse.Namespace) -> tuple[Run, dict[str, flo
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.AutoConfig.from_pretrained(sizes.folder)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, sizes.dtype)).to(device)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, sizes.dtype))
     if form.endswith("remat"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapters = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
