@@ -89,7 +89,11 @@ def locate(
         reason = quantized.problem(stored_as(tie, piece.tensor), None if value is None else value.dtype)
         if reason:
             reasons.setdefault(piece.path, reason)
-    problems = [*_missing(entries, pieces, shapes), *_changed_twice(_each(pieces)), *_without_numbers(pieces, sizes)]
+    problems = [
+        *_missing(entries, pieces, shapes),
+        *_changed_twice(_each(pieces)),
+        *_without_numbers(entries, pieces, sizes),
+    ]
     if transposed_experts is None:
         transposed_experts = has_transposed_experts(settings)
     for path, found in pieces.items():
@@ -319,8 +323,10 @@ def _changed_twice(pieces: Iterable[Piece]) -> Iterator[str]:
         own |= {place: own.get(place, piece.path) for place in places}
 
 
-def _without_numbers(pieces: Mapping[str, Sequence[Piece]], sizes: Mapping[str, int]) -> list[str]:
-    tensors = dict.fromkeys(piece.tensor for piece in _each(pieces) if not sizes[piece.tensor])
+def _without_numbers(entries: Entries, pieces: Mapping[str, Sequence[Piece]], sizes: Mapping[str, int]) -> list[str]:
+    """The tensors of size 0 that A and B are for; a whole value may be as empty as the tensor."""
+    low_rank = [piece for piece in _each(pieces) if "A" in entries[piece.path]]
+    tensors = dict.fromkeys(piece.tensor for piece in low_rank if not sizes[piece.tensor])
     return [f"{tensor} holds no numbers: {NOT_GATHERED}" for tensor in tensors]
 
 

@@ -15,7 +15,8 @@ WIDTH = 110
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 diff found differences; 2 something in the call or its files is wrong, or a file could not "
-    "be written; 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."
+    "be written, or an error was not foreseen, whose traceback is shown; 130 interrupted by Ctrl-C, 143 by SIGTERM, "
+    "129 by SIGHUP."
 )
 _JSON = (
     'With --json standard output holds one object and nothing else: "command" and "exit_code"; "error", a sentence, '

@@ -86,7 +86,7 @@ def _run(words: Sequence[str]) -> int:
         return _refused(arguments, plain(str(error)))
     except ModuleNotFoundError as error:
         if error.name not in ("orbax", "sklearn", "matplotlib"):
-            raise
+            return _unforeseen(arguments, error)
         return _refused(arguments, f"{error.name} is not installed: pip install 'jlora[train]'")
     except StoppedError as error:
         say("")
@@ -94,6 +94,8 @@ def _run(words: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         say("")
         return _refused(arguments, _INTERRUPTED, exit_code(error))
+    except Exception as error:
+        return _unforeseen(arguments, error)
 
 
 def _show(arguments: argparse.Namespace, done: Done) -> None:
@@ -112,6 +114,12 @@ def _refused(arguments: argparse.Namespace, message: str, code: int = REFUSED) -
         with contextlib.suppress(DataError):  # which cannot be written either
             show(json_object(arguments.command, code, {"error": message}))
     return code
+
+
+def _unforeseen(arguments: argparse.Namespace, error: Exception) -> int:
+    """Shows the traceback of an error in a user's own code, or in jlora; Python's exit code is that of differences."""
+    sys.excepthook(type(error), error, error.__traceback__)
+    return _refused(arguments, plain(f"stopped by {type(error).__name__}: {error}"))
 
 
 def _parser(is_json: bool) -> argparse.ArgumentParser:

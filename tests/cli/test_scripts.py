@@ -155,6 +155,21 @@ def test_an_interrupted_command_says_so_in_the_object(folder, capsys, monkeypatc
     assert said["error"].startswith("interrupted")
 
 
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("by 0"), ModuleNotFoundError("by 0", name="mine"), MemoryError("by 0")]
+)
+def test_an_error_that_nobody_foresaw_is_no_difference(error, folder, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints, "diff", fail)
+    code, out, err = run(capsys, "diff base tuned", "--json")
+    assert code == 2
+    assert strict_json(out)["error"] == f"stopped by {type(error).__name__}: by 0"
+    assert "Traceback" in err
+    assert "in fail" in err
+
+
 @pytest.mark.parametrize("command", ["merge", "unmerge", "extract", "resize", "combine", "convert", "inspect", "diff"])
 def test_help_tells_exit_codes_and_fields(command, capsys):
     with pytest.raises(SystemExit, match="0"):
