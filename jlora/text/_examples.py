@@ -11,7 +11,7 @@ import numpy as np
 from jlora.errors import DataError
 from jlora.fields import choice, integer
 from jlora.text._lines import WANTED, Problems, read_lines
-from jlora.text._tokenizer import Tokenizer
+from jlora.text._tokenizer import NoTemplateError, Tokenizer
 from jlora.text._written import Encoded, Written, encode, write
 
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 512, 1 << 20
@@ -136,7 +136,8 @@ def read_examples(
       before it, up to the token that ends it. `tools`, `documents` and `chat_template_kwargs` go to the template.
     - A text is begun and ended as above, and all of it counts.
 
-    The tokens before what counts are those of `Tokenizer.prompt`. Other keys of a line are not looked at.
+    The tokens before what counts are those of `Tokenizer.prompt`; marks are taken as they are, as transformers takes
+    them. Other keys of a line are not looked at.
 
     Args:
       path: the file, UTF-8.
@@ -208,6 +209,8 @@ def _chunks(
     for number, row in read_lines(path, problems):
         try:
             texts.append(write(row, tokenizer, template))
+        except NoTemplateError as error:
+            raise DataError(f"{path}: line {number:,}: {error}") from None  # not of this line alone
         except DataError as error:
             problems.add(number, error)
             continue

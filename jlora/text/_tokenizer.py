@@ -13,6 +13,10 @@ from jlora.text._template import ChatTemplate, Conversation, Message
 _ANCHORS, _PROBE = ("\n", "a", "0", "."), "jlora"
 
 
+class NoTemplateError(DataError):
+    """Messages, and a folder without a chat template."""
+
+
 class Tokenizer:
     """The tokenizer of a model's folder, with its chat template: `read_tokenizer` reads one.
 
@@ -118,7 +122,7 @@ class Tokenizer:
         if self._tool_template is not None and conversation.variables.get("tools"):
             template = self._tool_template
         if template is None:
-            raise DataError(
+            raise NoTemplateError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template of tokenizer_config.json), "
                 "which messages need: write prompts and completions as strings, or add the template"
             )

@@ -58,8 +58,8 @@ def write(row: Mapping[str, Any], tokenizer: Tokenizer, template: bool) -> Writt
     chat = tokenizer.template_for(first)
     if chat.marks:
         text, spans = chat.write_marked(first)
-        begin = len(chat.write(first.first(second), generate=True)) if second else 0
-        return Written(text, [span for span in spans if span[0] >= begin], False, False)
+        _, before = chat.write_marked(first.first(second)) if second else ("", [])
+        return Written(text, spans[len(before) :], False, False)
     return _write_by_difference(chat, first, answers)
 
 

@@ -289,3 +289,21 @@ def test_examples_are_a_sequence():
     assert len(Examples.of([])) == 0
     with pytest.raises(IndexError):
         examples[3]
+
+
+def test_messages_without_a_template(tmp_path):
+    """It is told once, and not of every line."""
+    tokenizer = read_tokenizer(write_folder(tmp_path / "model", template=None))
+    chat = {"messages": turns("Hi", "Hello")}
+    problem = r"x.jsonl: line 2: .*model has no chat template \(chat_template.jinja.*: write prompts and completions as"
+    with pytest.raises(DataError, match=problem) as caught:
+        read(tmp_path, tokenizer, {"text": "a"}, chat, chat)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"line 1: .* has no chat template"):
+        read(tmp_path, tokenizer, {"prompt": "Hi", "completion": "Hello"}, template=True)
+
+
+def test_a_conversation_without_end(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("jlora.text._written._MOST_TURNS", 3)
+    with pytest.raises(DataError, match="line 1: 4 messages of the assistant: at most 3, or a template with marks"):
+        read(tmp_path, tokenizer, {"messages": turns(*"abcdefgh")})
