@@ -137,7 +137,9 @@ def _begin(
 ) -> tuple[jax.Array, Cache]:
     """The first token (B,) after prompts (B, T) of these lengths, and the cache that holds the prompts."""
     cache = init_cache(config, tokens.shape[0], slots, _dtype_of(params))
-    logits, cache = call(params, adapters, tokens, cache=cache, logits_at=lengths - 1)
+    # Padding is nowhere behind its prompt: longrope turns all rows by the farthest position.
+    positions = jnp.minimum(jnp.arange(tokens.shape[1]), lengths[:, None] - 1)  # (B, T)
+    logits, cache = call(params, adapters, tokens, positions=positions, cache=cache, logits_at=lengths - 1)
     return _choose(logits, top_k, keys, draw, 0), cache._replace(lengths=lengths)  # padding is overwritten unseen
 
 
@@ -173,10 +175,8 @@ def _choose(logits: jax.Array, top_k: int | None, keys: jax.Array, draw: Any, st
 
 
 def _bucket(length: int, config: DecoderConfig) -> int:
-    """The next power of two, but not over a length after which the model has no positions, or turns them otherwise."""
-    power = max(_LEAST_BUCKET, 1 << (length - 1).bit_length())
-    bounds = [config.max_positions, *(rope.original for rope in config.ropes if rope.kind == "longrope")]
-    return min(bound for bound in (power, *bounds) if bound >= length)
+    """The next power of two, but no more than the model has positions."""
+    return min(max(_LEAST_BUCKET, 1 << (length - 1).bit_length()), config.max_positions)
 
 
 def _padded(prompts: Sequence[Sequence[int]], config: DecoderConfig) -> tuple[np.ndarray[Any, Any], Any]:

@@ -4,8 +4,8 @@ from jlora.interop.peft._config import Scales, base_model_of, check_peft_config,
 from jlora.interop.peft._derive import of_model, scales_in_peft, with_kinds_of, without_defaults
 from jlora.interop.peft._keys import Named, names_embedding
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
-from jlora.interop.peft._read import is_peft_folder, read_named, read_peft, read_peft_arrays
-from jlora.interop.peft._write import ModelEntry, model_entries, peft_tensors, write_peft
+from jlora.interop.peft._read import from_tensors, is_peft_folder, read_named, read_peft, read_peft_arrays
+from jlora.interop.peft._write import ModelEntry, model_entries, peft_tensors, to_tensors, write_peft
 
 __all__ = [
     "FLAT",
@@ -17,6 +17,7 @@ __all__ = [
     "Scales",
     "base_model_of",
     "check_peft_config",
+    "from_tensors",
     "is_peft_folder",
     "kept_of",
     "kind_of_experts",
@@ -30,6 +31,7 @@ __all__ = [
     "read_peft_arrays",
     "read_rows",
     "scales_in_peft",
+    "to_tensors",
     "with_kinds_of",
     "without_defaults",
     "write_peft",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from jlora.adapter import Entry
+from jlora.arrays import is_jax_array
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.disk import CONFIG, TENSORS, Pair, parse_json
+from jlora.disk import CONFIG, TENSORS, Pair, dump_json, parse_json
 from jlora.errors import ConfigError, DataError, JloraError, JloraWarning, TargetError, listed, raise_all, shortened
 from jlora.interop._placed import placed
 from jlora.interop.peft._config import Kept, Scales, check_peft_config, kind_of_experts
@@ -82,13 +83,65 @@ def read_peft(
     entries, config = read_peft_arrays(
         path, mapping, params=params, transposed_experts=transposed_experts, settled_experts=True
     )
-    adapters = placed(path, entries)
-    if params is None:
-        try:
-            return nest(adapters), config
-        except TargetError as error:
-            raise DataError(f"{path}: {error}") from None
-    return in_structure(params, adapters, config), config
+    return _tree(path, entries, config, params), config
+
+
+def from_tensors(
+    tensors: MappingType[str, Any],
+    data: MappingType[str, Any],
+    mapping: Mapping = FLAT,
+    *,
+    params: Any = None,
+    transposed_experts: bool | None = None,
+) -> tuple[Any, LoraConfig]:
+    """`read_peft` of what PEFT would write, in memory: the inverse of `to_tensors`.
+
+    Args:
+      tensors: PEFT's name -> array of NumPy or JAX.
+      data: PEFT's configuration as plain data, such as `json.load` of adapter_config.json, or `to_dict()` in PEFT.
+      mapping, params, transposed_experts: as for `read_peft`.
+
+    Returns:
+      `(adapters, config)`, as `read_peft`.
+
+    Raises:
+      DataError: as of `read_peft`; what is no array, or no plain data.
+
+    >>> data = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up"]}
+    >>> a, b = np.ones((2, 7), np.float32), np.ones((5, 2), np.float32)
+    >>> tensors = {"base_model.model.up.lora_A.weight": a, "base_model.model.up.lora_B.weight": b}
+    >>> adapters, config = from_tensors(tensors, data)
+    >>> adapters["up.weight"]["A"].shape, config.scaling_of("up.weight")
+    ((7, 2), 2.0)
+    """
+    source = Path("tensors")
+    if wrong := [name for name, tensor in tensors.items() if not _is_array(tensor)]:
+        found = type(tensors[wrong[0]]).__name__
+        raise DataError(f"{source}: {shortened(wrong[0])} is a {found}: wanted an array of NumPy or JAX")
+    lists = {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in data.items()}
+    try:
+        plain = parse_json(dump_json(lists))
+        names, arrays = _taken(source, plain, tensors, lambda key: np.asarray(tensors[key]))
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    check_numbers(source, arrays)
+    entries, config = _Reader(source, plain, mapping, transposed_experts, True).read(names, arrays, params)
+    return _tree(source, entries, config, params), config
+
+
+def _is_array(node: Any) -> bool:
+    return isinstance(node, np.ndarray) or is_jax_array(node)
+
+
+def _tree(source: str | Path, entries: dict[str, Arrays], config: LoraConfig, params: Any) -> Any:
+    """The entries as arrays of JAX: nested, or in the structure of params."""
+    adapters = placed(source, entries)
+    if params is not None:
+        return in_structure(params, adapters, config)
+    try:
+        return nest(adapters)
+    except TargetError as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 def read_peft_arrays(
@@ -108,10 +161,7 @@ def read_peft_arrays(
     try:
         with Pair(folder).opened() as (text, file):
             data = _parsed(folder, text)
-            names = _names(data, file.entries)
-            _warn_of_wrappers(folder, file.entries)
-            read: Any = file.lazy if lazy else file.read
-            arrays = {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in names}
+            names, arrays = _taken(folder, data, file.entries, file.lazy if lazy else file.read)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
     check_numbers(folder, arrays)
@@ -141,6 +191,15 @@ def read_named(
     return reader.read(names, arrays, None)
 
 
+def _taken(
+    source: Path, data: MappingType[str, Any], keys: Iterable[str], read: Callable[[str], Any]
+) -> tuple[list[Named], dict[str, Arrays]]:
+    """The entries that tensors of these names make up, and the arrays of each."""
+    names = _names(data, keys)
+    _warn_of_wrappers(source, keys)
+    return names, {entry.name: {part: read(key) for part, key in entry.parts.items()} for entry in names}
+
+
 def _names(data: MappingType[str, Any], keys: Iterable[str]) -> list[Named]:
     """The entries of a file, whose configuration is checked."""
     check_peft_config(data)
@@ -157,7 +216,7 @@ def _warn_of_wrappers(folder: Path, keys: Iterable[str]) -> None:
     if wrapped:
         key, name = wrapped[0]
         text = f"{folder}: {len(wrapped)} names are not PEFT's: {shortened(key)} is read as {shortened(name)}"
-        warnings.warn(text, JloraWarning, stacklevel=4)
+        warnings.warn(text, JloraWarning, stacklevel=5)
 
 
 def _parsed(folder: Path, text: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
-from jlora.disk import Pair, bytes_of_all, dump_json, write_tensors
+from jlora.disk import Pair, bytes_of_all, dump_json, parse_json, write_tensors
 from jlora.errors import DataError, JloraError, raise_all
 from jlora.interop.peft._config import Scales, check_peft_config, kept_of
 from jlora.interop.peft._derive import Contents, digest_of, peft_config
@@ -71,13 +71,7 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
     >>> adapters["up.weight"]["A"].shape, config.rank
     ((7, 2), 2)
     """
-    writer = _writer(path, adapters, config, mapping)
-    tensors = writer.tensors()
-    try:
-        data = writer.config()
-        _check_readable(data, tensors)
-    except DataError as error:
-        raise DataError(f"{path}: PEFT would read something else, or nothing: {error}") from None
+    tensors, data = _made(path, adapters, config, mapping)
     folder, text = Path(path), dump_json(data).rstrip(b"\n")
 
     def write() -> None:
@@ -85,6 +79,41 @@ def write_peft(path: str | Path, adapters: Any, config: LoraConfig, mapping: Map
             Pair(folder).replace(text, lambda file: write_tensors(file, tensors, {"format": "pt"}))
 
     write_once(leaves(adapters), write, lambda: check_folder_to_write(folder, bytes_of_all(tensors)))
+
+
+def to_tensors(adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> tuple[Arrays, dict[str, Any]]:
+    """What `write_peft` writes, in memory: for an inference engine in the same program, or files of one's own.
+
+    Args:
+      adapters, config, mapping: as for `write_peft`.
+
+    Returns:
+      `(tensors, data)`: PEFT's name -> array of NumPy in C order, sorted by name, and its configuration as plain data.
+
+    Raises:
+      DataError: as of `write_peft`.
+
+    >>> entry = {"A": np.ones((7, 2), np.float32), "B": np.ones((2, 5), np.float32)}
+    >>> tensors, data = to_tensors({"up.weight": entry}, LoraConfig(rank=2, factorizations={"**": "oi"}))
+    >>> {name: array.shape for name, array in tensors.items()}
+    {'base_model.model.up.lora_A.weight': (2, 7), 'base_model.model.up.lora_B.weight': (5, 2)}
+    >>> data["r"], data["target_modules"]
+    (2, ['up'])
+    """
+    tensors, data = _made("adapters", adapters, config, mapping)
+    return {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}, parse_json(dump_json(data))
+
+
+def _made(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping) -> tuple[Arrays, dict[str, Any]]:
+    """PEFT's tensors by name, and its configuration, which `read_peft` would take."""
+    writer = _writer(path, adapters, config, mapping)
+    tensors = writer.tensors()
+    try:
+        data = writer.config()
+        _check_readable(data, tensors)
+    except DataError as error:
+        raise DataError(f"{path}: PEFT would read something else, or nothing: {error}") from None
+    return tensors, data
 
 
 def model_entries(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping = FLAT) -> list[ModelEntry]:
