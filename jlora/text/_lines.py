@@ -4,7 +4,7 @@ import codecs
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora.disk import open_to_read, parse_json, reason
 from jlora.errors import DataError, raise_all, shortened
@@ -76,8 +76,22 @@ def _check_beginning(path: str | Path, line: bytes) -> None:
         raise DataError(f"{path}: one JSON array; wanted one object a line: jq -c '.[]' FILE > LINES")
 
 
-def prompt_and_completion(row: Mapping[str, Any], template: bool) -> tuple[str, str] | tuple[Conversation, int] | str:
-    """What a line says: prompt and completion as strings, a conversation and its first message that counts, or a text.
+class Plain(NamedTuple):
+    """A text, and the character from which on it counts."""
+
+    text: str
+    begin: int
+
+
+class Chat(NamedTuple):
+    """A conversation, and the message from which on the assistant's count."""
+
+    conversation: Conversation
+    begin: int
+
+
+def parse_example(row: Mapping[str, Any], template: bool) -> Plain | Chat:
+    """What a line says; with `template`, strings are what a user says and the assistant answers.
 
     Raises:
       DataError: none of these, or of the wrong kind.
@@ -88,20 +102,20 @@ def prompt_and_completion(row: Mapping[str, Any], template: bool) -> tuple[str, 
     if "text" in row:
         if not isinstance(row["text"], str):
             raise DataError(f"text: wanted a string, found {shortened(row['text'], 60)}")
-        return row["text"]
+        return Plain(row["text"], 0)
     if "messages" in row:
-        return Conversation(_messages("messages", row["messages"]), _variables(row)), 0
+        return Chat(Conversation(_messages("messages", row["messages"]), _variables(row)), 0)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not template:
-            return prompt, completion
+            return Plain(prompt + completion, len(prompt))
         prompt = [{"role": "user", "content": prompt}]
         completion = [{"role": "assistant", "content": completion}]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         found = f"{type(prompt).__name__} and {type(completion).__name__}"
         raise DataError(f"prompt and completion: wanted two strings or two lists of messages, found {found}")
     before, after = _messages("prompt", prompt), _messages("completion", completion)
-    return Conversation([*before, *after], _variables(row)), len(before)
+    return Chat(Conversation([*before, *after], _variables(row)), len(before))
 
 
 def _messages(key: str, value: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.errors import DataError
-from jlora.text._lines import prompt_and_completion
+from jlora.text._lines import Plain, parse_example
 from jlora.text._template import ChatTemplate, Conversation, Span
 from jlora.text._tokenizer import Tokenizer
 
@@ -44,23 +44,20 @@ def write(row: Mapping[str, Any], tokenizer: Tokenizer, template: bool) -> Writt
     Raises:
       DataError: what is wrong with it.
     """
-    said = prompt_and_completion(row, template)
-    if isinstance(said, str):
-        return Written(said, [(0, len(said))], True, True)
-    first, second = said
-    if isinstance(first, str):
-        text = f"{first}{second}"
-        return Written(text, [(len(first), len(text))], True, True)
-    assert isinstance(second, int)
-    answers = [i for i, message in enumerate(first.messages) if i >= second and message["role"] == "assistant"]
+    said = parse_example(row, template)
+    if isinstance(said, Plain):
+        return Written(said.text, [(said.begin, len(said.text))], True, True)
+    conversation, begin = said
+    messages = enumerate(conversation.messages)
+    answers = [i for i, message in messages if i >= begin and message["role"] == "assistant"]
     if not answers:
         raise DataError("no message of the assistant, from which to learn")
-    chat = tokenizer.template_for(first)
+    chat = tokenizer.template_for(conversation)
     if chat.marks:
-        text, spans = chat.write_marked(first)
-        _, before = chat.write_marked(first.first(second)) if second else ("", [])
+        text, spans = chat.write_marked(conversation)
+        _, before = chat.write_marked(conversation.first(begin)) if begin else ("", [])
         return Written(text, spans[len(before) :], False, False)
-    return _write_by_difference(chat, first, answers)
+    return _write_by_difference(chat, conversation, answers)
 
 
 def _write_by_difference(chat: ChatTemplate, conversation: Conversation, answers: Sequence[int]) -> Written:
