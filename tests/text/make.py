@@ -58,9 +58,21 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """BPE with a space put before a text, and bytes for what is not known, as Llama 2 and Mistral have it."""
+    """BPE with a space put before a text, and bytes for what is not known, as Llama 2 has it."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _with_bytes(tokenizer)
+
+
+def metaspace() -> Tokenizer:
+    """The same, but that no space is put after a special token, as later ones have it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return _with_bytes(tokenizer)
+
+
+def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """Trained, with a token for each byte, and with BOS before a text."""
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -92,7 +104,7 @@ def wordpiece() -> Tokenizer:
     return tokenizer
 
 
-KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece, "wordpiece": wordpiece}
+KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece, "metaspace": metaspace, "wordpiece": wordpiece}
 
 
 def write_folder(folder: Path, kind: str = "byte_level", template: str | None = CHAT, **config: object) -> Path:
