@@ -96,7 +96,7 @@ def decoder(
         kernel = "xla" if cache is not None else attention
         if kernel is None:
             dtype = params["model"]["embed_tokens"]["weight"].dtype
-            kernel = "cudnn" if cudnn_can(dtype, config.head_dim, length, masked=seen is not None) else "xla"
+            kernel = "cudnn" if cudnn_can(dtype, config.head_dim, length) else "xla"
 
         def layer(carry: Any, scanned: Any) -> Any:
             hidden, cache = carry

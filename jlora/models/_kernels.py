@@ -65,20 +65,16 @@ def within(queries: jax.Array, slots: int, window: int | None) -> jax.Array:
     return seen[:, None]
 
 
-def cudnn_can(dtype: Any, width: int, length: int, *, masked: bool) -> bool:
+def cudnn_can(dtype: Any, width: int, length: int) -> bool:
     """Whether cuDNN's attention takes rows of `length` tokens to themselves, on the devices that JAX uses by default.
 
     Its limits are those that `jax.nn.dot_product_attention` checks in JAX 0.7 to 0.12: an NVIDIA GPU of compute
-    capability 8.0, numbers of 16 bits, heads of a multiple of 8 axes up to 128, and up to 256 on Hopper; rows of an
-    even length where there is a mask.
+    capability 8.0, numbers of 16 bits, heads of a multiple of 8 axes up to 128, and up to 256 on Hopper; and for
+    gradients, rows of an even length.
     """
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 8:  # of AMD it is a name
         return False
     widest = 256 if capability == "9.0" else 128
-    return (
-        jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-        and width % 8 == 0
-        and width <= widest
-        and not (masked and length % 2)
-    )
+    halves = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return halves and width % 8 == 0 and width <= widest and length % 2 == 0
