@@ -8,7 +8,7 @@ from jlora.models._families import FAMILIES
 from jlora.models._rope import Rope
 
 if TYPE_CHECKING:
-    from jlora.models._adapter import read_adapter, write_adapter
+    from jlora.models._adapter import adapter_tensors, read_adapter, write_adapter
     from jlora.models._cache import Cache, init_cache
     from jlora.models._decoder import decoder
     from jlora.models._filters import filtered
@@ -24,6 +24,7 @@ __all__ = [
     "Cache",
     "DecoderConfig",
     "Rope",
+    "adapter_tensors",
     "decoder",
     "factorizations",
     "filtered",
@@ -44,7 +45,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
-        "jlora.models._adapter": ("read_adapter", "write_adapter"),
+        "jlora.models._adapter": ("adapter_tensors", "read_adapter", "write_adapter"),
         "jlora.models._cache": ("Cache", "init_cache"),
         "jlora.models._decoder": ("decoder",),
         "jlora.models._filters": ("filtered",),

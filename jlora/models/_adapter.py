@@ -9,7 +9,7 @@ import numpy as np
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.errors import DataError, listed
-from jlora.interop.peft import Row, of_model, read_peft, write_peft
+from jlora.interop.peft import Row, kept_of, of_model, read_peft, to_tensors, write_peft
 from jlora.models._config import DecoderConfig
 from jlora.models._names import EMBEDDING_PATH, HEAD, HEAD_PATH, factorizations, mapping
 from jlora.models._shapes import param_shapes
@@ -24,20 +24,47 @@ def write_adapter(
 ) -> None:
     """Writes the adapters of a decoder as PEFT has them, for PEFT, vLLM and all else that reads its files.
 
-    Each layer becomes a module with tensors of its own. An adapter of the embedding that is the head too is written for
-    both: PEFT adapts every module on its own.
+    Each layer becomes a module with tensors of its own; the experts of a layer stay one, which PEFT calls a parameter.
+    An adapter of the embedding that is the head too is written for both: PEFT adapts every module on its own.
 
     Args:
       folder: as for `jlora.interop.peft.write_peft`.
       adapters: entries at the paths of the params, None or nothing elsewhere.
       config: the configuration that they were made with; how axes split need not be in it.
       model: the configuration of the model.
-      base: the name or the folder of the base model, which PEFT's file names.
+      base: the name or the folder of the base model, which PEFT's file names; None for what the file said that the
+        configuration was read from.
 
     Raises:
       TargetError: adapters that do not fit the model.
       DataError: as of `write_peft`; a magnitude (DoRA) of an embedding that is the head too.
     """
+    write_peft(folder, *_as_peft(adapters, config, model, base))
+
+
+def adapter_tensors(
+    adapters: Any, config: LoraConfig, model: DecoderConfig, *, base: str | None = None
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """What `write_adapter` writes, in memory: PEFT's name -> array, and PEFT's configuration.
+
+    Arguments and errors are those of `write_adapter`.
+
+    >>> from jlora.models import parse_config
+    >>> sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> model = parse_config({"model_type": "llama", **sizes})
+    >>> q_proj = {"weight": {"A": np.ones((2, 8, 3), np.float32), "B": np.ones((2, 3, 8), np.float32)}}
+    >>> adapters = {"model": {"layers": {"self_attn": {"q_proj": q_proj}}}}
+    >>> tensors, data = adapter_tensors(adapters, LoraConfig(rank=3), model)
+    >>> min(tensors), tensors[min(tensors)].shape
+    ('base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight', (3, 8))
+    """
+    return to_tensors(*_as_peft(adapters, config, model, base))
+
+
+def _as_peft(
+    adapters: Any, config: LoraConfig, model: DecoderConfig, base: str | None
+) -> tuple[Any, LoraConfig, tuple[Row, ...]]:
+    """What `write_peft` takes: the adapters, a configuration that tells of the model, and the mapping."""
     entries = leaves_by_path(adapters, is_leaf=is_entry)
     settled = _first(config, "factorizations", {p: roles for p, roles in factorizations(model).items() if p in entries})
     bind(param_shapes(model), adapters, settled)
@@ -46,9 +73,12 @@ def write_adapter(
         entries[HEAD_PATH] = _of_head(entries[EMBEDDING_PATH])
         settled = _with_head(settled)
         rows = (*rows, _HEAD_ROW)
-    targets = [name for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") if model.experts]
-    told = of_model(settled, base_model_name_or_path=base, task_type="CAUSAL_LM", kinds={}, target_parameters=targets)
-    write_peft(folder, nest(entries), told, rows)
+    if base is not None or kept_of(settled).config is None:
+        targets = [name for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") if model.experts]
+        settled = of_model(
+            settled, base_model_name_or_path=base, task_type="CAUSAL_LM", kinds={}, target_parameters=targets
+        )
+    return nest(entries), settled, rows
 
 
 def read_adapter(folder: str | Path, model: DecoderConfig) -> tuple[Any, LoraConfig]:

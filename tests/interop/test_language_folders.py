@@ -12,7 +12,16 @@ import pytest
 import jlora
 from jlora.adapter import is_adapter
 from jlora.errors import DataError, TargetError
-from jlora.models import DecoderConfig, decoder, read_adapter, read_config, read_params, write_adapter, write_model
+from jlora.models import (
+    DecoderConfig,
+    adapter_tensors,
+    decoder,
+    read_adapter,
+    read_config,
+    read_params,
+    write_adapter,
+    write_model,
+)
 from jlora.paths import leaves_by_path
 from tests.interop.decoders import random_tokens, torch_logits, torch_model
 from tests.interop.models import load_file, peft, quiet, torch, transformers
@@ -106,6 +115,11 @@ def test_peft_reads_what_jlora_writes(tmp_path: Path, case: str) -> None:
     for path, part in leaves_by_path(adapters).items():
         np.testing.assert_array_equal(leaves_by_path(back)[path], part, err_msg=path)
     np.testing.assert_array_equal(jax.jit(jlora.lora(fn, back_config))(params, back, TOKENS), wanted)
+    tensors, data = adapter_tensors(adapters, lora_config, config, base=str(tmp_path / "base"))
+    assert data == told
+    in_file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors.keys() == in_file.keys()
+    assert all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in in_file.items())
     # The letters may be left out: the model says them.
     write_adapter(tmp_path / "again", adapters, lora_config.replace(factorizations={}), config)
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again")]
@@ -170,6 +184,10 @@ def test_jlora_reads_what_peft_writes(tmp_path: Path, case: str) -> None:
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    told, again = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("adapter", "back"))
+    assert again["base_model_name_or_path"] == told["base_model_name_or_path"]
+    if case != "tied":  # where PEFT's file does not name the head
+        assert again == told
 
 
 def test_an_embedding_that_is_the_head_changes_as_one(tmp_path: Path) -> None:
