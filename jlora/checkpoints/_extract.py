@@ -12,7 +12,7 @@ from jlora.checkpoints._lazy import lazy_tree
 from jlora.checkpoints._memory import in_memory, is_converted, kind_in_memory, roles_of, settings_of
 from jlora.checkpoints._quantized import problems_of
 from jlora.checkpoints._rewrite import Progress
-from jlora.checkpoints._wholes import for_peft
+from jlora.checkpoints._wholes import for_peft, tied_in
 from jlora.config import LoraConfig
 from jlora.disk import NOT_GATHERED, Checkpoint
 from jlora.errors import DataError, raise_all
@@ -94,7 +94,9 @@ def extract(
     carried = [path for path in before if path in after and is_targeted(named, path) and path not in converted]
     unfit = _not_for_peft(before, facts, PatternIndex(given.items())) if form == "peft" else ()
     reasons = {**dict.fromkeys(unfit, _UNFIT), **dict.fromkeys(converted, _CONVERTED)}
-    excluded = (*named.exclude_modules, *map(literal_pattern, reasons))
+    tied = dict(tied_in(before, after, facts, named)) if form == "peft" else {}
+    carried = [path for path in carried if path not in tied]
+    excluded = (*named.exclude_modules, *map(literal_pattern, (*reasons, *tied)))
     config = named.replace(rank=rank, alpha=rank, exclude_modules=excluded)
     config = _with_factorizations(config, before, given, facts)
     wholes = tuple(map(literal_pattern, carried)) if whole and form != "mlx" else ()
@@ -102,13 +104,54 @@ def extract(
     entries = {path: entry for path, entry in adapters.items() if entry is not None}
     raise_all(_quantized(checkpoints, entries, facts), DataError, "no adapter can be extracted")
     if form == "peft":
-        entries, of_base = for_peft(entries, before, after, facts)
+        entries, of_base = for_peft(entries, after, set(tied.values()))
+        entries, config = _with_tied(entries, config, tied, before, facts)
         config = _for_peft(config, entries, of_base, checkpoints[0], settings[0], facts)
     write_adapters(out, nest(entries), config, form, force=force)
+    return _told(report, before, tied, reasons, named)
+
+
+def _told(
+    report: compose.Extraction,
+    tree: Mapping[str, Any],
+    tied: Mapping[str, str],
+    reasons: Mapping[str, str],
+    named: LoraConfig,
+) -> compose.Extraction:
+    """The report, with the reasons that are known here, and each weight that is another beside this."""
+    weights = []
+    for weight in report.weights:
+        weights += [weight, *(dataclasses.replace(weight, path=path) for path, of in tied.items() if of == weight.path)]
     why = {
-        path: reasons.get(path, reason) if is_targeted(named, path) else reason for path, reason in report.why.items()
+        path: reasons.get(path, reason) if is_targeted(named, path) else reason
+        for path, reason in report.why.items()
+        if path not in tied
     }
-    return dataclasses.replace(report, why=why)
+    whole = tuple(path for path in tree if tied.get(path, path) in report.whole)
+    left_out = tuple(path for path in report.left_out if path in why)
+    return dataclasses.replace(report, weights=tuple(weights), whole=whole, left_out=left_out, why=why)
+
+
+def _with_tied(
+    entries: Mapping[str, Any], config: LoraConfig, tied: Mapping[str, str], tree: Mapping[str, Any], facts: Facts
+) -> tuple[dict[str, Any], LoraConfig]:
+    """Also the adapter of each weight that is another one, which is that other's, and the configuration for all."""
+    found, targets = dict(entries), list(config.target_modules)
+    ranks: dict[str, Any] = {}
+    roles: dict[str, Any] = {}
+    for path, source in tied.items():
+        entry = entries.get(source, {})
+        if "A" not in entry:
+            continue
+        own, of = (roles_of(each, tree[source].ndim, facts) or "" for each in (path, source))
+        found[path] = entry if own == of else {"A": entry["B"].T, "B": entry["A"].T}
+        targets.append(literal_pattern(path))
+        roles[literal_pattern(path)] = own
+        if config.rank_of(source) != config.rank:
+            ranks[literal_pattern(path)] = config.rank_of(source)
+    more = {"rank_pattern": ranks, "alpha_pattern": ranks, "factorizations": roles}
+    fields: dict[str, Any] = {name: {**dict(getattr(config, name)), **own} for name, own in more.items()}
+    return found, config.replace(target_modules=targets, **fields)
 
 
 def _quantized(checkpoints: Sequence[Checkpoint], entries: Mapping[str, Any], facts: Facts) -> Iterator[str]:

@@ -19,7 +19,7 @@ from jlora.checkpoints._memory import settings_of, stack_of
 from jlora.checkpoints._params import read_params
 from jlora.checkpoints._rewrite import Progress
 from jlora.checkpoints._single_experts import Entries, one_by_one
-from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
+from jlora.checkpoints._tied import stored_as, ties_of, weight_shapes
 from jlora.config import LoraConfig
 from jlora.disk import Checkpoint, LazyArray
 from jlora.errors import DataError, listed, raise_all
@@ -67,7 +67,7 @@ def inspect(
     entries = leaves_by_path(tree, is_leaf=is_entry)
     located = locate(entries, checkpoint, mapping, transposed_experts)
     raise_all(located.problems, DataError, f"{adapters}: the adapters do not fit the checkpoint")
-    shapes = located.shapes(weight_shapes(checkpoint, tie_of(checkpoint)))
+    shapes = located.shapes(weight_shapes(checkpoint, ties_of(checkpoint)))
     config = with_layouts(config, entries, shapes, settings_of(checkpoint), transposed_experts)
     weights = _weights(checkpoint, located, entries, config)
     return _beside(diagnostics.inspect(tree, config, params=weights), checkpoint, located)
@@ -152,13 +152,13 @@ def _places(path: str | Path, entries: Entries, checkpoint: Checkpoint, mapping:
 
 def _weights(checkpoint: Checkpoint, located: Located, entries: Entries, config: LoraConfig) -> dict[str, Any]:
     """The weights of all entries by path, read when they are asked for; of quantized ones the shape alone."""
-    tensors, tie = lazy_tree(checkpoint, lambda _: None), tie_of(checkpoint)
+    tensors, ties = lazy_tree(checkpoint, lambda _: None), ties_of(checkpoint)
     weights: dict[str, Any] = {}
     for path, found in located.pieces.items():
         if path in located.quantized:
             weights[path] = ShapeDtype(_shape_of(path, entries[path], config), np.dtype(np.float32))
             continue
-        own, slot = [tensors[stored_as(tie, piece.tensor).replace(".", "/")] for piece in found], found[0].slot
+        own, slot = [tensors[stored_as(ties, piece.tensor).replace(".", "/")] for piece in found], found[0].slot
         if slot is None:
             weights[path] = own[0]
         elif found[0].inside:

@@ -10,7 +10,7 @@ from jlora.checkpoints._layouts import open_experts
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._quantized import Quantized
 from jlora.checkpoints._single_experts import Entries, Slot, is_stack, names_of, slot_of
-from jlora.checkpoints._tied import stored_as, tie_of, weight_shapes
+from jlora.checkpoints._tied import stored_as, ties_of, weight_shapes
 from jlora.disk import NOT_GATHERED, Checkpoint
 from jlora.errors import DataError, listed
 from jlora.interop.peft import Mapping as Rows
@@ -77,8 +77,8 @@ def locate(
     Raises:
       DataError: entries that fit several parts of the checkpoint.
     """
-    settings, tie, quantized = settings_of(checkpoint), tie_of(checkpoint), Quantized(checkpoint)
-    shapes = weight_shapes(checkpoint, tie)
+    settings, ties, quantized = settings_of(checkpoint), ties_of(checkpoint), Quantized(checkpoint)
+    shapes = weight_shapes(checkpoint, ties)
     names = quantized.weights | {name.replace("/", "."): name for name in shapes}
     rows = (*mapping, *facts_of(settings).renamed, *RENAMED)
     sizes = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
@@ -86,7 +86,7 @@ def locate(
     reasons: dict[str, str] = {}
     for piece in _each(pieces):
         value = entries[piece.path].get("value") if set(entries[piece.path]) == {"value"} else None
-        reason = quantized.problem(stored_as(tie, piece.tensor), None if value is None else value.dtype)
+        reason = quantized.problem(stored_as(ties, piece.tensor), None if value is None else value.dtype)
         if reason:
             reasons.setdefault(piece.path, reason)
     problems = [

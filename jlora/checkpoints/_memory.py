@@ -52,7 +52,7 @@ def roles_of(path: str, ndim: int, facts: Facts) -> str | None:
     module, _, name = path.rpartition("/")
     last = module.rpartition("/")[2]
     if name == "weight" and ndim >= 2:
-        if path.replace("/", ".").endswith(facts.parameters):
+        if f"/{path}".endswith(tuple(f"/{end.replace('.', '/')}" for end in facts.parameters)):
             return "oi" if ndim == 2 else None
         is_turned = last in facts.conv1d or last in facts.embedding or names_embedding(last)
         return "io" if ndim == 2 and is_turned else "o" + "i" * (ndim - 1)

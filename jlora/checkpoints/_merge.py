@@ -14,7 +14,7 @@ from jlora.checkpoints._residuals import ResidualReader, check_names, residual_f
 from jlora.checkpoints._rewrite import Progress, rewrite_checkpoint
 from jlora.checkpoints._shards import ShardWriter
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
-from jlora.checkpoints._tied import check_apart, parted, tie_of, write_apart
+from jlora.checkpoints._tied import bytes_apart, check_apart, parted, ties_of, write_apart
 from jlora.checkpoints._updates import changes_of, read_adapter
 from jlora.checkpoints._vocabulary import bytes_more, resized_by, write_vocabulary
 from jlora.checkpoints._warnings import warnings_of, warnings_of_the_same
@@ -130,8 +130,9 @@ def merge(
         what transformers 5 renames is known.
       transposed_experts: whether the model keeps stacked experts as (experts, in, out), as GPT-OSS does, and not as
         (experts, out, in); by default config.json's model type says it, or the shapes.
-      tied: whether an output head that is the embedding too stays that, so that an adapter of one of them acts on
-        both; by default the head gets a tensor of its own where the adapters change one, and config.json says so.
+      tied: whether weights that are one tensor, such as the embedding and the output head, stay that, so that an
+        adapter of one of them acts on all; by default each gets a tensor of its own where the adapters change one, and
+        config.json says so, or where it cannot the report does.
       resize_vocabulary: whether an embedding and a head that the adapters hold as a whole may have other rows than the
         checkpoint's; config.json's vocab_size becomes theirs, and the tokenizer and the chat template are those that
         lie in the adapters' folders.
@@ -161,7 +162,7 @@ def merge(
     """
     source = Checkpoint(checkpoint)
     found = _changes(source, adapters, weights, mapping, transposed_experts, resize_vocabulary)
-    changes, apart = parted(tie_of(source), found, tied)
+    changes, apart = parted(ties_of(source), found, tied)
     resized = resized_by(source, changes)
     if resized and keep_residual:
         raise DataError(f"{next(iter(resized))}: no residual brings other rows back; keep the base")
@@ -183,16 +184,15 @@ def merge(
         merge_tensor(name, file.entries[name], changes[name], file, writer, tally, keep_residual, resized.get(name))
 
     def finish(new: Path) -> None:
-        if apart is not None:
-            write_apart(source, apart, changes.get(apart.head, []), new, tally, keep_residual)
+        if apart:
+            write_apart(source, apart, changes, new, tally, keep_residual)
         if resized:
             write_vocabulary(source, resized, _listed(adapters), new)
 
-    if apart is not None:
-        check_apart(source, apart)
+    check_apart(source, apart)
     sizes = {name: entry.stop - entry.start for name, entry in source.entries.items()}
     size_of_changes = sum(sizes[name] for name in changes if name in sizes)
-    size_of_head = 0 if apart is None else sizes[apart.embedding]
+    size_of_new = bytes_apart(source, apart)
     written = rewrite_checkpoint(
         source,
         out,
@@ -200,7 +200,7 @@ def merge(
         rewrite,
         record,
         inputs=_listed(adapters),
-        extra_bytes=size_of_head + max(0, bytes_more(source, resized)) + (size_of_changes if keep_residual else 0),
+        extra_bytes=size_of_new + max(0, bytes_more(source, resized)) + (size_of_changes if keep_residual else 0),
         force=force,
         on_progress=on_progress,
         note=tally.take,
@@ -258,11 +258,11 @@ def unmerge(
         cannot be taken out without a residual, a residual that does not lead back to the base.
     """
     source = Checkpoint(merged)
-    changes, apart = parted(tie_of(source), _changes(source, adapters, weights, mapping, transposed_experts), tied)
-    if apart is not None:
+    changes, apart = parted(ties_of(source), _changes(source, adapters, weights, mapping, transposed_experts), tied)
+    if one := next((tie for tie in apart if tie.others), None):
         raise DataError(
-            f"{source.folder}: {apart.head} is {apart.embedding} here, so that the adapters were merged into both: "
-            "give tied (--tied)"
+            f"{source.folder}: {listed(one.others)} is {one.embedding} here, so that the adapters were merged into "
+            "all: give tied (--tied)"
         )
     merges = merges_in(source)
     rows = [dataclasses.astuple(row) for row in mapping]

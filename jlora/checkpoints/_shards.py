@@ -40,10 +40,11 @@ class ShardWriter:
         finally:
             os.close(self._handle)
 
-    def moved(self, shift: int) -> "ShardWriter":
-        """The same writer with another shift."""
+    def moved(self, shift: int, source: TensorFile | None = None) -> "ShardWriter":
+        """The same writer with another shift, and another source where it is given."""
         other = copy.copy(self)
         other._shift = shift
+        other.source = self.source if source is None else source
         return other
 
     def run(self, task: Callable[..., None], *args: Any) -> None:

@@ -12,7 +12,7 @@ from jlora.checkpoints._layouts import with_layouts
 from jlora.checkpoints._locate import locate
 from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._single_experts import Entries, Slot, joined, part_of
-from jlora.checkpoints._tied import tie_of, weight_shapes
+from jlora.checkpoints._tied import ties_of, weight_shapes
 from jlora.checkpoints._vocabulary import other_rows
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
@@ -49,7 +49,7 @@ def changes_of(
     for path in located.pieces:
         if weight != 1 and {"value", "magnitude"} & set(entries[path]):
             problems.append(f"{path}: a whole value or a magnitude has no weight {weight:g}")
-    shapes, settings = weight_shapes(checkpoint, tie_of(checkpoint)), settings_of(checkpoint)
+    shapes, settings = weight_shapes(checkpoint, ties_of(checkpoint)), settings_of(checkpoint)
     weights = located.shapes(shapes)
     for path, shape in weights.items():
         other = other_rows(entries[path], shape, settings)

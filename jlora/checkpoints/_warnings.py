@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jlora.checkpoints._forms import files_of
 from jlora.checkpoints._memory import settings_of
-from jlora.checkpoints._tied import EMBEDDINGS, Tie, tie_of
+from jlora.checkpoints._tied import EMBEDDINGS, Tie, ties_of
 from jlora.disk import CONFIG, WEIGHTS, Checkpoint, parse_json, read_bytes
 from jlora.errors import DataError, listed, printable
 
@@ -15,7 +15,7 @@ _MOST = 3
 
 
 def warnings_of(
-    source: Checkpoint, adapters: Sequence[Path], changed: Collection[str], apart: Tie | None
+    source: Checkpoint, adapters: Sequence[Path], changed: Collection[str], apart: Sequence[Tie]
 ) -> tuple[str, ...]:
     """What a merge of adapters from these folders into these tensors leaves out, or does beside."""
     found = [*_apart(apart), *_tied(source, changed, apart)]
@@ -58,19 +58,26 @@ def _biases(folder: Path, source: Checkpoint, changed: Collection[str]) -> Itera
         yield f"{folder}: the configuration says bias={bias}, but the file does not hold {listed(missing, _MOST)}"
 
 
-def _apart(tie: Tie | None) -> Iterator[str]:
-    if tie is not None:
+def _apart(apart: Sequence[Tie]) -> Iterator[str]:
+    for tie in apart:
+        names, embedding = printable(listed((*tie.others, *tie.copies))), printable(tie.embedding)
+        how = "config.json says tie_word_embeddings false"
+        if tie.keeps_key:
+            how = "config.json stays as it is, and transformers before 5 makes them one again"
         yield (
-            f"{printable(tie.head)} was {printable(tie.embedding)} and has a tensor of its own now, as an adapter "
-            "changes one of them; config.json says tie_word_embeddings false. --tied keeps them one"
+            f"{names} was {embedding} and has a tensor of its own now, as an adapter changes one of them; {how}. "
+            "--tied keeps them one"
         )
 
 
-def _tied(source: Checkpoint, changed: Collection[str], apart: Tie | None) -> Iterator[str]:
+def _tied(source: Checkpoint, changed: Collection[str], apart: Sequence[Tie]) -> Iterator[str]:
     """A tensor that is several weights of the model."""
-    if apart is None and (tie := tie_of(source)) is not None and tie.embedding in changed:
-        yield f"{printable(tie.embedding)} is {printable(tie.head)} too: the adapter acts on both"
-    elif apart is None and settings_of(source).get("tie_word_embeddings"):
+    if apart:
+        return
+    ties = [tie for tie in ties_of(source) if tie.others and tie.embedding in changed]
+    for tie in ties:
+        yield f"{printable(tie.embedding)} is {printable(listed(tie.others))} too: the adapter acts on all"
+    if not ties and settings_of(source).get("tie_word_embeddings"):
         names = [name for name in changed if name.endswith(EMBEDDINGS)]
         if names and not any("lm_head" in name for name in source.entries):
             yield f"{printable(names[0])} is several weights (tie_word_embeddings): the adapter acts on all of them"

@@ -1,28 +1,25 @@
 """What of a fine-tuned checkpoint is carried whole, and where PEFT has a place for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jlora.checkpoints._memory import Tree
+from jlora.config import LoraConfig
 from jlora.interop.transformers import Facts
+from jlora.tree import is_targeted
 
 Entries = Mapping[str, Mapping[str, Any]]
 
 
-def for_peft(entries: Entries, before: Tree, after: Tree, facts: Facts) -> tuple[dict[str, Any], list[str]]:
+def for_peft(entries: Entries, after: Tree, sources: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     """The entries as PEFT can have them, and the names of those that its file has as tensors of the base.
 
     PEFT saves a module as a whole, in `modules_to_save`, with all of its tensors, those too that did not change. It
     finds it by the end of its name, and there may be no adapter in it or around it. A bias has a place of its own.
     Everything else is a tensor of the base, as PEFT has embeddings that were resized: it is loaded into the model in
-    place of its own.
+    place of its own, and in that of weights that are it too, as they are of the `sources`.
     """
     found = {path: dict(entry) for path, entry in entries.items()}
-    sources = set()
-    for tied, source in _tied(before, after, facts):
-        if all("value" in found.get(path, ()) for path in (tied, source)):
-            del found[tied]
-            sources.add(source)
     of_base, modules = [], _Modules(after, found)
     for path in [path for path, entry in found.items() if "value" in entry]:
         module, _, name = path.rpartition("/")
@@ -35,11 +32,12 @@ def for_peft(entries: Entries, before: Tree, after: Tree, facts: Facts) -> tuple
     return found, of_base
 
 
-def _tied(before: Tree, after: Tree, facts: Facts) -> Iterator[tuple[str, str]]:
-    """Each weight that is another in both checkpoints, and this other."""
+def tied_in(before: Tree, after: Tree, facts: Facts, config: LoraConfig) -> Iterator[tuple[str, str]]:
+    """Each weight that is another in both checkpoints, and this other, where both are targeted."""
     for tied, source in facts.tied:
         memory, other = tied.replace(".", "/"), source.replace(".", "/")
-        if all(memory in tree and tree[memory] is tree.get(other) for tree in (before, after)):
+        is_one = all(memory in tree and tree[memory] is tree.get(other) for tree in (before, after))
+        if is_one and is_targeted(config, memory) and is_targeted(config, other):
             yield memory, other
 
 

@@ -15,7 +15,7 @@ from jlora.compose._report import Extracted, Extraction
 from jlora.compose._svd import stacked_triples
 from jlora.config import LoraConfig
 from jlora.contraction import Factorization
-from jlora.errors import AdapterError, ConfigError, TargetError, raise_all
+from jlora.errors import AdapterError, ConfigError, TargetError, listed, raise_all
 from jlora.fields import integer, number, refusal
 from jlora.paths import PatternIndex, format_nearest, leaves_by_path, path_number
 from jlora.tree import find_targets, in_structure, is_targeted
@@ -98,7 +98,7 @@ def extract(
 
     Raises:
       TargetError: the trees differ in paths or shapes, or the configuration does not fit; every problem is named.
-      AdapterError: a weight cannot be extracted, with its path; or none of them changed.
+      AdapterError: a weight cannot be extracted, with its path; or none of them changed and nothing is carried.
 
     >>> base = {'up': {'kernel': np.zeros((3, 2), 'float32'), 'bias': np.zeros(2, 'float32')}}
     >>> tuned = {'up': {'kernel': np.ones((3, 2), 'float32'), 'bias': np.ones(2, 'float32')}}
@@ -128,18 +128,18 @@ def extract(
             raise AdapterError(f"{path}: {error}") from None
         adapters[path] = adapter
         found.append(dataclasses.replace(one, path=path))
-    if not found:
-        raise AdapterError("none of the targeted weights changed: base and tuned are the same there")
+    rest = [path for path, differs in changed.items() if differs and path not in adapters]
+    carried = [path for path in rest if path in wholes]
+    if not found and not carried:
+        raise AdapterError(_why_none(rest))
     ranks = {one.path: one.rank for one in found}
     roles = {path: targets[path].factorization.roles for path in ranks}
     roles = {path: own for path, own in roles.items() if own != "io" or any(config.matches("factorizations", path))}
     unchanged = tuple(path for path in targets if path not in adapters)
-    rest = [path for path, differs in changed.items() if differs and path not in adapters]
-    carried = [path for path in rest if path in wholes]
     adapters |= {path: {"value": copied(others[path])} for path in carried}
     why = {path: _why(path, config, other) for path in rest if path not in wholes}
     report = Extraction(tuple(found), unchanged, tuple(why), tuple(carried), why)
-    own = unit_config(config, ranks, roles)
+    own = unit_config(config, ranks, roles, carried)
     return in_structure(base, adapters, own), own, report
 
 
@@ -175,6 +175,16 @@ def _of_base(config: LoraConfig, base: Mapping[str, Any], tuned: Mapping[str, An
     for path in {**base, **tuned}:
         (used if path in base else alone).update(config.matches("exclude_modules", path))
     return config.replace(exclude_modules=tuple(p for p in config.exclude_modules if p in used or p not in alone))
+
+
+def _why_none(rest: Sequence[str]) -> str:
+    """What to say where there is nothing to extract; `rest` is what changed all the same."""
+    if not rest:
+        return "none of the targeted weights changed: base and tuned are the same there"
+    return (
+        f"none of the targeted weights changed; what did has no adapter: {listed(rest)}; whole= carries such as it is "
+        "(the command extract does, but for --adapters-only and the format mlx)"
+    )
 
 
 def _why(path: str, config: LoraConfig, other: Mapping[str, tuple[str, str]]) -> str:

@@ -86,10 +86,12 @@ class Extraction:
 
     def __str__(self) -> str:
         *rows, total = self.rows()
-        return "\n".join([text_table(_COLUMNS, rows, total, left=2), *self.notes])
+        table = [text_table(_COLUMNS, rows, total, left=2)] if rows else []
+        return "\n".join([*table, *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         *rows, total = self.rows()
-        return html_table(_COLUMNS, rows, total) + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        table = html_table(_COLUMNS, rows, total) if rows else ""
+        return table + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)

@@ -70,6 +70,8 @@ class Facts:
         the rows of several names follow one another.
       converted: names on the disk whose tensors are others in memory.
       tied: a weight in memory, and the embedding that it is where the checkpoint has none of its own.
+      tied_beside: pairs of other weights that are tied where the embeddings are.
+      keeps_tie: whether `tie_word_embeddings` says something else of the model than that they are, or nothing.
       conv1d, embedding: the last part of the names of such modules.
       transposed: the ends of the names of parameters (experts, in, out).
       parameters: the ends of the names of weights that PEFT adapts as parameters alone, not with their modules.
@@ -79,6 +81,8 @@ class Facts:
     stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     converted: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    tied_beside: tuple[tuple[str, str], ...] = ()
+    keeps_tie: bool = False
     conv1d: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
@@ -163,12 +167,13 @@ def _table() -> Mapping[str, Any]:
 @functools.cache
 def _facts(number: int) -> Facts:
     own = _table()["facts"][number]
-    given = {key: tuple(value) for key, value in own.items()}
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
     return Facts(
         **given
         | {
             "renamed": tuple(Row(memory, disk) for memory, disk in own.get("renamed", ())),
             "stacked": tuple((memory, tuple(disk)) for memory, disk in own.get("stacked", ())),
             "tied": tuple((tied, source) for tied, source in own.get("tied", ())),
+            "tied_beside": tuple((tied, source) for tied, source in own.get("tied_beside", ())),
         }
     )

@@ -82,6 +82,9 @@ def facts_of(model: Any) -> dict[str, Any]:
       several follow one another.
     converted: names on the disk whose tensors are others in memory.
     tied: [memory, memory]: a weight that is that of an embedding where the configuration ties them.
+    tied_beside: [memory, memory]: what else is tied then.
+    keeps_tie: whether tie_word_embeddings says more, or nothing: the configuration ties them whatever a file says, or
+      the model computes something else.
     parameters: the ends of the names of weights whose modules PEFT does not adapt.
     conv1d, embedding: the last part of the names of modules; transposed: of parameters (experts, in, out).
     """
@@ -109,15 +112,16 @@ def facts_of(model: Any) -> dict[str, Any]:
         if type(module).__name__ == "Conv1D":
             facts["conv1d"].append(last)
         elif name and not _is_adapted_by_peft(module):
-            around = [segment for segment in name.split(".")[-2:] if not segment.isdecimal()]
-            facts["parameters"].append(".".join([*around, "weight"]))
+            facts["parameters"].append(_end_of(model, name))
         elif isinstance(module, torch.nn.Embedding) and not names_embedding(last):
             facts["embedding"].append(last)
         elif getattr(module, "is_transposed", False):
             own = module.named_parameters(recurse=False)
             facts["transposed"] += [f"{last}.{part}" for part, value in own if value.ndim == 3]
-    facts["tied"] = _tied(model)
-    return {key: _unique(value) for key, value in sorted(facts.items()) if value}
+    facts["tied"] = _tied(model, embeddings=True)
+    facts["tied_beside"] = _tied(model, embeddings=False) if facts["tied"] else []
+    found: dict[str, Any] = {key: _unique(value) for key, value in sorted(facts.items()) if value}
+    return found | ({"keeps_tie": True} if facts["tied"] and _keeps_tie(model) else {})
 
 
 _ADAPTED = [getattr(torch.nn, name).forward for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")]
@@ -129,17 +133,39 @@ def _is_adapted_by_peft(module: Any) -> bool:
     if weight is None or weight.ndim < 2 or type(module).__name__ == "Conv1D":
         return True
     is_scaled = isinstance(module, torch.nn.Embedding) and hasattr(module, "embed_scale")
-    return is_scaled or type(module).forward in _ADAPTED
+    is_plain = type(module).forward in _ADAPTED
+    if is_plain and weight.ndim > 2:  # of another convolution PEFT's A has another shape, or other steps
+        is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+    return is_scaled or is_plain
 
 
-def _tied(model: Any) -> list[list[str]]:
-    """The weights that are those of embeddings, were they tied."""
+def _end_of(model: Any, name: str) -> str:
+    """The end of the name of a module's weight: two segments without a layer's number, but that of a Sequential."""
+    segments = name.split(".")
+    if segments[-1].isdecimal():
+        named = max((place for place, segment in enumerate(segments) if not segment.isdecimal()), default=0)
+        return ".".join([*segments[named:], "weight"])
+    if len(segments) > 2 and segments[-2].isdecimal():
+        holder = model.get_submodule(".".join(segments[:-2]))
+        kept = segments[-3:] if isinstance(holder, torch.nn.Sequential) else segments[-1:]
+        return ".".join([*kept, "weight"])
+    return ".".join([*segments[-2:], "weight"])
+
+
+def _keeps_tie(model: Any) -> bool:
+    """Whether a file cannot say tie_word_embeddings false without another effect."""
+    untied = type(model.config)(tie_word_embeddings=False)
+    return bool(untied.tie_word_embeddings) or "tie_word_embeddings" in inspect.getsource(type(model).forward)
+
+
+def _tied(model: Any, *, embeddings: bool) -> list[list[str]]:
+    """The weights that are those of embeddings, or of others, were they tied."""
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel):
             module.config.tie_word_embeddings = True
-    embeddings = {f"{name}.weight" for name, found in model.named_modules() if isinstance(found, torch.nn.Embedding)}
+    named = {f"{name}.weight" for name, found in model.named_modules() if isinstance(found, torch.nn.Embedding)}
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return [[tied, source] for tied, source in pairs.items() if source in embeddings]
+    return [[tied, source] for tied, source in pairs.items() if (source in named) == embeddings]
 
 
 def _unique(rows: list[Any]) -> list[Any]:

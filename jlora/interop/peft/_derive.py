@@ -26,6 +26,9 @@ OLDEST = "0.3.0"
 LAYOUT = "0.20.0"
 """A PEFT that has the layout in which experts are written, as all have since 0.19.1."""
 
+NO_TARGETS = "dummy-target-modules"
+"""What PEFT takes for the targets of an adapter that has none, since 0.12; names that match nothing are an error."""
+
 _SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -152,7 +155,8 @@ def _selection(contents: Contents, data: Mapping[str, Any]) -> dict[str, Any]:
         "fan_in_fan_out": contents.conv1d,
         "lora_bias": contents.lora_bias,
         "modules_to_save": saved or None,
-        "target_modules": sorted(module for module in contents.adapted if module not in named),
+        "target_modules": sorted(module for module in contents.adapted if module not in named)
+        or ([] if named else NO_TARGETS),
         "target_parameters": sorted(named) or None,
         "use_dora": contents.dora,
     }
