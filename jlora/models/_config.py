@@ -22,6 +22,7 @@ _ACTIVATIONS = {  # of transformers -> of `jax.nn`, as _decoder has them
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
+_MOST_LAYERS = 10_000  # a window and a rope are noted for each
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -114,11 +115,14 @@ def parse_config(data: Mapping[str, Any], where: str = "config.json") -> Decoder
     """The same, of what config.json says; `where` begins the errors."""
     family = _family(data, where)
     row = FAMILIES[family]
-    data = {row.other_names.get(key, key): value for key, value in data.items()}
+    data = _renamed(data, row, where)
     raise_all(_refused_keys(data, row), ConfigError, where)
-    said = {key: value for key, value in data.items() if value is not None or key in _NULL_SAYS}
+    said = dict(row.defaults)
+    for key in row.defaults:
+        if key in data and (data[key] is not None or key in _NULL_SAYS):
+            said[key] = data[key]
     try:
-        return _parse(family, row, {**row.defaults, **said})
+        return _parse(family, row, said)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -143,6 +147,17 @@ def _family(data: Mapping[str, Any], where: str) -> str:
         found = listed(classes)
         raise ConfigError(f"{where}: architectures = {found} of model_type {name!r} is not known: wanted {wanted}")
     return name
+
+
+def _renamed(data: Mapping[str, Any], row: Family, where: str) -> dict[str, Any]:
+    """With each key under the one name that it has here."""
+    renamed = dict(data)
+    for other, name in row.other_names.items():
+        value = renamed.pop(other, None)
+        if value is not None and renamed.setdefault(name, value) != value:
+            found = f"{name} = {shortened(renamed[name])} and {other} = {shortened(value)}"
+            raise ConfigError(f"{where}: {found}, which are two names of one number: wanted one of them")
+    return renamed
 
 
 def _refused_keys(data: Mapping[str, Any], row: Family) -> list[str]:
@@ -172,7 +187,8 @@ def _parse(family: str, row: Family, said: Mapping[str, Any]) -> DecoderConfig:
     def whole(key: str, least: int = 1) -> int:
         return integer(key, said[key], least)
 
-    layers, heads, hidden = whole("num_hidden_layers"), whole("num_attention_heads"), whole("hidden_size")
+    layers = integer("num_hidden_layers", said["num_hidden_layers"], 1, _MOST_LAYERS)
+    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
     kv_heads = heads if said["num_key_value_heads"] is None else whole("num_key_value_heads")
     if heads % kv_heads:
         raise ConfigError(f"num_key_value_heads = {kv_heads}: wanted a divisor of num_attention_heads = {heads}")
@@ -240,15 +256,9 @@ def _sliding(row: Family, said: Mapping[str, Any], layers: int) -> list[bool]:
     if row.window == "even":
         return [layer % 2 == 0 for layer in range(layers)]
     if row.window == "pattern":
-        each = integer("sliding_window_pattern", _pattern(said), 1)
+        each = integer("sliding_window_pattern", said["sliding_window_pattern"], 1)
         return [(layer + 1) % each != 0 for layer in range(layers)]
     return [True] * layers
-
-
-def _pattern(said: Mapping[str, Any]) -> Any:
-    """transformers 4.50 to 4.56 wrote it with an underscore, which the newest does not read: it writes layer_types."""
-    hidden = said.get("_sliding_window_pattern")
-    return said["sliding_window_pattern"] if hidden is None else hidden
 
 
 def _sliding_as_listed(kinds: Any, layers: int, on: bool) -> list[bool]:

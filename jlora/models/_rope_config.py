@@ -41,21 +41,22 @@ def read_ropes(said: Mapping[str, Any], head_dim: int, positions: int, sliding: 
 
 def _tables(said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What is said of all layers, or of those that attend to everything; and of those within a window, if anything."""
-    tables = said["rope_parameters"]
-    scaling = said["rope_scaling"]
-    for key, value in (("rope_parameters", tables), ("rope_scaling", scaling)):
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{key} = {shortened(value)}: wanted an object or null")
-    tables, scaling = dict(tables or {}), dict(scaling or {})
+    tables, scaling = (_table(key, said[key]) for key in ("rope_parameters", "rope_scaling"))
     if "rope_local_base_freq" not in said:
         return {"rope_theta": said["rope_theta"], **(scaling or tables)}, None
     # Gemma 3 has one table for each kind of layer, and had rope_scaling for those without a window.
     check_keys(tables, ("full_attention", "sliding_attention"), "rope_parameters")
-    full, local = tables.get("full_attention") or {}, tables.get("sliding_attention") or {}
+    full, local = (_table(f"rope_parameters/{key}", tables.get(key)) for key in ("full_attention", "sliding_attention"))
     return (
         {"rope_theta": said["rope_theta"], **full, **scaling},
         {"rope_theta": said["rope_local_base_freq"], **local},
     )
+
+
+def _table(key: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{key} = {shortened(value)}: wanted an object or null")
+    return dict(value or {})
 
 
 def _rope(where: str, table: Mapping[str, Any], said: Mapping[str, Any], head_dim: int, positions: int) -> Rope:
@@ -70,11 +71,12 @@ def _rope(where: str, table: Mapping[str, Any], said: Mapping[str, Any], head_di
             raise ConfigError(f"{where}: rope_type {kind!r} needs {key}, which is missing")
         return number(f"{where}/{key}", table.get(key, default), low, wanted=f"a number of at least {low:g}")
 
-    share = value("partial_rotary_factor", said.get("partial_rotary_factor") or 1.0)
-    if share != 1 and "original_max_position_embeddings" not in said:
-        raise ConfigError(f"{where}/partial_rotary_factor = {share}: wanted 1 for this family")
+    share = value("partial_rotary_factor", said.get("partial_rotary_factor", 1.0))
+    if not 0 < share <= 1 or (share < 1 and "partial_rotary_factor" not in said):
+        wanted = "more than 0 and at most 1" if "partial_rotary_factor" in said else "1 for this family"
+        raise ConfigError(f"{where}/partial_rotary_factor = {share}: wanted {wanted}")
     dims = int(head_dim * share)
-    if not 0 < dims <= head_dim or dims % 2:
+    if dims == 0 or dims % 2:
         raise ConfigError(
             f"{where}: {dims} axes of head_dim = {head_dim} would be turned: wanted an even number of them"
         )
@@ -85,7 +87,7 @@ def _rope(where: str, table: Mapping[str, Any], said: Mapping[str, Any], head_di
         return Rope("linear", plain.theta, dims, value("factor", low=1.0))
 
     original = said.get("original_max_position_embeddings", table.get("original_max_position_embeddings", positions))
-    original = integer("original_max_position_embeddings", original, 1)
+    original = integer("original_max_position_embeddings", original, 2)
     if kind == "llama3":
         low, high = value("low_freq_factor"), value("high_freq_factor")
         if low >= high:
@@ -99,23 +101,30 @@ def _rope(where: str, table: Mapping[str, Any], said: Mapping[str, Any], head_di
 
 
 def _yarn(where: str, table: Mapping[str, Any], plain: Rope, factor: float, original: int) -> Rope:
-    def of_factor(mscale: float = 1.0) -> float:
+    def value(key: str, default: float, low: float = 1e-9) -> float:
+        return number(f"{where}/{key}", table.get(key) or default, low, wanted="a number above zero")
+
+    def of_factor(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    scale = table.get("attention_factor")
-    if scale is None:
-        over, under = table.get("mscale"), table.get("mscale_all_dim")
-        scale = of_factor(over) / of_factor(under) if over and under else of_factor()
+    scale = of_factor(1.0)
+    if table.get("mscale") and table.get("mscale_all_dim"):
+        scale = of_factor(value("mscale", 1)) / of_factor(value("mscale_all_dim", 1))
+    truncate = table.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ConfigError(f"{where}/truncate = {shortened(truncate)}: wanted true or false")
+    if plain.theta == 1:
+        raise ConfigError(f"{where}/rope_theta = 1: wanted more, as the frequencies of rope_type 'yarn' differ")
     return Rope(
         "yarn",
         plain.theta,
         plain.dims,
         factor,
         original,
-        low=number(f"{where}/beta_slow", table.get("beta_slow") or 1, 0),
-        high=number(f"{where}/beta_fast", table.get("beta_fast") or 32, 0),
-        truncate=bool(table.get("truncate", True)),
-        scale=number(f"{where}/attention_factor", scale, 0),
+        low=value("beta_slow", 1),
+        high=value("beta_fast", 32),
+        truncate=truncate,
+        scale=scale if table.get("attention_factor") is None else value("attention_factor", 1),
     )
 
 

@@ -1,5 +1,6 @@
 """What read_config refuses: the file, the key, what was found and what was wanted."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 
 from jlora import ConfigError, DataError
-from jlora.models import parse_config, read_config
+from jlora.models import FAMILIES, parse_config, read_config
+from jlora.models._rope_config import _ALWAYS, _KEYS
 from tests.models.sizes import KINDS, config_of
 
 LOCAL = "sliding_attention"
@@ -161,3 +163,41 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # keys that published models have besi
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_keys_of_published_models(family: str) -> None:
     assert parse_config({"model_type": family, **PUBLISHED[family]}) == parse_config({"model_type": family})
+
+
+HOSTILE = (None, True, -1, 0, 1, 2.5, 1e308, 10**40, float("nan"), "x", "", [], [1], [[]], {}, {"a": 1}, {"factor": []})
+
+
+def parsed_or_refused(data: dict[str, Any]) -> None:
+    with contextlib.suppress(ConfigError):
+        hash(parse_config(data))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_value_is_taken_or_refused(family: str) -> None:
+    for key in ("model_type", "architectures", *FAMILIES[family].defaults, *FAMILIES[family].neutral):
+        for value in HOSTILE:
+            parsed_or_refused({"model_type": family, "use_sliding_window": True, key: value})
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn", "longrope"])
+def test_any_value_about_positions_is_taken_or_refused(kind: str) -> None:
+    whole = {**LLAMA3, "rope_type": kind, "rope_theta": 9.0, "original_max_position_embeddings": 16}
+    whole |= {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48, "beta_fast": 8, "beta_slow": 2, "mscale": 1.0}
+    whole |= {"mscale_all_dim": 0.5, "attention_factor": 1.0, "truncate": False, "partial_rotary_factor": 1.0}
+    known = {key: value for key, value in whole.items() if key in (*_ALWAYS, *_KEYS[kind])}
+    for family in ("llama", "phi3"):
+        parsed_or_refused({"model_type": family, "rope_parameters": known})
+        for key in known:
+            for value in HOSTILE:
+                parsed_or_refused({"model_type": family, "rope_parameters": {**known, key: value}})
+    for value in HOSTILE:
+        parsed_or_refused({"model_type": "gemma3_text", "rope_parameters": {"full_attention": value}})
+
+
+def test_two_names_of_one_number() -> None:
+    assert config_of("experts", num_local_experts=5).experts == 5
+    with pytest.raises(
+        ConfigError, match="num_experts = 5 and num_local_experts = 4, which are two names of one number"
+    ):
+        config_of("experts", num_local_experts=4)
