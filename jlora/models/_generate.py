@@ -90,11 +90,11 @@ def generate(
     tokens, lengths = _padded(prompts, config)
     call = _Call(fn, adapters is not None)
     slots = _bucket(int(lengths.max()) + max_new_tokens, config)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0) if key is None else key, row))(
-        jnp.arange(len(prompts))
-    )
-    draw = None if temperature == 0 else (jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
-    chosen, cache = _begin(call, config, slots, top_k, params, adapters, tokens, lengths, keys, draw)
+    draw = None
+    if temperature > 0 and key is not None:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
+        draw = _Draw(keys, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
+    chosen, cache = _begin(call, config, slots, top_k, params, adapters, tokens, lengths, draw)
     answers: list[list[int]] = [[] for _ in prompts]
     ended = np.zeros(len(prompts), bool)
     for step in range(max_new_tokens):
@@ -106,8 +106,16 @@ def generate(
             on_token(step, np.where(ended, -1, found).astype(np.int32))
         if ended.all() or step + 1 == max_new_tokens:
             break
-        chosen, cache = _continue(call, top_k, params, adapters, chosen, cache, keys, draw, step + 1)
+        chosen, cache = _continue(call, top_k, params, adapters, chosen, cache, draw, step + 1)
     return [Answer(np.asarray(own, np.int32), bool(end)) for own, end in zip(answers, ended, strict=True)]
+
+
+class _Draw(NamedTuple):
+    """How tokens are drawn: a key for each row (B,), and what the distribution is made of."""
+
+    keys: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array | None
 
 
 class _Call(NamedTuple):
@@ -132,15 +140,14 @@ def _begin(
     adapters: Any,
     tokens: jax.Array,
     lengths: jax.Array,
-    keys: jax.Array,
-    draw: Any,
+    draw: "_Draw | None",
 ) -> tuple[jax.Array, Cache]:
     """The first token (B,) after prompts (B, T) of these lengths, and the cache that holds the prompts."""
     cache = init_cache(config, tokens.shape[0], slots, _dtype_of(params))
     # Padding is nowhere behind its prompt: longrope turns all rows by the farthest position.
     positions = jnp.minimum(jnp.arange(tokens.shape[1]), lengths[:, None] - 1)  # (B, T)
     logits, cache = call(params, adapters, tokens, positions=positions, cache=cache, logits_at=lengths - 1)
-    return _choose(logits, top_k, keys, draw, 0), cache._replace(lengths=lengths)  # padding is overwritten unseen
+    return _choose(logits, top_k, draw, 0), cache._replace(lengths=lengths)  # padding is overwritten unseen
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
@@ -151,13 +158,12 @@ def _continue(
     adapters: Any,
     tokens: jax.Array,
     cache: Cache,
-    keys: jax.Array,
-    draw: Any,
+    draw: "_Draw | None",
     step: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """The token (B,) after the last ones (B,), and the cache that holds these too."""
     logits, cache = call(params, adapters, tokens[:, None], cache=cache)
-    return _choose(logits[:, 0], top_k, keys, draw, step), cache
+    return _choose(logits[:, 0], top_k, draw, step), cache
 
 
 def _dtype_of(params: Any) -> Any:
@@ -165,13 +171,12 @@ def _dtype_of(params: Any) -> Any:
     return next(leaf.dtype for path, leaf in leaves_by_path(params).items() if path.endswith(EMBEDDING_PATH))
 
 
-def _choose(logits: jax.Array, top_k: int | None, keys: jax.Array, draw: Any, step: Any) -> jax.Array:
+def _choose(logits: jax.Array, top_k: int | None, draw: "_Draw | None", step: Any) -> jax.Array:
     """A token for each row of logits (B, vocabulary)."""
     if draw is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    temperature, top_p = draw
-    of_step = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-    return sample(filtered(logits, temperature, top_k, top_p), of_step)
+    of_step = jax.vmap(lambda key: jax.random.fold_in(key, step))(draw.keys)
+    return sample(filtered(logits, draw.temperature, top_k, draw.top_p), of_step)
 
 
 def _bucket(length: int, config: DecoderConfig) -> int:

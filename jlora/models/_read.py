@@ -34,7 +34,8 @@ def read_params(folder: str | Path, *, dtype: Any = None, sharding: Any = None) 
       folder: with config.json, and safetensors in one file or in several with an index.
       dtype: of the params; None for that of the files.
       sharding: a `jax.sharding.Sharding` for all params, or a tree of them that is a prefix of the params, None in it
-        for JAX's default device.
+        for JAX's default device. Take meshes with `AxisType.Auto`: `decoder` leaves it to the compiler how activations
+        lie.
 
     Returns:
       nested dicts by the names of transformers; arrays below `model/layers` have all layers on the first axis.

@@ -1,6 +1,9 @@
 """Folders of tiny models with random weights, named as Hugging Face names them, written without transformers."""
 
 import json
+import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,3 +92,12 @@ def write_folder(
     index = {"metadata": {"total_size": sum(array.nbytes for array in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def run_program(program: str, *arguments: Any, flags: str = "") -> str:
+    """What another process prints that runs this program, with these flags of XLA."""
+    code = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -12,6 +12,7 @@ import jlora
 from jlora.adapter import is_adapter
 from jlora.errors import ConfigError, DataError
 from jlora.models import decoder, filtered, generate
+from tests.models.folders import run_program
 from tests.models.sizes import KINDS, config_of, random_params
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [12, 30, 31], [20, 21, 22, 23, 24]]
@@ -128,6 +129,32 @@ def test_drawn_answers_depend_on_the_key_and_the_row_alone() -> None:
     assert [row[:9] for row in run(PROMPTS, 40, 0)] == four  # in another bucket
     same = run([PROMPTS[0]] * 3, 9, 0)
     assert same[0] != same[1]
+
+
+def test_params_that_are_spread_over_devices() -> None:
+    program = """
+        import jax
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        import numpy as np
+        from jlora.models import decoder, generate
+        from tests.models.sizes import config_of, random_params
+
+        config = config_of("plain", vocab_size=38)
+        params, fn = random_params(np.random.default_rng(1), config), decoder(config)
+        mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+
+        def spread(path, array):
+            name = jax.tree_util.keystr(path)
+            axes = (None, "model") if "proj" in name else ("model",) if "embed" in name or "lm_head" in name else ()
+            return jax.device_put(array, NamedSharding(mesh, P(*axes)))
+
+        options = {"config": config, "max_new_tokens": 9, "temperature": 0.7, "key": jax.random.key(3)}
+        prompts = [[5, 6, 7], [8]]
+        one = generate(fn, params, prompts, **options)
+        two = generate(fn, jax.tree_util.tree_map_with_path(spread, params), prompts, **options)
+        print([answer.tokens.tolist() for answer in one] == [answer.tokens.tolist() for answer in two])
+    """
+    assert run_program(program, flags="--xla_force_host_platform_device_count=2") == "True\n"
 
 
 def test_drawn_tokens_have_the_distribution() -> None:

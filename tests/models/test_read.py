@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 from jlora.errors import ConfigError, DataError
 from jlora.models import read_params
 from jlora.paths import leaves_by_path
-from tests.models.folders import LLAMA, MOE, tensors_of, write_folder
+from tests.models.folders import LLAMA, MOE, run_program, tensors_of, write_folder
 
 TIED = LLAMA | {"tie_word_embeddings": True}
 
@@ -231,14 +228,6 @@ def test_memory_belongs_to_the_params(tmp_path: Path) -> None:
     assert_holds(doubled, {name: 2 * tensor for name, tensor in tensors.items()})
 
 
-def run(program: str, *arguments: Any, flags: str = "") -> str:
-    code = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_each_device_has_its_part_alone(tmp_path: Path) -> None:
     config = LLAMA | {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
     program = """
@@ -310,7 +299,7 @@ def test_each_device_has_its_part_alone(tmp_path: Path) -> None:
         assert all((folder / name).read_bytes() == (folder.parent / "back" / name).read_bytes() for name in names)
     """
     flags = "--xla_force_host_platform_device_count=8"
-    printed = run(program, tmp_path / "folder", json.dumps(config), flags=flags)
+    printed = run_program(program, tmp_path / "folder", json.dumps(config), flags=flags)
     assert "DataError" in printed
     assert "model/norm/weight [16]: the sharding" in printed
 
@@ -354,6 +343,6 @@ def test_memory_while_reading_is_that_of_the_params(tmp_path: Path) -> None:
         print(peak, sum(array.nbytes for array in arrays), max(array.nbytes for array in arrays))
     """
     arguments = (tmp_path / "folder", json.dumps(config))
-    run(program, *arguments, "write")
-    peak, params, largest = map(int, run(program, *arguments, "read").split())
+    run_program(program, *arguments, "write")
+    peak, params, largest = map(int, run_program(program, *arguments, "read").split())
     assert 0.9 * params < peak < params + largest
