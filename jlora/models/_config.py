@@ -112,7 +112,19 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
 
 def parse_config(data: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
-    """The same, of what config.json says; `where` begins the errors."""
+    """The configuration that `read_config` reads, of what config.json says.
+
+    Args:
+      data: the object in config.json.
+      where: what errors begin with.
+
+    Raises:
+      ConfigError: as `read_config`.
+
+    Example:
+      >>> parse_config({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 512}).windows
+      (512, 512)
+    """
     family = _family(data, where)
     row = FAMILIES[family]
     data = _renamed(data, row, where)
@@ -184,56 +196,65 @@ def _refused_keys(data: Mapping[str, Any], row: Family) -> list[str]:
 
 
 def _parse(family: str, row: Family, said: Mapping[str, Any]) -> DecoderConfig:
-    def whole(key: str, least: int = 1) -> int:
-        return integer(key, said[key], least)
+    def whole(key: str) -> int:
+        return integer(key, said[key], 1)
 
     layers = integer("num_hidden_layers", said["num_hidden_layers"], 1, _MOST_LAYERS)
-    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
-    kv_heads = heads if said["num_key_value_heads"] is None else whole("num_key_value_heads")
-    if heads % kv_heads:
-        raise ConfigError(f"num_key_value_heads = {kv_heads}: wanted a divisor of num_attention_heads = {heads}")
-    if said["head_dim"] is None:
-        if hidden % heads:
-            raise ConfigError(f"num_attention_heads = {heads}: wanted a divisor of hidden_size = {hidden}")
-        head_dim = hidden // heads
-    else:
-        head_dim = whole("head_dim")
+    heads, kv_heads, head_dim = _heads(said)
     positions = whole("max_position_embeddings")
     sliding = _sliding(row, said, layers)
-    window = said.get("sliding_window")
-    if any(sliding):
-        window = integer("sliding_window", window, 1)
-    scaled_by = number("query_pre_attn_scalar", said.get("query_pre_attn_scalar", head_dim), 1e-9)
-    act = "hidden_activation" if "hidden_activation" in said else "hidden_act"
-    fields = {
+    window = integer("sliding_window", said["sliding_window"], 1) if any(sliding) else None
+    activation = "hidden_activation" if "hidden_activation" in said else "hidden_act"
+    fields: dict[str, Any] = {
         "family": family,
         "vocab_size": whole("vocab_size"),
-        "hidden_size": hidden,
+        "hidden_size": whole("hidden_size"),
         "intermediate_size": whole("moe_intermediate_size" if "num_experts" in said else "intermediate_size"),
         "layers": layers,
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "activation": _ACTIVATIONS[choice(act, said[act], tuple(_ACTIVATIONS))],
+        "activation": _ACTIVATIONS[choice(activation, said[activation], tuple(_ACTIVATIONS))],
         "norm_eps": number("rms_norm_eps", said["rms_norm_eps"], 0),
         "max_positions": positions,
         "tied": _flag("tie_word_embeddings", said),
         "windows": tuple(window if slides else None for slides in sliding),
         "ropes": read_ropes(said, head_dim, positions, sliding),
-        "query_scale": scaled_by**-0.5,
+        "query_scale": number("query_pre_attn_scalar", said.get("query_pre_attn_scalar", head_dim), 1e-9) ** -0.5,
     }
+    return DecoderConfig(**fields, **_only_some_have(said), **row.fixed)
+
+
+def _heads(said: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Those of the queries, those of keys and values, and the width of each."""
+    heads, hidden = (integer(key, said[key], 1) for key in ("num_attention_heads", "hidden_size"))
+    kv_heads = said["num_key_value_heads"]
+    kv_heads = heads if kv_heads is None else integer("num_key_value_heads", kv_heads, 1)
+    if heads % kv_heads:
+        raise ConfigError(f"num_key_value_heads = {kv_heads}: wanted a divisor of num_attention_heads = {heads}")
+    if said["head_dim"] is not None:
+        return heads, kv_heads, integer("head_dim", said["head_dim"], 1)
+    if hidden % heads:
+        raise ConfigError(f"num_attention_heads = {heads}: wanted a divisor of hidden_size = {hidden}")
+    return heads, kv_heads, hidden // heads
+
+
+def _only_some_have(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields whose keys are those of some families alone."""
+    fields: dict[str, Any] = {}
     if "attention_bias" in said:
         fields["qkv_bias"] = fields["output_bias"] = _flag("attention_bias", said)
     if "mlp_bias" in said:
         fields["mlp_bias"] = _flag("mlp_bias", said)
     for field, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
-        if key in row.defaults and said[key] is not None:
+        if said.get(key) is not None:
             fields[field] = number(key, said[key], 1e-9)
     if "num_experts" in said:
-        fields["experts"] = experts = whole("num_experts")
+        experts = integer("num_experts", said["num_experts"], 1)
+        fields["experts"] = experts
         fields["experts_per_token"] = integer("num_experts_per_tok", said["num_experts_per_tok"], 1, experts + 1)
         fields["experts_normalized"] = _flag("norm_topk_prob", said)
-    return DecoderConfig(**fields, **row.fixed)
+    return fields
 
 
 def _flag(key: str, said: Mapping[str, Any]) -> bool:

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-no-head-dim": ("llama", {"head_dim": None, "hidden_size": 24}),
     "llama-all-heads": ("llama", {"num_key_value_heads": None, "rms_norm_eps": 0.1}),
     "llama-gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama-gelu-new": ("llama", {"hidden_act": "gelu_new"}),
     "llama-relu": ("llama", {"hidden_act": "relu"}),
     "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
