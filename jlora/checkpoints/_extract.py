@@ -23,6 +23,9 @@ from jlora.tree import find_targets, is_targeted
 
 _UNFIT = "PEFT cannot adapt it, or nobody knows its axes"
 _CONVERTED = "other numbers in memory, in a way that is not known here"
+_REFUSING = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# Kernels of these models take the weights without their modules: PEFT refuses two, and one adapter would do nothing.
+_REFUSED = ("/conv1d/weight", "/out_proj/weight", "/dt_proj/weight")
 _SAVES_THE_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -92,7 +95,8 @@ def extract(
     named = LoraConfig(target_modules=_listed(target_modules), exclude_modules=_listed(exclude_modules))
     converted = {path for path in before if form == "peft" and is_converted(path.replace("/", "."), facts)}
     carried = [path for path in before if path in after and is_targeted(named, path) and path not in converted]
-    unfit = _not_for_peft(before, facts, PatternIndex(given.items())) if form == "peft" else ()
+    refused = _REFUSED if settings[0].get("model_type") in _REFUSING else ()
+    unfit = _not_for_peft(before, facts, PatternIndex(given.items()), refused) if form == "peft" else ()
     reasons = {**dict.fromkeys(unfit, _UNFIT), **dict.fromkeys(converted, _CONVERTED)}
     tied = dict(tied_in(before, after, facts, named)) if form == "peft" else {}
     carried = [path for path in carried if path not in tied]
@@ -166,10 +170,14 @@ def _quantized(checkpoints: Sequence[Checkpoint], entries: Mapping[str, Any], fa
         yield from (f"{checkpoint.path}: {problem}" for problem in problems_of(checkpoint, names))
 
 
-def _not_for_peft(tree: Mapping[str, Any], facts: Facts, given: PatternIndex) -> Iterator[str]:
+def _not_for_peft(
+    tree: Mapping[str, Any], facts: Facts, given: PatternIndex, refused: tuple[str, ...]
+) -> Iterator[str]:
     """The paths of tensors that PEFT cannot adapt, or of which nobody knows the axes."""
     for path, leaf in tree.items():
-        if leaf.ndim > 1 and not given.matches(path):
+        if path.endswith(refused):
+            yield path
+        elif leaf.ndim > 1 and not given.matches(path):
             is_open = roles_of(path, leaf.ndim, facts) is None
             if is_open or _holds_others(path, tree) or _is_no_plain_convolution(path, leaf.shape):
                 yield path

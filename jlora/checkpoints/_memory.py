@@ -54,7 +54,8 @@ def roles_of(path: str, ndim: int, facts: Facts) -> str | None:
     if name == "weight" and ndim >= 2:
         if f"/{path}".endswith(tuple(f"/{end.replace('.', '/')}" for end in facts.parameters)):
             return "oi" if ndim == 2 else None
-        is_turned = last in facts.conv1d or last in facts.embedding or names_embedding(last)
+        is_embedding = last in facts.embedding or (names_embedding(last) and last not in facts.linear)
+        is_turned = last in facts.conv1d or is_embedding
         return "io" if ndim == 2 and is_turned else "o" + "i" * (ndim - 1)
     if ndim == 2 and module and name.endswith("_weight"):  # a parameter by its own name, such as in_proj_weight
         return "oi"

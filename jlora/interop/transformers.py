@@ -72,7 +72,7 @@ class Facts:
       tied: a weight in memory, and the embedding that it is where the checkpoint has none of its own.
       tied_beside: pairs of other weights that are tied where the embeddings are.
       keeps_tie: whether `tie_word_embeddings` says something else of the model than that they are, or nothing.
-      conv1d, embedding: the last part of the names of such modules.
+      conv1d, embedding, linear: the last part of the names of such modules, where nothing else says it.
       transposed: the ends of the names of parameters (experts, in, out).
       parameters: the ends of the names of weights that PEFT adapts as parameters alone, not with their modules.
     """
@@ -85,6 +85,7 @@ class Facts:
     keeps_tie: bool = False
     conv1d: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
 

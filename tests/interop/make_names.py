@@ -86,7 +86,7 @@ def facts_of(model: Any) -> dict[str, Any]:
     keeps_tie: whether tie_word_embeddings says more, or nothing: the configuration ties them whatever a file says, or
       the model computes something else.
     parameters: the ends of the names of weights whose modules PEFT does not adapt.
-    conv1d, embedding: the last part of the names of modules; transposed: of parameters (experts, in, out).
+    conv1d, embedding, linear: the last part of the names of modules; transposed: of parameters (experts, in, out).
     """
     state = {name: value.to("meta") for name, value in model.state_dict().items()}
     transforms = [
@@ -113,6 +113,8 @@ def facts_of(model: Any) -> dict[str, Any]:
             facts["conv1d"].append(last)
         elif name and not _is_adapted_by_peft(module):
             facts["parameters"].append(_end_of(model, name))
+        elif isinstance(module, torch.nn.Linear) and names_embedding(last):
+            facts["linear"].append(last)
         elif isinstance(module, torch.nn.Embedding) and not names_embedding(last):
             facts["embedding"].append(last)
         elif getattr(module, "is_transposed", False):
@@ -254,9 +256,13 @@ def table(only: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def main() -> None:
     """Writes the table; facts that several models share stand there once."""
+    write(table(sys.argv[1:]))
+
+
+def write(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     facts: list[dict[str, Any]] = []
     models: dict[str, dict[str, int]] = {}
-    for model_type, classes in table(sys.argv[1:]).items():
+    for model_type, classes in found.items():
         for architecture, own in classes.items():
             if own not in facts:
                 facts.append(own)

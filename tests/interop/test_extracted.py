@@ -114,6 +114,17 @@ def bart() -> Any:
     )
 
 
+def albert() -> Any:
+    """Its layers are one, before which a Linear is called an embedding."""
+    sizes = SMALL | {"vocab_size": 37, "embedding_size": 6, "max_position_embeddings": 16, "num_labels": 3}
+    return transformers.AlbertForSequenceClassification(transformers.AlbertConfig(**sizes))
+
+
+def mamba() -> Any:
+    sizes = {"vocab_size": 37, "hidden_size": 12, "state_size": 4, "num_hidden_layers": 2, "conv_kernel": 3}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
 # The model, and PEFT's task.
 FAMILIES: dict[str, tuple[Callable[[], Any], str | None]] = {
     "llama": (lambda: llama(tie_word_embeddings=False), "CAUSAL_LM"),
@@ -135,6 +146,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str | None]] = {
     "regnet": (regnet, None),
     "squeezebert": (squeezebert, None),
     "bart": (bart, "SEQ_2_SEQ_LM"),
+    "albert": (albert, None),
+    "mamba": (mamba, "CAUSAL_LM"),  # of which PEFT refuses some modules
 }
 
 
