@@ -11,6 +11,7 @@ import pytest
 
 import jlora
 from jlora.adapter import is_adapter
+from jlora.checkpoints import resize
 from jlora.errors import DataError, TargetError
 from jlora.models import (
     DecoderConfig,
@@ -23,7 +24,7 @@ from jlora.models import (
     write_model,
 )
 from jlora.paths import leaves_by_path
-from tests.interop.decoders import random_tokens, torch_logits, torch_model
+from tests.interop.decoders import assert_logits, random_tokens, torch_logits, torch_model
 from tests.interop.models import load_file, peft, quiet, torch, transformers
 
 TOKENS = random_tokens(np.random.default_rng(0), (2, 9))
@@ -200,9 +201,16 @@ def test_an_embedding_that_is_the_head_changes_as_one(tmp_path: Path) -> None:
 def test_layers_of_other_ranks_and_adapters_of_another_model(tmp_path: Path) -> None:
     model, config, _ = saved(tmp_path / "base", "llama")
     fields = {"target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2}}
-    peft_adapter(model, tmp_path / "ranks", fields)
-    with pytest.raises(DataError, match=r"model/layers/self_attn/q_proj/weight: .*differ in rank"):
+    live = peft_adapter(model, tmp_path / "ranks", fields)
+    with pytest.raises(
+        DataError, match=r"model/layers/self_attn/q_proj/weight: .*differ in rank.*jlora resize"
+    ) as found:
         read_adapter(tmp_path / "ranks", config)
+    assert "problems" not in str(found.value)
+    resize(tmp_path / "ranks", tmp_path / "resized", rank=3)
+    adapters, lora_config = read_adapter(tmp_path / "resized", config)
+    params = read_params(tmp_path / "base")
+    assert_logits(jlora.lora(decoder(config), lora_config)(params, adapters, TOKENS), torch_logits(live, TOKENS), 1e-4)
 
     other, _, _ = saved(tmp_path / "other", "llama", num_hidden_layers=4, hidden_size=24)
     peft_adapter(other, tmp_path / "four", {"target_modules": ["q_proj"]})

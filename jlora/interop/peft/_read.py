@@ -266,7 +266,8 @@ class _Reader:
             else:
                 pieces.setdefault(place.path, []).append((place, parts))
                 self.matched[place.path] = entry.matched
-        adapters = {path: self._stacked(path, found) for path, found in pieces.items()}
+        stacked = {path: self._stacked(path, found) for path, found in pieces.items()}
+        adapters = {path: parts for path, parts in stacked.items() if parts is not None}
         if shapes is not None:
             self._check(adapters, shapes)
         raise_all(self.problems, DataError, str(self.folder))
@@ -323,8 +324,8 @@ class _Reader:
             return "linear" if arrays["value"].shape == (b[0], a[1]) else "conv1d"
         return "conv1d" if self.data.get("fan_in_fan_out") else "linear"
 
-    def _stacked(self, path: str, pieces: list[tuple[Place, Arrays]]) -> Arrays:
-        """The entry at a path; the pieces of a stack together, zeros where one is missing."""
+    def _stacked(self, path: str, pieces: list[tuple[Place, Arrays]]) -> Arrays | None:
+        """The entry at a path; the pieces of a stack together, zeros where one is missing; None where they differ."""
         counts = tuple(count for _, count in pieces[0][0].row.stack)
         if not counts:
             return pieces[0][1]
@@ -335,8 +336,11 @@ class _Reader:
         }
         if len(layouts) > 1 or len(scales) > 1:
             names = listed(place.name for place, _ in pieces)
-            self.problems.append(f"{path}: {names} differ in rank, alpha, shape or dtype; one array cannot hold them")
-            return first
+            self.problems.append(
+                f"{path}: {names} differ in rank, alpha, shape or dtype; one array cannot hold them: `jlora resize` "
+                "gives all of them one rank and alpha"
+            )
+            return None
         if missing := math.prod(counts) - len(pieces):
             replaced = [name for name in first if name in ("value", "magnitude")]
             if replaced:
