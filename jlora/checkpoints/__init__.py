@@ -10,12 +10,17 @@ if TYPE_CHECKING:
     from jlora.checkpoints._import_gguf import Imported, gguf_in_package, import_gguf
     from jlora.checkpoints._inspect import diff, inspect
     from jlora.checkpoints._merge import Merged, Unmerged, merge, unmerge
+    from jlora.checkpoints._verification import Check, Kind, Verification
+    from jlora.checkpoints._verify import verify, write_manifest
     from jlora.disk import dry_run
 
 __all__ = [
+    "Check",
     "Imported",
+    "Kind",
     "Merged",
     "Unmerged",
+    "Verification",
     "combine",
     "convert",
     "diff",
@@ -28,7 +33,9 @@ __all__ = [
     "read_adapters",
     "resize",
     "unmerge",
+    "verify",
     "write_adapters",
+    "write_manifest",
 ]
 
 # Each command is a process of its own: what it does not use is not imported.
@@ -40,6 +47,8 @@ __getattr__, __dir__ = lazy_face(
         "jlora.checkpoints._import_gguf": ("Imported", "gguf_in_package", "import_gguf"),
         "jlora.checkpoints._inspect": ("diff", "inspect"),
         "jlora.checkpoints._merge": ("Merged", "Unmerged", "merge", "unmerge"),
+        "jlora.checkpoints._verification": ("Check", "Kind", "Verification"),
+        "jlora.checkpoints._verify": ("verify", "write_manifest"),
         "jlora.disk": ("dry_run",),
     },
 )

@@ -14,9 +14,9 @@ DONE, DIFFERENT, REFUSED = 0, 1, 2
 WIDTH = 110
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 diff found differences; 2 something in the call or its files is wrong, or a file could not "
-    "be written, or an error was not foreseen, whose traceback is shown; 130 interrupted by Ctrl-C, 143 by SIGTERM, "
-    "129 by SIGHUP."
+    "Exit codes: 0 done; 1 diff found differences, or verify something that is not right; 2 something in the call or "
+    "its files is wrong, or a file could not be written, or an error was not foreseen, whose traceback is shown; 130 "
+    "interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."
 )
 _JSON = (
     'With --json standard output holds one object and nothing else: "command" and "exit_code"; "error", a sentence, '

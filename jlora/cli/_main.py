@@ -12,6 +12,7 @@ from jlora.cli._files import add_file_commands
 from jlora.cli._import import add_import_command
 from jlora.cli._print import plain_output, say, show
 from jlora.cli._signals import exit_code, stopped_by_signals, warnings_in_a_line
+from jlora.cli._verify import add_verify_command
 from jlora.errors import ConfigError, DataError, JloraError, plain
 
 _TRAIN = """\
@@ -168,6 +169,7 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
     train.set_defaults(run=_train, command="train")
     add_file_commands(commands)
     add_import_command(commands)
+    add_verify_command(commands)
     return parser
 
 

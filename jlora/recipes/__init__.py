@@ -5,6 +5,7 @@ from jlora.recipes._folder import Result, Trained, load_run
 from jlora.recipes._job import run_job
 from jlora.recipes._losses import cross_entropy
 from jlora.recipes._plot import write_curve
+from jlora.recipes._verify import verify_logits
 
 __all__ = [
     "FullConfig",
@@ -18,5 +19,6 @@ __all__ = [
     "cross_entropy",
     "load_run",
     "run_job",
+    "verify_logits",
     "write_curve",
 ]

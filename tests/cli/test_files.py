@@ -23,7 +23,7 @@ from jlora.storage import is_adapters_folder, load_adapters, save_adapters
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 CONFIG = LoraConfig(rank=3, alpha=6, factorizations={"**": "oi"})
-COMMANDS = ("merge", "unmerge", "extract", "resize", "combine", "convert", "inspect", "diff")
+COMMANDS = ("merge", "unmerge", "extract", "resize", "combine", "convert", "inspect", "diff", "verify")
 
 
 @pytest.fixture

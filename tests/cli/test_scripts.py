@@ -28,6 +28,11 @@ COMMANDS = {  # a command, its exit code, and the fields that it says beside "co
     "diff adapter other": (1, "is_identical counts entries config"),
     "diff base base": (0, "is_identical counts rows"),
     "diff base tuned": (1, "is_identical counts rows"),
+    "verify base adapter --files-only": (0, "checks kinds engines is_right manifest"),
+    "verify base adapter": (0, "checks kinds engines is_right manifest"),
+    "verify base other --files-only": (1, "checks kinds engines is_right manifest"),
+    "verify base adapter --prompt x --files-only": (2, "error"),
+    "verify base nowhere": (2, "error"),
     "merge base nowhere --out x": (2, "error"),
     "diff base adapter": (2, "error"),
     "inspect nowhere": (2, "error"),
@@ -170,14 +175,17 @@ def test_an_error_that_nobody_foresaw_is_no_difference(error, folder, capsys, mo
     assert "in fail" in err
 
 
-@pytest.mark.parametrize("command", ["merge", "unmerge", "extract", "resize", "combine", "convert", "inspect", "diff"])
+HELPED = ["merge", "unmerge", "extract", "resize", "combine", "convert", "inspect", "diff", "verify"]
+
+
+@pytest.mark.parametrize("command", HELPED)
 def test_help_tells_exit_codes_and_fields(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     text = capsys.readouterr().out
-    assert "Exit codes: 0 done; 1 diff found differences; 2 " in text
+    assert "Exit codes: 0 done; 1 diff found differences, or verify " in " ".join(text.split())
     assert '"exit_code"; "error"' in text
     assert "{fields}" not in text
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
-    assert "Exit codes: 0 done; 1 diff found differences; 2 " in capsys.readouterr().out
+    assert "Exit codes: 0 done; 1 diff found differences, or " in capsys.readouterr().out

@@ -111,6 +111,9 @@ CALLS = {  # with the exit code
     "diff adapter other": 1,
     "diff own_adapter own_adapter": 0,
     "diff base tuned": 1,
+    "verify base adapter --files-only": 0,
+    "verify base dora --files-only --engine vllm": 1,
+    "verify base own_adapter --files-only": 0,
 }
 
 
