@@ -170,11 +170,11 @@ def _elsewhere(located: Located, settings: Mapping[str, Any]) -> dict[str, str]:
 def _lacking(located: Located, shapes: Mapping[str, tuple[int, ...]], handed: Handed | None) -> dict[str, str]:
     """Problem by tensor, of those that have no adapter though the configuration names their modules.
 
-    A configuration that names none, as of other formats than PEFT's or by "all-linear", means the modules that are
-    called as those that have one.
+    A configuration that names none, as of other formats than PEFT's or by "all-linear", means those that are called as
+    one that has an adapter, but for the numbers of layers.
     """
     adapted = {piece.tensor for pieces in located.pieces.values() for piece in pieces}
-    last_names = {_module(tensor).rpartition(".")[2] for tensor in adapted}
+    kinds = {_kind_of(tensor) for tensor in adapted}
     targeted = None
     if handed is not None and handed.data.get("target_modules") not in _ALL:
         targeted = Targeted(handed.data)
@@ -183,10 +183,10 @@ def _lacking(located: Located, shapes: Mapping[str, tuple[int, ...]], handed: Ha
     for tensor, shape in shapes.items():
         if tensor in adapted or len(shape) < 2 or not tensor.endswith(".weight"):
             continue
-        module = _module(tensor)
         if targeted is None:
-            is_wanted = module.rpartition(".")[2] in last_names and _kind_of(tensor) in map(_kind_of, adapted)
+            is_wanted = _kind_of(tensor) in kinds
         else:
+            module = tensor.replace("/", ".").removesuffix(".weight")
             is_wanted = not targeted.why_not(add + module.removeprefix(strip))
         if is_wanted:
             found[tensor] = f"{tensor}: the adapters are said to change it, and do not"
@@ -288,10 +288,6 @@ def _kinds(
         shape = found.pop() if len(found) == 1 else ()
         kinds.append(Kind(name, len(tensors), len(tensors) + missing.get(name, 0), shape, tuple(sorted(ranks))))
     return tuple(kinds)
-
-
-def _module(tensor: str) -> str:
-    return tensor.replace("/", ".").rpartition(".")[0]
 
 
 def _kind_of(tensor: str) -> str:

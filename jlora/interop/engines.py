@@ -18,10 +18,10 @@ A version of these that is not named here may have other limits.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jlora.errors import listed
+from jlora.errors import listed, shortened
 
 __all__ = ["ENGINES", "Engine", "Handed", "Verdict", "verdict"]
 
@@ -177,12 +177,13 @@ def _vllm_problems(handed: Handed) -> Iterator[str]:
         yield f"adapter_config.json has no {listed(missing)}"
     yield from (f"{key}: {why}" for key, why in _VLLM_REFUSED.items() if data.get(key))
     if data.get("bias", "none") != "none":
-        yield f"bias = {data['bias']!r}: biases are not supported"
-    if other := [name for name in data.get("modules_to_save") or () if name not in _VLLM_SAVED]:
+        yield f"bias = {shortened(data['bias'])}: biases are not supported"
+    saved = data.get("modules_to_save")
+    if other := [name for name in (saved if isinstance(saved, list) else ()) if name not in _VLLM_SAVED]:
         yield f"modules_to_save: {listed(other)}: none but {listed(_VLLM_SAVED)} are supported"
     init = data.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _VLLM_INITS:
-        yield f"init_lora_weights = {init!r}: an adapter whose base was changed is not supported"
+        yield f"init_lora_weights = {shortened(init)}: an adapter whose base was changed is not supported"
     if (rank := _largest_rank(data)) > _VLLM_RANKS[-1]:
         yield f"rank {rank}: at most {_VLLM_RANKS[-1]} are supported; jlora resize makes one of a lower rank"
     if other := [name for name in handed.shapes if not _vllm_reads(name)]:
@@ -255,7 +256,7 @@ def _sglang_problems(handed: Handed) -> Iterator[str]:
 
 def _sglang_targets(targets: Any) -> Iterator[str]:
     if isinstance(targets, str) and targets not in _SGLANG_TARGETS:
-        yield f"target_modules = {targets!r}: wanted a list of names, or {listed(_SGLANG_TARGETS)}"
+        yield f"target_modules = {shortened(targets)}: wanted a list of names, or {listed(_SGLANG_TARGETS)}"
     if targets is None or targets == []:
         yield "target_modules names no modules"
 
@@ -263,12 +264,12 @@ def _sglang_targets(targets: Any) -> Iterator[str]:
 def _sglang_scales(data: Mapping[str, Any]) -> Iterator[str]:
     """The scaling is lora_alpha / r of the whole file."""
     rank, alpha = data.get("r"), data.get("lora_alpha")
-    if data.get("use_rslora") and rank not in (None, 1) and isinstance(alpha, int | float):
-        plain = f"{alpha * rank**0.5:g}" if isinstance(rank, int) else "lora_alpha * sqrt(r)"
+    if data.get("use_rslora") and isinstance(rank, int) and rank > 1 and isinstance(alpha, int | float):
+        plain = f"{alpha * rank**0.5:g}"
         yield f"use_rslora is passed over: the scaling would be {alpha} / {rank}; say lora_alpha = {plain} without it"
-    if any(value != rank for value in (data.get("rank_pattern") or {}).values()):
+    if any(value != rank for value in _patterns(data, "rank_pattern")):
         yield "rank_pattern is passed over: jlora resize gives all modules one rank"
-    if any(value != alpha for value in (data.get("alpha_pattern") or {}).values()):
+    if any(value != alpha for value in _patterns(data, "alpha_pattern")):
         yield "alpha_pattern is passed over: every module would be scaled by lora_alpha / r"
 
 
@@ -299,8 +300,14 @@ def _sglang_options(handed: Handed) -> Iterator[str]:
 
 
 def _largest_rank(data: Mapping[str, Any]) -> int:
-    ranks: Iterable[Any] = (data.get("r"), *(data.get("rank_pattern") or {}).values())
+    ranks = (data.get("r"), *_patterns(data, "rank_pattern"))
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
+def _patterns(data: Mapping[str, Any], key: str) -> list[Any]:
+    """The values of patterns; none where they are no mapping, which is told of where the file is read."""
+    found = data.get(key)
+    return list(found.values()) if isinstance(found, Mapping) else []
 
 
 def _has_stacked_experts(handed: Handed) -> bool:

@@ -12,7 +12,8 @@ from jlora import checkpoints
 from jlora.disk import file_written_whole, write_tensors
 from jlora.models import read_adapter, write_adapter
 from jlora.recipes import verify_logits
-from tests.interop.models import load_file, peft, quiet
+from tests.interop.models import gpt2, load_file, peft, quiet
+from tests.interop.test_extracted import gemma3_images
 from tests.interop.test_language_folders import peft_adapter, saved
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[bool, bool]]] = {  # and whether vLLM, SGLang load it
@@ -53,6 +54,44 @@ def test_what_peft_writes_is_right(tmp_path: Path, case: str) -> None:
     if case != "some layers":  # of which the others are written as zeros
         write_adapter(tmp_path / "back", *read_adapter(tmp_path / "adapter", config), config)
         assert checkpoints.verify(tmp_path / "base", tmp_path / "back").is_right
+
+
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
+OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {  # and what SGLang has against it
+    "gemma3 with images": (gemma3_images, {"target_modules": LANGUAGE}, "target_modules = "),
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}, "names without a number behind"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_models_that_jlora_has_no_function_of(tmp_path: Path, case: str) -> None:
+    make, fields, against = OTHERS[case]
+    model = make()
+    with quiet():
+        model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", fields)
+    found = checkpoints.verify(tmp_path / "base", tmp_path / "adapter")
+    assert found.is_right, str(found)
+    assert [verdict.loads for verdict in found.engines] == [True, True, False]
+    assert found.engines[2].problems[0].startswith(against)
+    assert not verify_logits(tmp_path / "base", tmp_path / "adapter").asked
+
+
+def test_names_of_the_text_model_beside_one_with_images(tmp_path: Path) -> None:
+    model = gemma3_images()
+    with quiet():
+        model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", {"target_modules": LANGUAGE})
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    told["target_modules"] = ["q_proj", "v_proj"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(told))
+    rewritten(tmp_path / "adapter", lambda tensors: {n.replace("language_model.", ""): t for n, t in tensors.items()})
+    found = checkpoints.verify(tmp_path / "base", tmp_path / "adapter")
+    assert not found.is_right
+    peft_says, vllm_says, sglang_says = found.engines
+    assert "other names than in the base" in peft_says.problems[0]
+    assert "passed over without an error" in vllm_says.problems[0]
+    assert sglang_says.loads
 
 
 def rewritten(folder: Path, change: Any) -> Path:

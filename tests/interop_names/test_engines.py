@@ -212,3 +212,17 @@ def test_stacked_experts_in_vllm():
 def test_a_configuration_that_lacks_a_key(engine, key):
     found = verdict(ENGINES[engine], Handed(shapes_of(*MODULES), without(key), "LlamaForCausalLM"))
     assert found.problems == (f"adapter_config.json has no {key}",)
+
+
+KEYS = [*DATA, "alpha_pattern", "use_rslora", "use_dora"]
+VALUES = [None, [], {}, "x", 3, -1, 1.5, True, [1], [None], {"a": "b"}, {"q": None}, float("nan"), [["a"]], "y" * 5000]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_values_that_are_no_settings_are_judged_too(key):
+    """A file that cannot be read as an adapter is shown to the engines as well."""
+    for value in VALUES:
+        for engine in ENGINES:
+            for more in ({}, {"use_rslora": True}):
+                found = said(engine, **{**more, key: value})
+                assert all(len(problem) < 400 for problem in found.problems)
