@@ -10,6 +10,7 @@ from typing import NoReturn
 from jlora.cli._done import EXIT_CODES, REFUSED, Done, StoppedError, add_output_options, json_object, plain_fields
 from jlora.cli._files import add_file_commands
 from jlora.cli._import import add_import_command
+from jlora.cli._language import add_language_commands
 from jlora.cli._print import plain_output, say, show
 from jlora.cli._signals import exit_code, stopped_by_signals, warnings_in_a_line
 from jlora.cli._verify import add_verify_command
@@ -25,29 +26,39 @@ The file has the sections
                  (function, params): any function(params, inputs)
                  (function, params, state): a function(params, state, inputs) that returns (outputs, state)
                  model: an nnx.Module
+               or folder = "a language model": a folder of Hugging Face's layout, with dtype and remat ("layer")
   [data]       function = "module:function" that returns (train, test), each a mapping of arrays with "inputs"
+               or train and eval = "files of JSON lines" (prompt and completion, messages, or text) for a language
+               model, with length (512), packed (true), long ("cut", "drop"), template (false), seed
   [lora]       rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init, init_std, rank_pattern,
                alpha_pattern, dtype, factorizations, extras
   [optimizer]  name (adamw, adam, lion, sgd), learning_rate, weight_decay, schedule (constant, cosine, linear),
                warmup_steps, clip_norm (0 for none)
   [train]      steps, batch_size, accumulate, seed, loss = "module:function", log_every, eval_every, checkpoint_every
   [full]       enabled (false), learning_rate: the full fine-tuning to compare with
+  [generate]   of a language model: prompts, answered before, while and after it is trained; chat (false), whether they
+               are what a user says; max_new_tokens (64); exact_match (0), how many prompts of the evaluation file are
+               answered before and after, to count the answers that are exactly right
   [output]     folder
-Only the two functions have to be given. Where a model has parameters of these names it is called with train, training,
-is_training (true in training), deterministic, use_running_average (false in training), and a function with key (the
-step's, None outside of training) or rngs ({"dropout": key}).
+Only [model] and [data] have to be given. Of a language model every linear layer is adapted by default; embeddings and
+head are where target_modules names them, as in ["model/layers/**/*_proj", "model/embed_tokens", "lm_head"]. Where a
+model has parameters of these names it is called with train, training, is_training (true in training), deterministic,
+use_running_average (false in training), and a function with key (the step's, None outside of training) or rngs
+({"dropout": key}).
 """
 
 _TRAIN_END = """\
 examples:
   jlora train configs/digits.toml
+  jlora train configs/cron.toml
   jlora train configs/digits.toml lora.rank=2 train.steps=200 output.folder=runs/rank2
   jlora train configs/digits.toml --resume
   jlora train configs/digits.toml train.steps=800 --extend
 
 The output folder holds adapters/, which the other commands and jlora.load_adapters read, model_state/ where the model
 changed arrays of its own (batch statistics), checkpoints/ (Orbax) to resume from, config.toml, metrics.jsonl, curve.png
-and results.json; jlora.recipes.load_run reads the trained model from it.
+and results.json; jlora.recipes.load_run reads the trained model from it. That of a language model has adapter/ too, the
+same in PEFT's format with a model card, and answers.jsonl, what it said to the prompts.
 
 --extend goes on with a run, finished or not, although train.steps is more than before, or optimizer.learning_rate,
 optimizer.schedule or optimizer.warmup_steps are others. A schedule is a function of the step and of all steps: from the
@@ -168,6 +179,7 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
     add_output_options(train, '"out" and "results", for each way of adapting the fields of jlora.recipes.Result')
     train.set_defaults(run=_train, command="train")
     add_file_commands(commands)
+    add_language_commands(commands)
     add_import_command(commands)
     add_verify_command(commands)
     return parser

@@ -52,6 +52,10 @@ class FunctionConfig:
             check_keys(self.options, tuple(parameters), f"the options of {self.function}")
         return function
 
+    def takes(self, field: str, name: str) -> bool:
+        """Whether the function has a parameter of this name."""
+        return name in inspect.signature(self.load(field)).parameters
+
     def call(self, field: str, **offered: Any) -> Any:
         """What the function returns for the options, and those of the offered arguments that it has parameters for."""
         function = self.load(field)
@@ -135,6 +139,39 @@ class FullConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What a language model is asked, before, while and after it is trained; it answers greedily.
+
+    Attributes:
+      prompts: answered before the first step, at each evaluation and at the end.
+      chat: whether they are what a user says, for the chat template, and not plain texts.
+      max_new_tokens: of an answer.
+      exact_match: how many prompts of the evaluation file are answered before and after training, to count the answers
+        that are their completions exactly, but for spaces around them; 0 for none.
+    """
+
+    prompts: tuple[str, ...] = ()
+    chat: bool = False
+    max_new_tokens: int = 64
+    exact_match: int = 0
+
+    def __post_init__(self) -> None:
+        prompts = self.prompts
+        if not isinstance(prompts, list | tuple) or not all(isinstance(each, str) and each for each in prompts):
+            raise refusal("generate.prompts", prompts, "a list of texts that are not empty")
+        object.__setattr__(self, "prompts", tuple(prompts))
+        if not isinstance(self.chat, bool):
+            raise refusal("generate.chat", self.chat, "true or false")
+        integer("generate.max_new_tokens", self.max_new_tokens, 1)
+        integer("generate.exact_match", self.exact_match, 0)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a model has to answer anything."""
+        return bool(self.prompts or self.exact_match)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """Where a run writes."""
 
@@ -155,14 +192,20 @@ class JobConfig:
       `(module, params)`, `(module, params, collections)`: a Linen module, its params and its other collections;
       `(function, params)`: any `function(params, inputs)`;
       `(function, params, state)`: a `function(params, state, inputs)` that returns `(outputs, state)`;
-      an `nnx.Module` with its params.
+      an `nnx.Module` with its params;
+      a `LanguageModel`, as `jlora.recipes.language:model` does, for which `[model] folder = "..."` is short.
     It is called with the inputs, and where it has parameters of these names with `train`, `training` or `is_training`
     (True in training), `deterministic` or `use_running_average` (False in training); a function also with `key`, the
     step's PRNG key, or `rngs`, `{'dropout': key}`, both None outside of training. A Linen module gets the rng
     `dropout` in training, an NNX model is put into its training or its evaluation mode.
 
     `data` is a function that returns `(train, test)`: two mappings of arrays with `inputs` and what the loss needs,
-    such as `labels`. A parameter `console` of both functions is given the console of the run.
+    such as `labels`; `inputs` may be a mapping of arrays, and `train` a sequence of such datasets, of examples of one
+    length each. It may return `(train, test, questions)` for a language model, `Question`s for an exact match.
+    `[data] train = "x.jsonl"` is short for `jlora.recipes.language:data`.
+
+    A parameter `console` of both functions is given the console of the run; parameters `language` and `batch_size` of
+    the data function the `LanguageModel` and `train.batch_size`.
     """
 
     model: FunctionConfig
@@ -171,6 +214,7 @@ class JobConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     full: FullConfig = dataclasses.field(default_factory=FullConfig)
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
 
     @classmethod
@@ -184,9 +228,12 @@ class JobConfig:
         for name, section in data.items():
             if not isinstance(section, Mapping):
                 raise refusal(name, section, f"a section, [{name}]")
-        for name in ("model", "data"):
+        data = _written_out(data)
+        for name, short in _SHORT.items():
             if "function" not in data.get(name, {}):
-                raise ConfigError(f"{name}.function is missing: wanted [{name}] with function = 'module:function'")
+                raise ConfigError(
+                    f"{name}.function is missing: wanted [{name}] with function = 'module:function', or {short}"
+                )
         sections: dict[str, Any] = {}
         for name, section in data.items():
             if name in ("model", "data"):
@@ -232,8 +279,27 @@ _SECTIONS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "full": FullConfig,
+    "generate": GenerateConfig,
     "output": OutputConfig,
 }
+_SHORT = {
+    "model": "folder = 'the folder of a language model'",
+    "data": "train and eval = 'files of JSON lines'",
+}
+LINEAR = ("model/layers/**/*_proj",)  # every linear layer of a language model, and experts
+
+
+def _written_out(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections with what `[model] folder` and `[data] train` are short for."""
+    sections: dict[str, dict[str, Any]] = {name: dict(section) for name, section in data.items()}
+    model, examples = sections.get("model", {}), sections.get("data", {})
+    if "folder" in model and "function" not in model:
+        sections["model"] = {"function": "jlora.recipes.language:model", **model}
+        sections["lora"] = {"target_modules": list(LINEAR), **sections.get("lora", {})}
+        sections["train"] = {"loss": "jlora.recipes:next_token", **sections.get("train", {})}
+    if isinstance(examples.get("train"), str) and "function" not in examples:
+        sections["data"] = {"function": "jlora.recipes.language:data", **examples}
+    return sections
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -17,43 +17,29 @@ from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import remove_leftovers, write_whole
 from jlora.errors import ConfigError, DataError, listed
+from jlora.models import write_adapter
 from jlora.paths import leaves_by_path
+from jlora.recipes._card import model_card
 from jlora.recipes._config import JobConfig
-from jlora.recipes._model import call_model
+from jlora.recipes._model import Model, call_model
 from jlora.recipes._plot import write_curve
+from jlora.recipes._results import Result, peak_memory, results_table
 from jlora.storage import load_adapters, load_arrays, read_metadata, save_adapters
-from jlora.tables import text_table
 from jlora.train import MetricsLog, TrainState
 from jlora.transform import lora
 
 _WRITTEN = (  # beside config.toml
+    "adapter",
     "adapters",
+    "answers.jsonl",
     "checkpoints",
     "curve.png",
     "metrics.jsonl",
     "model_state",
     "results.json",
 )
+_SPARE = 1 << 24
 EXTENDED = ("train.steps", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How one way of adapting did on the test set.
-
-    Attributes:
-      name: of the way.
-      metrics: of the loss on the test set.
-      parameters: the scalars that were trained.
-      optimizer_bytes: the bytes of the optimizer's state.
-      seconds: of training, compilation included.
-    """
-
-    name: str
-    metrics: dict[str, float]
-    parameters: int
-    optimizer_bytes: int
-    seconds: float
 
 
 class Trained(NamedTuple):
@@ -117,8 +103,10 @@ def check_folder(folder: Path, job: JobConfig, resume: bool, extend: bool, force
     return []
 
 
-def prepare_folder(folder: Path, job: JobConfig, resume: bool, changed: list[str]) -> None:
+def prepare_folder(folder: Path, job: JobConfig, resume: bool, changed: list[str], room: int) -> None:
     """Makes the folder, empty of what an older run wrote, with the configuration; one that is resumed stays.
+
+    `room` are the bytes that its files will have.
 
     The older configuration goes last and at once: a folder that held a run holds one at every moment.
     """
@@ -129,22 +117,42 @@ def prepare_folder(folder: Path, job: JobConfig, resume: bool, changed: list[str
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if changed or not resume:
+            _check_disk(folder, room)
             job.write(folder / "config.toml")
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}; give output.folder another path") from None
 
 
+def _check_disk(folder: Path, room: int) -> None:
+    """Raises a DataError where the files of a run would not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < room + _SPARE:
+        raise DataError(
+            f"{folder}: {room / 1e9:.2f} GB are to be written, most of it checkpoints, and {free / 1e9:.2f} GB are "
+            "free; give output.folder a path on a larger disk"
+        )
+
+
 def write_trained(
-    folder: Path, job: JobConfig, config: LoraConfig, state: TrainState, before: Any, result: Result
+    folder: Path, job: JobConfig, model: Model, config: LoraConfig, state: TrainState, results: list[Result]
 ) -> list[str]:
-    """Writes the adapters, and what the model changed of its state beside them; returns the paths of that."""
-    changed = jax.tree.map(lambda old, new: None if _same(old, new) else {"value": new}, before, state.model_state)
+    """Writes the adapters, and what the model changed of its state beside them; returns the paths of that.
+
+    Those of a language model are written in PEFT's format too, in `adapter/`, with a model card.
+    """
+    changed = jax.tree.map(lambda old, new: None if _same(old, new) else {"value": new}, model.state, state.model_state)
     paths = list(leaves_by_path(changed, is_leaf=is_entry))
-    metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
+    metrics = {name: value if math.isfinite(value) else None for name, value in results[-1].metrics.items()}
     metadata = {"model": job.model.function, "steps": int(state.step), "metrics": metrics, "model_state": len(paths)}
+    if model.language is not None:
+        metadata["base"] = str(model.language.folder)
     save_adapters(folder / "adapters", state.trained, config, metadata=metadata)
     if paths:
         save_adapters(folder / "model_state", changed, LoraConfig(), metadata={"steps": int(state.step)})
+    if model.language is not None:
+        language, peft = model.language, folder / "adapter"
+        write_adapter(peft, state.trained, config, language.config, base=str(language.folder))
+        write_whole(peft / "README.md", model_card(job, language, config, results).encode())
     return paths
 
 
@@ -153,14 +161,8 @@ def report(folder: Path, results: list[Result], changed_state: list[str], consol
     rows = [dataclasses.asdict(result) for result in results]
     write_whole(folder / "results.json", (json.dumps(rows, indent=2) + "\n").encode("utf-8"))
     write_curve(folder / "curve.png", MetricsLog.read_file(folder / "metrics.jsonl"))
-    metrics = [name for name in results[0].metrics if name != "loss"] or ["loss"]
-    header = ("on the test set", *metrics, "trained parameters", "optimizer state", "seconds")
-    table = []
-    for result in results:
-        values = [f"{result.metrics[name]:{'.1%' if name == 'accuracy' else '.4g'}}" for name in metrics]
-        costs = (f"{result.parameters:,}", f"{result.optimizer_bytes:,} B", f"{result.seconds:.1f}")
-        table.append((result.name, *values, *costs))
-    console.out(text_table(header, table), highlight=False)
+    console.out(results_table(results), highlight=False)
+    console.out(f"peak memory: {peak_memory() / 1e9:.2f} GB", highlight=False)
     console.out(f"written to {folder}: {listed(sorted(path.name for path in folder.iterdir()), 20)}", highlight=False)
     if changed_state:
         console.out(

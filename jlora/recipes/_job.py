@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ import numpy as np
 from rich.console import Console
 
 from jlora.errors import ConfigError, DataError
+from jlora.recipes._answers import AnswersLog, Asked, Question
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
+from jlora.recipes._evaluator import Forward, evaluator, value_and_metrics
 from jlora.recipes._folder import Result, check_folder, prepare_folder, report, write_trained
-from jlora.recipes._model import Model, call_model
+from jlora.recipes._language import LanguageModel
+from jlora.recipes._model import Model, call_model, read_model
 from jlora.train import (
     Batches,
     Checkpoints,
     Examples,
     Interrupted,
-    Mean,
     Metrics,
     MetricsLog,
-    Sum,
     TrainState,
     count_examples,
     fit,
@@ -33,8 +34,7 @@ from jlora.train import (
 from jlora.transform import Adapted, adapt
 from jlora.tree import count_params
 
-Forward = Callable[..., tuple[Any, Any]]  # forward(trained, frozen, inputs, state, key) -> (outputs, state)
-_CHUNK = 1024
+_CHECKPOINTS = 3  # the two that are kept, and the one that is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,10 @@ class _Task:
     job: JobConfig
     model: Model
     adapted: Adapted
-    train: Examples
+    train: Examples | Sequence[Examples]
     test: Examples
     loss: Callable[[Any, Examples], tuple[jax.Array, Metrics]]
+    asked: Asked | None
 
 
 def run_job(
@@ -57,7 +58,8 @@ def run_job(
     The folder holds `adapters/`, which `jlora.load_adapters` and every command on adapters reads, `model_state/` where
     the model changed arrays of its own (batch statistics), `checkpoints/` (Orbax) to resume from, `config.toml`,
     `metrics.jsonl`, `curve.png` and `results.json`; `load_run` reads it. The same seed gives the same numbers on the
-    same machine; times are in `results.json` alone.
+    same machine; times are in `results.json` alone. Of a language model it holds `adapter/` too, in PEFT's format with
+    a model card, and `answers.jsonl`, what it answered to the prompts of [generate].
 
     Args:
       job: the configuration.
@@ -77,56 +79,67 @@ def run_job(
         task = _load(job, console)
     except Interrupted as error:  # training of its own, of which the folder of this run knows nothing
         raise KeyboardInterrupt(error.signal) from None
-    prepare_folder(folder, job, resume or extend, changed)
+    prepare_folder(folder, job, resume or extend, changed, _room(task))
     for line in changed:
         console.out(f"extended: {line}", highlight=False)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         try:
-            return _run(task, folder, checkpoints, console)
+            return _run(task, folder, checkpoints, console, resume or extend)
         except Interrupted:
             raise
         except KeyboardInterrupt as error:  # between the steps, or a second signal
             raise Interrupted(checkpoints.latest_step or 0, *error.args[:1]) from None
 
 
-def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console) -> list[Result]:
+def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, resume: bool) -> list[Result]:
     job, model, adapted = task.job, task.model, task.adapted
     console.out(str(adapted.report), highlight=False)
+    forward = _adapted(task)
+    evaluate = evaluator(forward, task.loss, task.test, model.params)
+    show = _shower(task, folder, checkpoints, console, resume)
 
-    results = [Result("frozen base", _evaluator(task, _base(task), model.params)(None, model.state), 0, 0, 0.0)]
-    log_file = folder / "metrics.jsonl"
-    state, result = _train(
-        task, "LoRA", _adapted(task), adapted.adapters, model.params, job.optimizer, console, checkpoints, log_file
-    )
-    results.append(result)
-    changed_state = write_trained(folder, job, adapted.config, state, model.state, result)
+    base = evaluate(adapted.adapters, model.state)  # B is zero: bitwise the base, by the program that trains
+    results = [Result("frozen base", base | _matches(task, adapted.adapters), 0, 0, 0.0)]
+    if checkpoints.latest_step is None and show is not None:
+        show(0, adapted.adapters)
+    way = _Way("LoRA", forward, adapted.adapters, model.params, job.optimizer, evaluate)
+    state, result = _train(task, way, console, checkpoints, folder / "metrics.jsonl", show)
+    results.append(dataclasses.replace(result, metrics=result.metrics | _matches(task, state.trained)))
+    changed_state = write_trained(folder, job, model, adapted.config, state, results)
     if job.full.enabled:
         optimizer = dataclasses.replace(job.optimizer, learning_rate=job.full.learning_rate)
-        results.append(_train(task, "full fine-tuning", _base(task), model.params, None, optimizer, console)[1])
+        full = _base(task)
+        way = _Way("full fine-tuning", full, model.params, None, optimizer, evaluator(full, task.loss, task.test, None))
+        results.append(_train(task, way, console)[1])
     report(folder, results, changed_state, console)
     return results
 
 
+def _matches(task: _Task, adapters: Any) -> dict[str, float]:
+    return {} if task.asked is None else task.asked.exact_match(adapters)
+
+
+def _shower(
+    task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, resume: bool
+) -> Callable[[int, Any], None] | None:
+    """A function of (step, adapters) that shows what the model answers; None where it is asked nothing."""
+    asked = task.asked
+    if asked is None or not asked.has_prompts:
+        return None
+    log = AnswersLog(folder / "answers.jsonl", checkpoints.latest_step if resume else None)
+    return lambda step, adapters: asked.show(step, adapters, log, console)
+
+
 def _load(job: JobConfig, console: Console) -> _Task:
     loss = FunctionConfig(function=job.train.loss).load("train.loss")
-    job.model.load("model.function")
-    parts = job.data.call("data.function", console=console)
-    if not isinstance(parts, tuple) or len(parts) != 2:
-        raise ConfigError(f"data.function = {job.data.function!r}: wanted it to return (train, test)")
-    for name, part in zip(("training", "test"), parts, strict=True):
-        if not isinstance(part, Mapping) or not all(np.ndim(array) for array in part.values()):
-            raise DataError(f"{job.data.function}: wanted the {name} set as a mapping of arrays")
-        if "inputs" not in part:
-            raise DataError(
-                f"{job.data.function}: the {name} set has no 'inputs', found {', '.join(part) or 'nothing'}"
-            )
-        count_examples(part, f"the {name} set")
-    train, test = ({key: np.asarray(array) for key, array in part.items()} for part in parts)
+    language = _language(job, console)
+    train, test, questions = _data(job, language, console)
     Batches(train, job.train.batch_size, job.train.seed)
-    model = call_model(job, console)
-    first = jax.ShapeDtypeStruct(train["inputs"][:1].shape, train["inputs"].dtype)
+    model = call_model(job, console) if language is None else read_model(language, _where(job))
+    one = train if isinstance(train, Mapping) else train[0]
+    first = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array[:1].shape, array.dtype), one["inputs"])
     adapted = adapt(model.fn, job.lora, model.params, first, model.state, None)
-    task = _Task(job, model, adapted, train, test, loss)
+    task = _Task(job, model, adapted, train, test, loss, _asked(job, model, adapted, questions))
     try:
         jax.eval_shape(lambda batch: loss(model.fn(model.params, batch["inputs"], model.state, None)[0], batch), test)
     except KeyError as error:
@@ -134,11 +147,85 @@ def _load(job: JobConfig, console: Console) -> _Task:
     return task
 
 
+def _where(job: JobConfig) -> str:
+    return f"model.function = {job.model.function!r}"
+
+
+def _language(job: JobConfig, console: Console) -> LanguageModel | None:
+    """The language model, its params not read, where the data are made with its tokenizer.
+
+    Raises:
+      ConfigError: the data need one, and the model is another.
+    """
+    job.model.load("model.function")
+    if not job.data.takes("data.function", "language"):
+        return None
+    found = job.model.call("model.function", console=console)
+    if not isinstance(found, LanguageModel):
+        raise ConfigError(
+            f"data.function = {job.data.function!r} is for a language model, and {_where(job)} returned "
+            f"{type(found).__name__}: give [model] folder = the folder of one"
+        )
+    return found
+
+
+def _data(job: JobConfig, language: LanguageModel | None, console: Console) -> tuple[Any, Examples, Sequence[Question]]:
+    """The training set, or several of them, the test set, and the questions that come with it."""
+    offered = {"console": console, "language": language, "batch_size": job.train.batch_size}
+    parts = job.data.call("data.function", **offered)
+    if not isinstance(parts, tuple) or len(parts) not in (2, 3):
+        raise ConfigError(f"data.function = {job.data.function!r}: wanted it to return (train, test)")
+    train, test, questions = (*parts, ())[:3]
+    several = isinstance(train, Sequence) and bool(train)
+    groups = [_checked(job, part, "training") for part in (train if several else [train])]
+    return groups if several else groups[0], _checked(job, test, "test"), questions
+
+
+def _checked(job: JobConfig, part: Any, name: str) -> Examples:
+    """A mapping of arrays, with inputs.
+
+    Raises:
+      DataError: what is none.
+    """
+    if not isinstance(part, Mapping) or not all(np.ndim(array) for array in jax.tree.leaves(dict(part))):
+        raise DataError(f"{job.data.function}: wanted the {name} set as a mapping of arrays")
+    if "inputs" not in part:
+        raise DataError(f"{job.data.function}: the {name} set has no 'inputs', found {', '.join(part) or 'nothing'}")
+    count_examples(part, f"the {name} set")
+    return jax.tree.map(np.asarray, dict(part))
+
+
+def _asked(job: JobConfig, model: Model, adapted: Adapted, questions: Sequence[Question]) -> Asked | None:
+    """What the job asks its model.
+
+    Raises:
+      ConfigError: it asks a model that is no language model, or for matches with data that have no completions.
+    """
+    generate = job.generate
+    if not generate.is_asked:
+        return None
+    if model.language is None:
+        raise ConfigError(f"[generate]: {_where(job)} is no language model: give [model] folder, or no prompts")
+    if generate.exact_match and not questions:
+        raise ConfigError(
+            f"generate.exact_match = {generate.exact_match}: the evaluation data have no prompts with completions to "
+            "compare with; 0 asks for none"
+        )
+    return Asked(generate, model.language, adapted.config, model.params, questions)
+
+
+def _room(task: _Task) -> int:
+    """The bytes of the checkpoints of a run, and of its adapters in two formats."""
+    optimizer = task.job.optimizer.make(task.job.train.steps)
+    state = jax.eval_shape(lambda trained: (trained, optimizer.init(trained)), task.adapted.adapters)
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, task.model.state))]
+    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(task.adapted.adapters))
+    return _CHECKPOINTS * sum(sizes) + 2 * trained
+
+
 def _base(task: _Task) -> Forward:
-    """The base alone: nothing trained, or all of it."""
-    return lambda trained, frozen, inputs, state, key: task.model.fn(
-        frozen if trained is None else trained, inputs, state, key
-    )
+    """The model alone, all of it trained."""
+    return lambda trained, frozen, inputs, state, key: task.model.fn(trained, inputs, state, key)
 
 
 def _adapted(task: _Task) -> Forward:
@@ -149,81 +236,66 @@ def _adapted(task: _Task) -> Forward:
     return forward
 
 
-def _evaluator(task: _Task, forward: Forward, frozen: Any) -> Callable[..., dict[str, float]]:
-    """The metrics on the test set, in chunks, each by its kind: a plain number is weighed by the chunk's length."""
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """A way of adapting: what is trained over what is frozen, by which program and optimizer."""
 
-    @jax.jit
-    def chunk_metrics(trained: Any, frozen: Any, state: Any, chunk: Examples) -> dict[str, Any]:
-        outputs, _ = forward(trained, frozen, chunk["inputs"], state, None)
-        loss, metrics = _value_and_metrics(task.loss(outputs, chunk))
-        return {"loss": loss, **metrics}
-
-    def evaluate(trained: Any, state: Any = None) -> dict[str, float]:
-        sums: dict[str, list[float]] = {}
-        for start in range(0, count_examples(task.test), _CHUNK):
-            chunk = {name: array[start : start + _CHUNK] for name, array in task.test.items()}
-            for name, value in chunk_metrics(trained, frozen, state, chunk).items():
-                count = count_examples(chunk)
-                kind = value if isinstance(value, Mean | Sum) else Mean(float(value) * count, count)
-                before = sums.get(name, [0.0] * len(kind))
-                sums[name] = [old + float(new) for old, new in zip(before, kind, strict=True)]
-        return {name: _over(*found) for name, found in sums.items()}
-
-    return evaluate
-
-
-def _value_and_metrics(returned: Any) -> tuple[Any, Metrics]:
-    return returned if type(returned) is tuple else (returned, {})
-
-
-def _over(total: float, weight: float = 1.0) -> float:
-    return total / weight if weight else math.nan
+    name: str
+    forward: Forward
+    trained: Any
+    frozen: Any
+    optimizer: OptimizerConfig
+    evaluate: Callable[..., dict[str, float]]
 
 
 def _train(
     task: _Task,
-    name: str,
-    forward: Forward,
-    trained: Any,
-    frozen: Any,
-    optimizer: OptimizerConfig,
+    way: _Way,
     console: Console,
     checkpoints: Checkpoints | None = None,
     log_file: Path | None = None,
+    on_eval: Callable[[int, Any], None] | None = None,
 ) -> tuple[TrainState, Result]:
     """Trains one tree over another that is frozen, from the last checkpoint where there is one."""
-    train = task.job.train
+    train, optimizer = task.job.train, way.optimizer
 
     def loss(trained: Any, frozen: Any, batch: Examples, key: jax.Array, *state: Any) -> Any:
-        outputs, after = forward(trained, frozen, batch["inputs"], *(state or (None,)), key)
-        value, metrics = _value_and_metrics(task.loss(outputs, batch))
+        outputs, after = way.forward(trained, frozen, batch["inputs"], *(state or (None,)), key)
+        value, metrics = value_and_metrics(task.loss(outputs, batch))
         return (value, metrics, after) if state else (value, metrics)
 
     gradient_transform = optimizer.make(train.steps)
     step = make_train_step(
         loss, gradient_transform, accumulate=train.accumulate, clip_norm=optimizer.clip_norm or None, seed=train.seed
     )
-    state = init_state(trained, gradient_transform, task.model.state)
+    state = init_state(way.trained, gradient_transform, task.model.state)
     if checkpoints is not None and checkpoints.latest_step is not None:
         state = checkpoints.restore(state)
-    evaluate = _evaluator(task, forward, frozen)
     began = time.perf_counter()
     state = fit(
         step,
         state,
-        frozen,
+        way.frozen,
         Batches(task.train, train.batch_size, train.seed),
         steps=train.steps,
-        evaluate=evaluate,
+        evaluate=way.evaluate,
         log=None if log_file is None else MetricsLog(log_file, int(state.step)),
         checkpoints=checkpoints,
         log_every=train.log_every,
         eval_every=train.eval_every,
         checkpoint_every=train.checkpoint_every,
-        title=name,
+        on_eval=on_eval,
+        count=None if task.model.language is None else _count_tokens,
+        title=way.name,
         console=console,
     )
     seconds = time.perf_counter() - began
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    metrics = evaluate(state.trained, state.model_state)
-    return state, Result(name, metrics, count_params(trained), size, seconds)
+    metrics = way.evaluate(state.trained, state.model_state)
+    return state, Result(way.name, metrics, count_params(way.trained), size, seconds)
+
+
+def _count_tokens(batch: Examples) -> int:
+    """The tokens of a batch, without padding where segments say what that is."""
+    inputs = batch["inputs"]
+    return int(np.count_nonzero(inputs["segments"])) if "segments" in inputs else inputs["tokens"].size

@@ -15,12 +15,14 @@ from rich.console import Console
 from jlora.errors import ConfigError
 from jlora.paths import leaves_by_path
 from jlora.recipes._config import JobConfig
+from jlora.recipes._language import LanguageModel
 
 _FORMS = """wanted it to return one of
   (module, params), (module, params, collections): a Linen module; collections are such as {"batch_stats": ...}
   (function, params): any function(params, inputs) -> outputs
   (function, params, state): function(params, state, inputs) -> (outputs, state)
-  model: an nnx.Module, with its params"""
+  model: an nnx.Module, with its params
+  a jlora.recipes.LanguageModel"""
 _IN_TRAINING = {
     "train": True,
     "training": True,
@@ -39,11 +41,13 @@ class Model(NamedTuple):
         step, None outside of training: the model then runs without dropout, and on the statistics that it has.
       params: its base.
       state: what it changes as it runs, such as batch statistics, a pytree of arrays; None where there is nothing.
+      language: the language model that it is, with its tokenizer; None for another.
     """
 
     fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
     params: Any
     state: Any
+    language: LanguageModel | None = None
 
 
 def call_model(job: JobConfig, console: Console) -> Model:
@@ -58,6 +62,8 @@ def read_model(found: Any, where: str) -> Model:
     Raises:
       ConfigError: what is none of the forms; `where` names the function.
     """
+    if isinstance(found, LanguageModel):
+        return _checked(_of_language(found), where)
     if isinstance(found, nnx.Module):
         return _checked(_of_nnx(found, where), where)
     if isinstance(found, tuple) and len(found) in (2, 3):
@@ -97,6 +103,16 @@ def _of_function(function: Callable[..., Any], params: Any, state: Any) -> Model
     if state is None:
         return Model(lambda params, inputs, _, key: (function(params, inputs, **takes(key)), None), params, None)
     return Model(lambda params, inputs, state, key: function(params, state, inputs, **takes(key)), params, state)
+
+
+def _of_language(language: LanguageModel) -> Model:
+    decode = language.function()
+
+    def fn(params: Any, inputs: Any, state: Any, key: Any) -> tuple[Any, Any]:
+        known = {name: inputs[name] for name in ("positions", "segments") if name in inputs}
+        return decode(params, inputs["tokens"], **known), state
+
+    return Model(fn, language.read_params(), None, language)
 
 
 def _of_linen(module: nn.Module, params: Any, collections: Any, where: str) -> Model:

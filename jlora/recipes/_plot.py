@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from jlora.disk import write_whole
 
-_COLORS = {"loss": "tab:blue", "accuracy": "tab:orange"}
+_COLORS = {"loss": "tab:blue", "accuracy": "tab:orange", "token_accuracy": "tab:orange"}
 
 
 def write_curve(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the loss, and the accuracy where there is one, of training (line) and test (dots) over the steps.
+    """Draws the loss, and the accuracy (of classes or tokens) where there is one, of training (line) and test (dots).
 
     Args:
       path: of the PNG file.
@@ -27,15 +27,17 @@ def write_curve(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     FigureCanvasAgg(figure)
     left = figure.add_subplot()
     axes = {"loss": left}
-    if any("accuracy" in row for row in rows):
-        axes["accuracy"] = left.twinx()
-        axes["accuracy"].set_ylim(0, 1.02)
+    for name in ("accuracy", "token_accuracy"):
+        if any(name in row for row in rows):
+            axes[name] = left.twinx()
+            axes[name].set_ylim(0, 1.02)
+            break
     for name, axis in axes.items():
         for key, style in ((name, {"linewidth": 1.5}), (f"test_{name}", {"linestyle": "none", "marker": "o"})):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
                 axis.plot(*zip(*points, strict=True), color=_COLORS[name], label=key.replace("_", " "), **style)
-        axis.set_ylabel(name, color=_COLORS[name])
+        axis.set_ylabel(name.replace("_", " "), color=_COLORS[name])
     left.set_xlabel("step")
     left.set_ylim(bottom=0)
     handles = [line for axis in axes.values() for line in axis.get_lines()]

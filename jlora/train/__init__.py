@@ -4,7 +4,7 @@ from jlora.train._checkpoint import Checkpoints
 from jlora.train._data import Batches, Examples, count_examples
 from jlora.train._log import Logger, MetricsLog
 from jlora.train._loop import fit
-from jlora.train._loss import Mean, Sum
+from jlora.train._loss import ExpMean, Mean, Sum
 from jlora.train._signals import Interrupted
 from jlora.train._step import Loss, Metrics, Step, TrainState, init_state, make_train_step
 from jlora.train._watch import DivergedError
@@ -14,6 +14,7 @@ __all__ = [
     "Checkpoints",
     "DivergedError",
     "Examples",
+    "ExpMean",
     "Interrupted",
     "Logger",
     "Loss",

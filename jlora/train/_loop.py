@@ -11,7 +11,7 @@ from jlora.errors import DataError
 from jlora.fields import integer
 from jlora.train._checkpoint import Checkpoints
 from jlora.train._log import Logger
-from jlora.train._progress import progress_bar
+from jlora.train._progress import Speed, progress_bar
 from jlora.train._signals import Interrupted, interrupts
 from jlora.train._step import Step, TrainState
 from jlora.train._watch import Watch
@@ -31,6 +31,8 @@ def fit(
     eval_every: int = 100,
     checkpoint_every: int = 100,
     stop_at_nan: bool = True,
+    on_eval: Callable[[int, Any], object] | None = None,
+    count: Callable[[Any], int] | None = None,
     title: str = "training",
     console: Console | None = None,
 ) -> TrainState:
@@ -50,6 +52,9 @@ def fit(
       checkpoints: where the state goes every `checkpoint_every` steps, at the end, and where the run is stopped.
       stop_at_nan: stop where the loss or a gradient is not finite; `False` where the optimizer itself skips such
         steps, as `optax.apply_if_finite` does.
+      on_eval: called as `on_eval(step, trained)` after each evaluation, to look at the model itself, such as at what it
+        writes; where the trained tree is needed later, it is copied.
+      count: `count(batch)` gives the tokens of a batch, for the progress bar to show tokens a second.
       console: where the progress bar goes; one that is quiet shows none.
 
     Raises:
@@ -68,6 +73,7 @@ def fit(
     loggers: Sequence[Logger] = () if log is None else [log] if isinstance(log, Logger) else log
     watch = Watch(stop_at_nan)
     shown: dict[str, float] = {}
+    speed = Speed()
 
     def save() -> None:
         watch.check()
@@ -76,7 +82,7 @@ def fit(
             checkpoints.save(done, state)
 
     with interrupts() as caught, progress_bar(console) as progress:
-        task = progress.add_task(title, total=steps, completed=done, shown=shown)
+        task = progress.add_task(title, total=steps, completed=done, shown=shown, speed=speed)
         while done < steps and not caught:
             try:
                 batch = source(done)
@@ -88,6 +94,8 @@ def fit(
                 ) from None
             state, metrics = step(state, frozen, batch)
             done += 1
+            if count is not None:
+                speed.add(count(batch))
             watch.note(done, metrics)
             tested = evaluate is not None and (done % eval_every == 0 or done == steps)
             if tested or done % log_every == 0 or done == steps:
@@ -95,13 +103,18 @@ def fit(
                 row = _row(metrics)
                 if evaluate is not None and tested:
                     model_state = () if state.model_state is None else (state.model_state,)
-                    row |= _row(evaluate(state.trained, *model_state), "test_")
+                    with speed.paused():
+                        row |= _row(evaluate(state.trained, *model_state), "test_")
                 shown |= row
                 for logger in loggers:
                     logger.write({"step": done, **row})
+                if on_eval is not None and tested:
+                    with speed.paused():
+                        on_eval(done, state.trained)
             progress.update(task, completed=done, shown=shown)
             if done % checkpoint_every == 0 or done == steps:
-                save()
+                with speed.paused():
+                    save()
     if caught:
         save()
         raise Interrupted(done, caught[0])

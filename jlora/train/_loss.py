@@ -32,6 +32,17 @@ class Mean(NamedTuple):
     weight: chex.Numeric
 
 
+class ExpMean(NamedTuple):
+    """The exponential of a mean, such as the perplexity of a text: exp(total / weight). A metric, never the loss.
+
+    Attributes:
+      total, weight: as of `Mean`.
+    """
+
+    total: chex.Numeric
+    weight: chex.Numeric
+
+
 class Sum(NamedTuple):
     """A value that is added over the parts of a batch, such as a count of tokens.
 
@@ -42,11 +53,14 @@ class Sum(NamedTuple):
     value: chex.Numeric
 
 
+Kind = Mean | ExpMean | Sum
+
+
 class Returned(NamedTuple):
     """What a loss returned, for a batch or a part of one; the values of two parts are added leaf by leaf."""
 
     value: Mean | Sum
-    metrics: dict[str, Mean | Sum]
+    metrics: dict[str, Kind]
     model_state: Any
 
 
@@ -74,8 +88,10 @@ def numerator(kind: Mean | Sum) -> chex.Array:
     return kind.total if isinstance(kind, Mean) else kind.value
 
 
-def finished(kind: Mean | Sum) -> chex.Array:
+def finished(kind: Kind) -> chex.Array:
     """The value of the whole batch."""
+    if isinstance(kind, ExpMean):
+        return jnp.exp(finished(Mean(*kind)))
     return divided(numerator(kind), kind)
 
 
@@ -99,6 +115,8 @@ def widened(leaf: chex.Numeric) -> chex.Array:
 
 def _scalar(value: Any) -> Mean | Sum:
     kind = _kind(value)
+    if isinstance(kind, ExpMean):
+        raise ConfigError("the loss returned ExpMean(total, weight), which is for metrics; wanted Mean or Sum")
     for leaf in kind:
         if jnp.ndim(leaf):
             raise ConfigError(
@@ -108,7 +126,7 @@ def _scalar(value: Any) -> Mean | Sum:
     return kind
 
 
-def _named(metrics: Any) -> dict[str, Mean | Sum]:
+def _named(metrics: Any) -> dict[str, Kind]:
     if not isinstance(metrics, Mapping):
         raise ConfigError(f"the loss returned metrics of type {type(metrics).__name__}; wanted a dict, by name")
     for name in ("loss", "grad_norm"):
@@ -117,8 +135,8 @@ def _named(metrics: Any) -> dict[str, Mean | Sum]:
     return {name: _kind(value) for name, value in metrics.items()}
 
 
-def _kind(found: Any) -> Mean | Sum:
-    if isinstance(found, Mean | Sum):
+def _kind(found: Any) -> Kind:
+    if isinstance(found, Kind):
         return type(found)(*map(widened, found))
     return Mean(widened(found), jnp.ones((), jnp.float32))
 

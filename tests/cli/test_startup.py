@@ -134,7 +134,15 @@ def test_import_gguf_does_not_import_jax(tmp_path, rng):
     assert imported == "[]"
 
 
-HELP = ["--help", "--version", "train --help", "import-gguf --help", *(f"{name} --help" for name in COMMANDS)]
+HELP = [
+    "--help",
+    "--version",
+    "train --help",
+    "generate --help",
+    "eval --help",
+    "import-gguf --help",
+    *(f"{name} --help" for name in COMMANDS),
+]
 
 
 @pytest.mark.parametrize("words", HELP)
