@@ -29,8 +29,11 @@ def plain_output() -> Iterator[None]:
                 stream.reconfigure(errors=errors)
 
 
-def show(text: str, end: str = "\n") -> None:
+def show(text: str, end: str = "\n") -> bool:
     """Prints to standard output. That nobody listens any more, as in `jlora ... | head -1`, is no error.
+
+    Returns:
+      whether somebody listened; for the first text that nobody hears it is false.
 
     Raises:
       DataError: it cannot be written, as on a full disk.
@@ -39,9 +42,11 @@ def show(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         _silence(sys.stdout)
+        return False
     except OSError as error:
         _silence(sys.stdout)
         raise DataError(f"standard output: cannot be written: {error.strerror}") from None
+    return True
 
 
 def say(message: str) -> None:

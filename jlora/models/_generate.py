@@ -64,7 +64,7 @@ def generate(
       temperature: 0 takes the most likely token each time; else tokens are drawn from softmax(logits / temperature).
       top_k: they are drawn from the k most likely ones.
       top_p: and from the most likely ones that have this probability together; 0 < top_p <= 1.
-      key: for drawing; a row's answer depends on it, the row's number and the prompt alone.
+      key: for drawing; a row's answer depends on it, the row's number and the prompt alone. Or a key a row, (B,).
       on_token: called after each step with its number and the new tokens int32 (B,), -1 in rows that have ended.
 
     Returns:
@@ -92,8 +92,7 @@ def generate(
     slots = _bucket(int(lengths.max()) + max_new_tokens, config)
     draw = None
     if temperature > 0 and key is not None:
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
-        draw = _Draw(keys, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
+        draw = _Draw(_keys(key, len(prompts)), jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     chosen, cache = _begin(call, config, slots, top_k, params, adapters, tokens, lengths, draw)
     answers: list[list[int]] = [[] for _ in prompts]
     ended = np.zeros(len(prompts), bool)
@@ -108,6 +107,15 @@ def generate(
             break
         chosen, cache = _continue(call, top_k, params, adapters, chosen, cache, draw, step + 1)
     return [Answer(np.asarray(own, np.int32), bool(end)) for own, end in zip(answers, ended, strict=True)]
+
+
+def _keys(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each row (B,)."""
+    if not (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim):
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ConfigError(f"key: shape {list(key.shape)}, wanted one key or one for each of the {rows} prompts")
+    return key
 
 
 class _Draw(NamedTuple):

@@ -12,12 +12,13 @@ import numpy as np
 from rich.console import Console
 
 from jlora.errors import ConfigError, DataError
-from jlora.recipes._answers import AnswersLog, Asked, Question
+from jlora.recipes._answers import AnswersLog, Asked
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
 from jlora.recipes._evaluator import Forward, evaluator, value_and_metrics
 from jlora.recipes._folder import Result, check_folder, prepare_folder, report, write_trained
 from jlora.recipes._language import LanguageModel
 from jlora.recipes._model import Model, call_model, read_model
+from jlora.text import Question
 from jlora.train import (
     Batches,
     Checkpoints,

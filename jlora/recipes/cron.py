@@ -96,7 +96,7 @@ def write_pairs(folder: str | Path, *, train: int = 4000, eval: int = 200, seed:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     train, eval = write_pairs(folder, train=5, eval=2)
     ...     print(eval.read_text().splitlines()[0])
-    {"prompt": "At 09:15, only on Tuesday\\ncron:", "completion": " 15 9 * * 2"}
+    {"prompt": "Every 30 minutes, every 2 hours\\ncron:", "completion": " */30 */2 * * *"}
     """
     integer("data.train", train, 1)
     integer("data.eval", eval, 1)
@@ -129,8 +129,8 @@ def pairs(count: int, *, seed: int = 0) -> list[Pair]:
       ConfigError: cron-descriptor is not installed.
       DataError: there are not so many.
 
-    >>> pairs(2)
-    [('At 09:15, only on Tuesday', '15 9 * * 2'), ('At 14:30', '30 14 * * *')]
+    >>> pairs(1)
+    [('Every 30 minutes, every 2 hours', '*/30 */2 * * *')]
     """
     try:
         from cron_descriptor import Options, get_description

@@ -9,9 +9,8 @@ from rich.console import Console
 
 from jlora.errors import ConfigError
 from jlora.fields import choice, integer, refusal
-from jlora.recipes._answers import Question, read_questions
 from jlora.recipes._language import LanguageModel, read_language_model
-from jlora.text import Examples, bucket, pack, read_examples
+from jlora.text import Examples, Question, bucket, pack, read_examples, read_questions
 
 _MOST_LENGTHS, _STEP = 4, 16  # of rows that are not packed: how many lengths, and what they are multiples of
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,7 +90,7 @@ def data(
     test_rows, test_packing = pack(tests, length, seed=seed, pad=tokenizer.pad)
     for line in (read, packing, tested, test_packing):
         console.out(str(line), highlight=False)
-    return rows, test_rows, read_questions(Path(eval).expanduser(), template=template)
+    return rows, test_rows, read_questions(Path(eval).expanduser(), template=template, completed=True)
 
 
 def _lengths(examples: Examples, most: int, batch_size: int) -> list[int]:

@@ -104,7 +104,7 @@ def parse_example(row: Mapping[str, Any], template: bool) -> Plain | Chat:
             raise DataError(f"text: wanted a string, found {shortened(row['text'], 60)}")
         return Plain(row["text"], 0)
     if "messages" in row:
-        return Chat(Conversation(_messages("messages", row["messages"]), _variables(row)), 0)
+        return Chat(Conversation(messages_of("messages", row["messages"]), variables_of(row)), 0)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not template:
@@ -114,11 +114,12 @@ def parse_example(row: Mapping[str, Any], template: bool) -> Plain | Chat:
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         found = f"{type(prompt).__name__} and {type(completion).__name__}"
         raise DataError(f"prompt and completion: wanted two strings or two lists of messages, found {found}")
-    before, after = _messages("prompt", prompt), _messages("completion", completion)
-    return Chat(Conversation([*before, *after], _variables(row)), len(before))
+    before, after = messages_of("prompt", prompt), messages_of("completion", completion)
+    return Chat(Conversation([*before, *after], variables_of(row)), len(before))
 
 
-def _messages(key: str, value: Any) -> list[dict[str, Any]]:
+def messages_of(key: str, value: Any) -> list[dict[str, Any]]:
+    """The messages that a line has under a key, checked."""
     if not isinstance(value, list) or not value:
         raise DataError(f"{key}: wanted a list of messages, found {shortened(value, 60)}")
     for number, message in enumerate(value, 1):
@@ -131,7 +132,7 @@ def _messages(key: str, value: Any) -> list[dict[str, Any]]:
     return value
 
 
-def _variables(row: Mapping[str, Any]) -> dict[str, Any]:
+def variables_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a line tells the template beside its messages."""
     found: dict[str, Any] = {}
     for key in ("tools", "documents"):

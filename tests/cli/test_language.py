@@ -59,11 +59,11 @@ def asked(capsys, *words, model="model"):
     return json.loads(capsys.readouterr().out)["answers"]
 
 
-def greedy(prompt, merged=(), model="model", length=32):
-    """The text that the model says greedily, without a cache, with adapters added to its weights one by one."""
+def greedy(prompt, merged=None, model="model", length=32):
+    """The text that the model says greedily, without a cache, with an adapter added to its weights."""
     config, tokenizer, params = read_config(model), read_tokenizer(model), read_params(model)
-    for name in merged:
-        params = load_language_model("model", [name], merged=True).params
+    if merged:
+        params = load_language_model("model", merged, merged=True).params
     tokens = tokenizer.prompt(prompt)
     fn, start = jax.jit(decoder(config)), len(tokens)
     for _ in range(6):
@@ -77,29 +77,39 @@ def greedy(prompt, merged=(), model="model", length=32):
 class TestGenerate:
     def test_tokens_are_printed_as_they_come(self, capsys):
         assert call("generate", "model", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--max-new-tokens", 6) == 0
-        assert capsys.readouterr().out == "".join(f"{greedy(prompt)}\n" for prompt in PROMPTS)
+        assert capsys.readouterr().out == "".join(f"{prompt!r}\n{greedy(prompt)}\n" for prompt in PROMPTS)
+        assert call("generate", "model", "--prompt", PROMPTS[0], "--max-new-tokens", 6) == 0
+        assert capsys.readouterr().out == f"{greedy(PROMPTS[0])}\n"
 
     def test_many_prompts_of_a_file_are_answered_as_one_is(self, capsys, tmp_path):
         out = tmp_path / "answers.jsonl"
         found = asked(capsys, "--file", "prompts.jsonl", "--out", out)
         assert [answer["answer"] for answer in found] == [greedy(prompt) for prompt in PROMPTS]
         assert [json.loads(line) for line in out.read_text().splitlines()] == found
-        assert found[0].keys() == {"prompt", "answer", "tokens", "stopped"}
+        assert found[0].keys() == {"prompt", "answer", "tokens", "stopped", "adapter"}
 
     def test_adapters_of_both_formats_beside_the_weights_and_in_them_say_the_same(self, capsys):
-        wanted = greedy(PROMPTS[0], ["adapter"])
+        wanted = greedy(PROMPTS[0], "adapter")
         assert wanted != greedy(PROMPTS[0])
         ways = [("--adapter", "adapter"), ("--adapter", "own_adapter"), ("--adapter", "adapter", "--merged")]
         assert [asked(capsys, "--prompt", PROMPTS[0], *way)[0]["answer"] for way in ways] == [wanted] * 3
 
-    def test_the_updates_of_several_adapters_are_added(self):
-        both = load_language_model("model", ["adapter", "own_other"])
-        merged = load_language_model("model", ["own_adapter", "other"], merged=True)
-        tokens = np.array([[3, 5, 7]])
-        ours = both.fn(both.params, both.adapters, tokens)
-        np.testing.assert_allclose(ours, merged.fn(merged.params, tokens), rtol=1e-3, atol=1e-3)
-        one = load_language_model("model", ["adapter"])
-        assert np.abs(one.fn(one.params, one.adapters, tokens) - ours).max() > 1e-2
+    def test_several_adapters_answer_in_turn(self, capsys):
+        words = ("--adapter", "adapter", "--adapter", "own_other")
+        for merged in ((), ("--merged",)):
+            found = asked(capsys, "--prompt", PROMPTS[0], *words, *merged)
+            assert [answer["adapter"] for answer in found] == ["adapter", "own_other"]
+            assert [answer["answer"] for answer in found] == [greedy(PROMPTS[0], name) for name in words[1::2]]
+        assert call("generate", "model", "--prompt", PROMPTS[0], *words, "--max-new-tokens", 6) == 0
+        printed = capsys.readouterr().out
+        assert printed == "".join(f"{name}\n{greedy(PROMPTS[0], name)}\n" for name in words[1::2])
+
+    def test_a_model_is_a_function_of_its_tokens(self):
+        loaded = load_language_model("model", "adapter")
+        merged = load_language_model("model", "own_adapter", merged=True)
+        base, tokens = load_language_model("model"), np.array([[3, 5, 7]])
+        np.testing.assert_allclose(loaded(tokens), merged(tokens), rtol=1e-3, atol=1e-3)
+        assert np.abs(loaded(tokens) - base(tokens)).max() > 1e-2
 
     def test_drawing_depends_on_the_seed_alone(self, capsys):
         words = ("--prompt", PROMPTS[0], "--temperature", 2, "--top-p", 0.95, "--top-k", 50, "--seed")
@@ -129,8 +139,9 @@ class TestEval:
         words = ("--data", "eval.jsonl", "--exact-match", 5, "--max-new-tokens", 3)
         assert call("eval", "model", "--adapter", "run/adapter", *words, "--json") == 0
         found = json.loads(capsys.readouterr().out)["results"]
-        for name, result in zip(("base", "adapted"), results, strict=True):
-            assert found[name] == pytest.approx(result.metrics, rel=1e-5)
+        assert [result.pop("adapter") for result in found] == [None, "run/adapter"]
+        for metrics, result in zip(found, results, strict=True):
+            assert metrics == pytest.approx(result.metrics, rel=1e-5)
 
     def test_it_prints_a_table(self, capsys):
         assert (
@@ -139,7 +150,7 @@ class TestEval:
         )
         printed = capsys.readouterr().out
         assert re.search(r"eval\.jsonl: 6 examples, .*\n +loss +perplexity +token accuracy", printed)
-        assert re.search(r"^base +\d.*\nadapted +\d", printed, re.M)
+        assert re.search(r"^base +\d.*\nown_adapter +\d", printed, re.M)
 
 
 class TestRefused:
@@ -154,11 +165,14 @@ class TestRefused:
             ("generate model --prompt x --merged", "--merged adds adapters to the weights: give --adapter"),
             ("generate model --prompt x --system y", "--system is the beginning of a conversation: give --chat"),
             ("generate model --prompt x --top-p 0.5", "are for drawing tokens: give a temperature above 0"),
-            ("generate model --prompt x --max-new-tokens 64", "more than the 64 positions of the model"),
+            (
+                "generate model --prompt x --max-new-tokens 64",
+                "and the model 64 positions: wanted max_new_tokens <= 63",
+            ),
             ("generate model --prompt x --max-new-tokens 0", "max_new_tokens = 0: wanted"),
             ("generate model --file eval.jsonl --out prompts.jsonl", "is there already; --force replaces a file"),
             ("generate model --file empty.jsonl", "empty.jsonl: no prompts in it"),
-            ("generate model --file wrong.jsonl", "wrong.jsonl: row 1: wanted a prompt or messages"),
+            ("generate model --file wrong.jsonl", 'wrong.jsonl: line 1: wanted {"prompt": a text or messages} or'),
             ("eval model --data nowhere.jsonl", "nowhere.jsonl: cannot be read"),
             ("eval model --data eval.jsonl --merged", "--merged adds adapters to the weights: give --adapter"),
             ("eval model --data eval.jsonl --exact-match -1", "exact_match = -1: wanted"),

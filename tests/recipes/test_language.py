@@ -250,7 +250,12 @@ class TestBadInput:
             ("", {"data": {"lenght": 4}}, ConfigError, "unknown key 'lenght' (did you mean 'length'?)"),
             ("", {"train": {"batch_size": 400}}, DataError, "examples are fewer than a batch of 400"),
             ("", {"lora": {"target_modules": ["model/layers/*/qq"]}}, TargetError, "matches nothing"),
-            ("", {"generate": {"max_new_tokens": 64}}, DataError, "more than the 64 positions of the model"),
+            (
+                "",
+                {"generate": {"max_new_tokens": 64}},
+                DataError,
+                "and the model 64 positions: wanted max_new_tokens <= ",
+            ),
             ("", {"generate": {"prompts": "hi"}}, ConfigError, "generate.prompts = 'hi': wanted a list of texts"),
             ("", {"data": {"eval": "{tmp}/texts.jsonl"}}, ConfigError, "have no prompts with completions"),
             ("", {"data": {"function": "jlora.recipes.digits:data"}}, ConfigError, "the options of"),
