@@ -176,9 +176,9 @@ def _talk(
         for turn, line in enumerate(_lines()):
             said.append({"role": "user", "content": line})
             for reply in replies(model, [Question(list(said))], sampling, first=turn, on_text=printer.on_text):
-                printer.end()
                 said.append({"role": "assistant", "content": reply.answer})
-                yield reply
+                yield reply  # before its line ends, so that Ctrl-C after that loses nothing
+                printer.end()
     except DataError as error:
         errors.append(f"the conversation ends: {error}")
     except KeyboardInterrupt as error:

@@ -12,7 +12,7 @@ from jlora.cli import main
 from jlora.errors import DataError
 from jlora.text import read_tokenizer
 from tests.interop.models import quiet, torch, transformers
-from tests.recipes.tiny_language import VOCABULARY, write_tokenizer
+from tests.recipes.tiny_language import VOCABULARY, WORDS, write_tokenizer
 
 peft = pytest.importorskip("peft")
 
@@ -118,6 +118,57 @@ def test_answers_are_those_of_transformers_and_of_peft(tmp_path: Path, capsys: A
     for way in ((), ("--merged",)):
         found = ours(capsys, folder, "--file", tmp_path / "prompts.jsonl", *both, *count, *way)
         assert said(found) == [*wanted["plain"], *wanted["rslora-dora"]]
+
+
+def test_eval_is_the_loss_of_torch_over_the_completions(tmp_path: Path, capsys: Any) -> None:
+    """And an answer is a match where it is the completion, but for spaces, and the model ended it."""
+    model, folder = random_model(False), tmp_path / "model"
+    folder.mkdir()
+    write_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
+    texts = [tokenizer.decode([token]) for token in range(VOCABULARY)]
+    with torch.no_grad():
+        for token, text in enumerate(texts):
+            if token != tokenizer.eos and text.strip(" abcdefghijklmnopqrstuvwxyz"):
+                model.lm_head.weight[token] = 0.0  # it says words alone
+            elif token == tokenizer.eos:
+                model.lm_head.weight[token] *= 2
+    with quiet():
+        model.save_pretrained(folder)
+    ends = answers_that_are_texts(model, folder)
+    assert {stopped for _, (_, _, stopped) in ends} == {True, False}
+    rows = [{"prompt": prompt, "completion": f"{text} "} for prompt, (text, _, _) in ends]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    total, count = 0.0, 0
+    for row in rows:
+        before, whole = tokenizer.encode(row["prompt"]), tokenizer.encode(row["prompt"] + row["completion"])
+        assert whole[: len(before)] == before
+        tokens = torch.tensor([*whole, tokenizer.eos])
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0, len(before) - 1 : -1].double()
+        total += float(torch.nn.functional.cross_entropy(logits, tokens[len(before) :], reduction="sum"))
+        count += len(tokens) - len(before)
+    words = ["--data", tmp_path / "data.jsonl", "--max-new-tokens", 20, "--out", tmp_path / "answers.jsonl", "--json"]
+    assert main(["eval", *map(str, [folder, *words])]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert found["adapter"] is None
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+    matches = [json.loads(line)["match"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert matches == [stopped for _, (_, _, stopped) in ends]
+    assert found["exact_match"] == pytest.approx(np.mean(matches))
+
+
+def answers_that_are_texts(model: Any, folder: Path) -> list[tuple[str, tuple[str, int, bool]]]:
+    """Prompts with answers of the model, some of which it ended; each a text that its tokens are made of again."""
+    tokenizer, found = read_tokenizer(folder), []
+    for number in range(40):
+        prompt = f"{WORDS[number % 7]} {WORDS[number % 5]}:"
+        answer = theirs(model, folder, prompt, 20)
+        text, before = answer[0], tokenizer.encode(prompt)
+        if text.strip() and tokenizer.encode(f"{prompt}{text} ")[: len(before)] == before:
+            found.append((prompt, answer))
+    return found
 
 
 @pytest.mark.slow
