@@ -229,7 +229,9 @@ class _Printer:
     def head(self, model: LoadedModel, question: Question) -> None:
         """Tells whose answer to what follows, where there are several."""
         names = [model.name] if self._names_adapter and model.name else []
-        names += [shortened(question.prompt)] if self._names_prompt else []
+        prompt = question.prompt
+        said = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+        names += [shortened(said)] if self._names_prompt else []
         if names:
             self._show(f"{': '.join(names)}\n")
 

@@ -73,6 +73,18 @@ class TestPieces:
         assert _harmless("a\n\tb\x1b[2J\r\x9b🙂👩‍👧é") == "a\n\tb\\x1b[2J\\x0d\\x9b🙂👩‍👧é"
 
 
+def test_to_answer_takes_nothing_that_trains():
+    """These take longer to import than a small model takes to answer."""
+    heavy = ("flax", "matplotlib", "optax", "orbax", "sklearn", "torch", "transformers")
+    program = (
+        "import sys; from jlora import cli; cli.main(sys.argv[1:]); "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    words = ("generate", "model", "--prompt", "one", "--max-new-tokens", "1", "--quiet")
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_an_answer_ends_with_who_listens(monkeypatch):
     """Nothing is printed, and no adapter or prompt asked, after the first text that nobody hears."""
     heard = []

@@ -16,8 +16,9 @@ from jlora.cli import main
 from jlora.models import decoder, param_shapes, read_config, read_params, write_adapter
 from jlora.recipes import JobConfig, load_language_model, run_job
 from jlora.text import read_tokenizer
-from tests.recipes.tiny_language import sections, write_examples, write_model
+from tests.recipes.tiny_language import sections, write_examples, write_model, write_tokenizer
 from tests.reference import randomize
+from tests.text.make import write_lines
 
 CONFIG = LoraConfig(rank=3, alpha=30, target_modules=("model/layers/**/*_proj",))
 PROMPTS = ("one two:", "seven")
@@ -128,6 +129,10 @@ class TestGenerate:
     def test_a_prompt_through_the_template(self, capsys):
         (answer,) = asked(capsys, "--prompt", "one", "--template")
         assert answer["prompt"] == [{"role": "user", "content": "one"}]
+        words = ("--prompt", "one", "--prompt", "two", "--template", "--max-new-tokens", 1)
+        assert call("generate", "model", *words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert ("'one'" in lines, "'two'" in lines) == (True, True)
         assert answer["answer"] == greedy(answer["prompt"], length=64)
 
 
@@ -174,6 +179,13 @@ class TestRefused:
             ("generate model --file empty.jsonl", "empty.jsonl: no prompts in it"),
             ("generate model --file wrong.jsonl", 'wrong.jsonl: line 1: wanted {"prompt": a text or messages} or'),
             ("eval model --data nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+            ("generate model --chat --adapter adapter --adapter other", "--chat is a conversation with one model"),
+            ("generate model --prompt x --adapter adapter --adapter adapter", "adapter is given twice"),
+            ("generate empty --prompt x", "empty: it has no config.json"),
+            ("generate of_two --prompt x", "they are of two models; put the model's own tokenizer.json there"),
+            ("generate model --file of_bad_lines.jsonl", "line 2: the prompt '' has no tokens"),
+            ("generate model --file of_bad_lines.jsonl", "line 3: the prompt 'one one one one"),
+            ("eval model --data texts.jsonl --out out.jsonl", "texts.jsonl has no prompts with completions to answer"),
             ("eval model --data eval.jsonl --merged", "--merged adds adapters to the weights: give --adapter"),
             ("eval model --data eval.jsonl --exact-match -1", "exact_match = -1: wanted"),
         ],
@@ -181,7 +193,11 @@ class TestRefused:
     def test_with_the_way_out_and_nothing_lost(self, folder, capsys, words, message):
         (folder / "empty.jsonl").write_text("")
         (folder / "wrong.jsonl").write_text('{"text": "one"}\n')
+        write_lines(folder / "of_bad_lines.jsonl", *({"prompt": text} for text in ("one", "", "one " * 70)))
+        write_lines(folder / "texts.jsonl", {"text": "one two"})
         (folder / "run_of_a_job" / "adapter").mkdir(parents=True, exist_ok=True)
+        (folder / "empty").mkdir(exist_ok=True)
+        write_tokenizer(write_model(folder / "of_two"), 290)
         if not (folder / "wider").exists():
             write_model(folder / "wider", intermediate_size=22, hidden_size=12, num_hidden_layers=3)
             config = read_config(folder / "wider")
@@ -193,6 +209,26 @@ class TestRefused:
         assert call(*words.split()) == 2
         assert message in capsys.readouterr().err
         assert (folder / "prompts.jsonl").read_bytes() == before
+        assert not (folder / "out.jsonl").exists()
+
+    @pytest.mark.parametrize(
+        ("base", "place", "is_warned"),
+        [
+            ("org/Model", "models/model", False),
+            ("org/Model", "hub/models--org--Model/snapshots/0123abcd", False),
+            ("org/Model", "models/other", True),
+            ("model", "models/model", True),  # a folder of that name is here, which is another one
+        ],
+    )
+    @pytest.mark.filterwarnings("always::jlora.JloraWarning")
+    def test_a_base_is_known_by_the_last_part_of_its_name(self, folder, tmp_path, capsys, base, place, is_warned):
+        shutil.copytree(folder / "model", tmp_path / place)
+        shutil.copytree(folder / "adapter", tmp_path / "adapter")
+        config = tmp_path / "adapter" / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+        words = ("--adapter", tmp_path / "adapter", "--prompt", "x", "--max-new-tokens", 1)
+        assert call("generate", tmp_path / place, *words) == 0
+        assert (f"says that it is for {base}" in capsys.readouterr().err) == is_warned
 
     @pytest.mark.filterwarnings("always::jlora.JloraWarning")
     def test_an_adapter_that_names_another_base_is_warned_of(self, folder, capsys):
