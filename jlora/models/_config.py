@@ -128,15 +128,20 @@ def parse_config(data: Mapping[str, Any], where: str = "config.json") -> Decoder
     family = _family(data, where)
     row = FAMILIES[family]
     data = _renamed(data, row, where)
-    raise_all(_refused_keys(data, row), ConfigError, where)
     said = dict(row.defaults)
     for key in row.defaults:
         if key in data and (data[key] is not None or key in _NULL_SAYS):
             said[key] = data[key]
-    try:
-        return _parse(family, row, said)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+
+    problems = _refused_keys(data, row)
+    fields: dict[str, Any] = {}
+    for part in (_widths, _heads, _activation_and_norms, _layers, _biases, _softcaps, _experts):
+        try:
+            fields |= part(row, said)
+        except ConfigError as error:
+            problems.append(str(error))
+    raise_all(dict.fromkeys(problems), ConfigError, where)  # the layers ask for the heads too
+    return DecoderConfig(family=family, **fields, **row.fixed)
 
 
 # null is a value of its own, not the default
@@ -195,75 +200,89 @@ def _refused_keys(data: Mapping[str, Any], row: Family) -> list[str]:
     return problems
 
 
-def _parse(family: str, row: Family, said: Mapping[str, Any]) -> DecoderConfig:
-    def whole(key: str) -> int:
-        return integer(key, said[key], 1)
+Said = Mapping[str, Any]  # the keys of a family, with the defaults of those that config.json does not have
 
-    layers = integer("num_hidden_layers", said["num_hidden_layers"], 1, _MOST_LAYERS)
-    heads, kv_heads, head_dim = _heads(said)
-    positions = whole("max_position_embeddings")
-    sliding = _sliding(row, said, layers)
-    window = integer("sliding_window", said["sliding_window"], 1) if any(sliding) else None
-    activation = "hidden_activation" if "hidden_activation" in said else "hidden_act"
-    fields: dict[str, Any] = {
-        "family": family,
-        "vocab_size": whole("vocab_size"),
-        "hidden_size": whole("hidden_size"),
-        "intermediate_size": whole("moe_intermediate_size" if "num_experts" in said else "intermediate_size"),
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "activation": _ACTIVATIONS[choice(activation, said[activation], tuple(_ACTIVATIONS))],
-        "norm_eps": number("rms_norm_eps", said["rms_norm_eps"], 0),
-        "max_positions": positions,
-        "tied": _flag("tie_word_embeddings", said),
-        "windows": tuple(window if slides else None for slides in sliding),
-        "ropes": read_ropes(said, head_dim, positions, sliding),
-        "query_scale": number("query_pre_attn_scalar", said.get("query_pre_attn_scalar", head_dim), 1e-9) ** -0.5,
+
+def _widths(row: Family, said: Said) -> dict[str, Any]:
+    of_an_mlp = "moe_intermediate_size" if "num_experts" in said else "intermediate_size"
+    return {
+        "vocab_size": integer("vocab_size", said["vocab_size"], 1),
+        "hidden_size": integer("hidden_size", said["hidden_size"], 1),
+        "intermediate_size": integer(of_an_mlp, said[of_an_mlp], 1),
     }
-    return DecoderConfig(**fields, **_only_some_have(said), **row.fixed)
 
 
-def _heads(said: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Those of the queries, those of keys and values, and the width of each."""
+def _heads(row: Family, said: Said) -> dict[str, Any]:
     heads, hidden = (integer(key, said[key], 1) for key in ("num_attention_heads", "hidden_size"))
     kv_heads = said["num_key_value_heads"]
     kv_heads = heads if kv_heads is None else integer("num_key_value_heads", kv_heads, 1)
     if heads % kv_heads:
         raise ConfigError(f"num_key_value_heads = {kv_heads}: wanted a divisor of num_attention_heads = {heads}")
-    if said["head_dim"] is not None:
-        return heads, kv_heads, integer("head_dim", said["head_dim"], 1)
-    if hidden % heads:
-        raise ConfigError(f"num_attention_heads = {heads}: wanted a divisor of hidden_size = {hidden}")
-    return heads, kv_heads, hidden // heads
+    head_dim = said["head_dim"]
+    if head_dim is None:
+        head_dim, rest = divmod(hidden, heads)
+        if rest:
+            raise ConfigError(f"num_attention_heads = {heads}: wanted a divisor of hidden_size = {hidden}")
+    head_dim = integer("head_dim", head_dim, 1)
+    scalar = number("query_pre_attn_scalar", said.get("query_pre_attn_scalar", head_dim), 1e-9)
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "query_scale": scalar**-0.5}
 
 
-def _only_some_have(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields whose keys are those of some families alone."""
-    fields: dict[str, Any] = {}
+def _activation_and_norms(row: Family, said: Said) -> dict[str, Any]:
+    key = "hidden_activation" if "hidden_activation" in said else "hidden_act"
+    return {
+        "activation": _ACTIVATIONS[choice(key, said[key], tuple(_ACTIVATIONS))],
+        "norm_eps": number("rms_norm_eps", said["rms_norm_eps"], 0),
+        "tied": _flag("tie_word_embeddings", said),
+    }
+
+
+def _layers(row: Family, said: Said) -> dict[str, Any]:
+    """How many there are, and for each how positions change its attention."""
+    layers = integer("num_hidden_layers", said["num_hidden_layers"], 1, _MOST_LAYERS)
+    positions = integer("max_position_embeddings", said["max_position_embeddings"], 1)
+    sliding = _sliding(row, said, layers)
+    window = integer("sliding_window", said["sliding_window"], 1) if any(sliding) else None
+    return {
+        "layers": layers,
+        "max_positions": positions,
+        "windows": tuple(window if slides else None for slides in sliding),
+        "ropes": read_ropes(said, _heads(row, said)["head_dim"], positions, sliding),
+    }
+
+
+def _biases(row: Family, said: Said) -> dict[str, Any]:
+    fields = {}
     if "attention_bias" in said:
         fields["qkv_bias"] = fields["output_bias"] = _flag("attention_bias", said)
     if "mlp_bias" in said:
         fields["mlp_bias"] = _flag("mlp_bias", said)
-    for field, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping")):
-        if said.get(key) is not None:
-            fields[field] = number(key, said[key], 1e-9)
-    if "num_experts" in said:
-        experts = integer("num_experts", said["num_experts"], 1)
-        fields["experts"] = experts
-        fields["experts_per_token"] = integer("num_experts_per_tok", said["num_experts_per_tok"], 1, experts + 1)
-        fields["experts_normalized"] = _flag("norm_topk_prob", said)
     return fields
 
 
-def _flag(key: str, said: Mapping[str, Any]) -> bool:
+def _softcaps(row: Family, said: Said) -> dict[str, Any]:
+    keys = {"attention_softcap": "attn_logit_softcapping", "logits_softcap": "final_logit_softcapping"}
+    return {field: number(key, said[key], 1e-9) for field, key in keys.items() if said.get(key) is not None}
+
+
+def _experts(row: Family, said: Said) -> dict[str, Any]:
+    if "num_experts" not in said:
+        return {}
+    experts = integer("num_experts", said["num_experts"], 1)
+    return {
+        "experts": experts,
+        "experts_per_token": integer("num_experts_per_tok", said["num_experts_per_tok"], 1, experts + 1),
+        "experts_normalized": _flag("norm_topk_prob", said),
+    }
+
+
+def _flag(key: str, said: Said) -> bool:
     if not isinstance(said[key], bool):
         raise ConfigError(f"{key} = {shortened(said[key])}: wanted true or false")
     return bool(said[key])
 
 
-def _sliding(row: Family, said: Mapping[str, Any], layers: int) -> list[bool]:
+def _sliding(row: Family, said: Said, layers: int) -> list[bool]:
     """For each layer, whether it attends within the window only."""
     on = not row.switch or _flag("use_sliding_window", said)
     on = on and row.window != "none" and said["sliding_window"] is not None

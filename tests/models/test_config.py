@@ -111,6 +111,13 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert str(found.value).startswith("config.json: ")
 
 
+def test_all_problems_are_in_one_error() -> None:
+    with pytest.raises(ConfigError) as found:
+        config_of("plain", sinks=4, head_dim="wide", vocab_size=0, hidden_act="no", mlp_bias=3, num_hidden_layers=-1)
+    for key in ("6 problems", "sinks", "head_dim", "vocab_size", "hidden_act", "mlp_bias", "num_hidden_layers"):
+        assert key in str(found.value)
+
+
 def test_the_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "head_dim": "wide"}))
     with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: head_dim = 'wide'"):
