@@ -232,7 +232,7 @@ class TestCheckpoints:
     ("given", "message"),
     [
         ("run", "run: holds no adapters itself, but adapters in it does"),
-        ("run/checkpoints", "holds no adapters"),
+        ("run/checkpoints", "this is an Orbax checkpoint"),
         ("run/checkpoints/3", "this is an Orbax checkpoint"),
         ("job.toml", "is a file: wanted the folder that save_adapters wrote"),
     ],

@@ -392,6 +392,16 @@ def test_numbers_that_are_not_floating_are_not_written(part: str, dtype: str, tm
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("others", [{}, {"k.weight"}])
+def test_an_offset_of_a_module_that_has_no_a_and_b_is_not_written(others: set[str], tmp_path: Path, rng: Rng) -> None:
+    """PEFT would pass it over."""
+    entries: dict[str, Any] = {name: entry(rng) for name in others} | {"q.bias": {"offset": np.ones(3, np.float32)}}
+    config = jlora.LoraConfig(rank=2, factorizations={"*.weight": "oi"})
+    with pytest.raises(jlora.DataError, match=r"q.bias: an offset without A and B of q.weight: .*as a value$"):
+        write_peft(tmp_path / "a", entries, config)
+    assert not (tmp_path / "a").exists()
+
+
 def test_every_array_that_is_wrong_is_named(tmp_path: Path, rng: Rng) -> None:
     entries = {f"{name}.weight": entry(rng) for name in "qkv"}
     wrong = {"q.weight": {name: part.astype(int) for name, part in entries["q.weight"].items()}}

@@ -177,6 +177,12 @@ class _Writer:
         rank = self.configuration.rank_of(place.path)
         if "A" in entry and entry["A"].shape[-1] != rank:
             raise DataError(f"A {entry['A'].shape} does not have the rank {rank} of the configuration")
+        module = place.name.rpartition(".")[0]
+        if "offset" in entry and module not in self.adapted_modules:
+            raise DataError(
+                f"an offset without A and B of {module}.weight: to PEFT it is the bias of a B, which it passes over "
+                "where there is none; give the whole bias as a value"
+            )
         kind = self._kind(place, entry)
         self.entries[place.name] = ModelEntry(place.name, place.path, kind, to_model(entry, kind, place.row))
 
