@@ -135,7 +135,8 @@ def _way_out(text: str, at: int) -> str:
         return "; the file is empty"
     if text[at:].lstrip().startswith(("//", "/*", "#")):
         return "; JSON has no comments: take them out"
-    if text[at:].lstrip().startswith(("}", "]")) and text[:at].rstrip().endswith(","):
+    comma = text.rfind(",", 0, at + 1)  # Python 3.13 stops there, those before it at the bracket
+    if comma >= 0 and text[comma + 1 :].lstrip().startswith(("}", "]")):
         return "; JSON has no comma behind the last item: take it out"
     return ""
 
