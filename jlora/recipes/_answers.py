@@ -1,22 +1,20 @@
 """What a language model answers: prompts before, while and after it is trained, and exact matches."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from jlora.config import LoraConfig
-from jlora.disk import read_json_lines, write_whole
-from jlora.errors import DataError, shortened
+from jlora.errors import shortened
 from jlora.recipes._config import GenerateConfig
 from jlora.recipes._evaluate import share_of_matches
 from jlora.recipes._language import LanguageModel
 from jlora.recipes._loaded import LoadedModel
 from jlora.recipes._replies import Reply, Sampling, check_questions, replies
 from jlora.text import Question
+from jlora.train import MetricsLog
 from jlora.transform import lora
 
 
@@ -70,32 +68,8 @@ class Asked:
         return list(replies(dataclasses.replace(self._model, adapters=adapters), questions, self._sampling))
 
 
-class AnswersLog:
-    """Answers as JSON lines, `{"step": 10, "prompt": "...", "answer": "..."}`.
+class AnswersLog(MetricsLog):
+    """Answers as JSON lines, `{"step": 10, "prompt": "...", "answer": "..."}`; else as `MetricsLog`."""
 
-    Args:
-      path: the file; lines of steps after `step` are dropped, as a resumed run writes them again, all of them where it
-        is None.
-    """
-
-    def __init__(self, path: Path, step: int | None) -> None:
-        self._path = path
-        rows = read_json_lines(path) if step is not None and path.exists() else []
-        kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
-        write_whole(path, "".join(map(_line, kept)).encode())
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Adds a row.
-
-        Raises:
-          DataError: the system refuses, as for a full disk.
-        """
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
-        except OSError as error:
-            raise DataError(f"{self._path}: cannot be written: {error.strerror}") from None
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    values = (int, str)
+    called = "texts"

@@ -127,7 +127,7 @@ def _shower(
     asked = task.asked
     if asked is None or not asked.has_prompts:
         return None
-    log = AnswersLog(folder / "answers.jsonl", checkpoints.latest_step if resume else None)
+    log = AnswersLog(folder / "answers.jsonl", (checkpoints.latest_step or 0) if resume else 0)
     return lambda step, adapters: asked.show(step, adapters, log, console)
 
 

@@ -33,7 +33,13 @@ class MetricsLog:
     Args:
       path: the file; lines of steps after `step` are dropped, as a resumed run writes them again.
       step: the step that the run starts from.
+
+    Attributes:
+      values, called: the types of what a row says, and a word for them; other rows are damaged.
     """
+
+    values: tuple[type, ...] = (int, float)
+    called = "numbers"
 
     def __init__(self, path: str | Path, step: int = 0) -> None:
         self.path = Path(path)
@@ -52,8 +58,8 @@ class MetricsLog:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {reason(error)}") from None
 
-    @staticmethod
-    def read_file(path: str | Path) -> list[dict[str, Any]]:
+    @classmethod
+    def read_file(cls, path: str | Path) -> list[dict[str, Any]]:
         """The rows in a file, none where there is no file; a last one that a killed run left half written is dropped.
 
         Raises:
@@ -63,8 +69,8 @@ class MetricsLog:
             return []
         rows = read_json_lines(path)
         for number, row in enumerate(rows, 1):
-            if type(row.get("step")) is not int or not all(type(value) in (int, float) for value in row.values()):
-                raise DataError(f"{path}: row {number}: found {shortened(row)}, wanted a step and numbers")
+            if type(row.get("step")) is not int or not all(type(value) in cls.values for value in row.values()):
+                raise DataError(f"{path}: row {number}: found {shortened(row)}, wanted a step and {cls.called}")
         return rows
 
 
