@@ -12,6 +12,7 @@ from jlora.cli._eval import add_eval_command
 from jlora.cli._files import add_file_commands
 from jlora.cli._generate import add_generate_command
 from jlora.cli._import import add_import_command
+from jlora.cli._inspect import add_inspect_and_diff
 from jlora.cli._print import plain_output, say, show
 from jlora.cli._signals import exit_code, stopped_by_signals, warnings_in_a_line
 from jlora.cli._verify import add_verify_command
@@ -180,6 +181,7 @@ def _parser(is_json: bool) -> argparse.ArgumentParser:
     add_output_options(train, '"out" and "results", for each way of adapting the fields of jlora.recipes.Result')
     train.set_defaults(run=_train, command="train")
     add_file_commands(commands)
+    add_inspect_and_diff(commands)
     add_generate_command(commands)
     add_eval_command(commands)
     add_import_command(commands)
