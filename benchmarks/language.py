@@ -14,17 +14,15 @@ the first has compiled (jlora: a compilation cache on the disk). The seconds of 
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.workers import Worker, serve
+
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -135,69 +133,7 @@ def work(form: str, sizes: argparse.Namespace) -> None:
     start = start_peft if form.startswith("peft") else start_jlora
     run, found = start(form, sizes)
     run()
-    print(json.dumps(found), flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        run()
-        print(json.dumps({"step": time.perf_counter() - began, "peak": peak(form)}), flush=True)
-
-
-def peak(form: str) -> float:
-    """The most memory at once: of the GPU where there is one, else of the process, in MiB."""
-    if form.startswith("peft"):
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**20
-    else:
-        import jax
-
-        if stats := jax.devices()[0].memory_stats():
-            return stats["peak_bytes_in_use"] / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-class Worker:
-    """A form in a process of its own.
-
-    Attributes:
-      found: what it says of itself: `start`, the seconds until its first step was done, and `compile`.
-      steps: the seconds of its steps.
-    """
-
-    def __init__(self, form: str, words: list[str], cache: Path) -> None:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
-        began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.language", "--work", form, *words],
-            env=environment | ({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.found = self.read(form)
-        self.found["start"] = time.perf_counter() - began
-        self.steps: list[float] = []
-
-    def read(self, form: str = "") -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{form}: ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def step(self) -> None:
-        assert self.process.stdin is not None
-        print("step", file=self.process.stdin, flush=True)
-        told = self.read()
-        self.steps.append(told["step"])
-        self.found["peak"] = told["peak"]
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+    serve(run, found, torch=form.startswith("peft"))
 
 
 def table(workers: dict[str, Worker], again: dict[str, float], sizes: argparse.Namespace) -> str:
@@ -256,7 +192,7 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
         words = ["--folder", temporary, "--batch", str(sizes.batch), "--length", str(sizes.length)]
         words += ["--dtype", sizes.dtype]
-        workers = {form: Worker(form, words, folder / "cache" / form) for form in forms}
+        workers = {form: Worker("benchmarks.language", form, words, folder / "cache" / form) for form in forms}
         for _ in range(sizes.repeats):
             for worker in workers.values():
                 worker.step()
@@ -264,7 +200,7 @@ def main() -> None:
             worker.end()
         again = {}
         for form in forms:
-            second = Worker(form, words, folder / "cache" / form)
+            second = Worker("benchmarks.language", form, words, folder / "cache" / form)
             again[form] = second.found["start"]
             second.end()
         print(table(workers, again, sizes))
