@@ -173,11 +173,20 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where a run writes."""
+    """Where a run writes.
+
+    Attributes:
+      folder: made where there is none.
+      log: a function as `module:name` that is called with each row of metrics, `{"step": 10, "loss": 0.5}`, beside what
+        the folder gets; none by default.
+    """
 
     folder: str = "runs/job"
+    log: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.log, str):
+            raise refusal("output.log", self.log, "'module:function'")
         if not isinstance(self.folder, str) or not self.folder:
             raise refusal("output.folder", self.folder, "the path of a folder")
         if not self.folder.isprintable():  # bytes of a path that are no UTF-8 too, which config.toml could not hold

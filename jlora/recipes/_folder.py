@@ -37,6 +37,7 @@ _WRITTEN = (  # beside config.toml
     "metrics.jsonl",
     "model_state",
     "results.json",
+    "tensorboard",
 )
 _SPARE = 1 << 24
 EXTENDED = ("train.steps", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")

@@ -24,11 +24,14 @@ from jlora.train import (
     Checkpoints,
     Examples,
     Interrupted,
+    Logger,
     Metrics,
     MetricsLog,
+    TensorBoardLog,
     TrainState,
     count_examples,
     fit,
+    has_tensorboard,
     init_state,
     make_train_step,
 )
@@ -49,6 +52,7 @@ class _Task:
     test: Examples
     loss: Callable[[Any, Examples], tuple[jax.Array, Metrics]]
     asked: Asked | None
+    log: Callable[[dict[str, Any]], object] | None
 
 
 def run_job(
@@ -58,9 +62,10 @@ def run_job(
 
     The folder holds `adapters/`, which `jlora.load_adapters` and every command on adapters reads, `model_state/` where
     the model changed arrays of its own (batch statistics), `checkpoints/` (Orbax) to resume from, `config.toml`,
-    `metrics.jsonl`, `curve.png` and `results.json`; `load_run` reads it. The same seed gives the same numbers on the
-    same machine; times are in `results.json` alone. Of a language model it holds `adapter/` too, in PEFT's format with
-    a model card, and `answers.jsonl`, what it answered to the prompts of [generate].
+    `metrics.jsonl`, `curve.png`, `results.json`, and `tensorboard/` where tensorboardX is installed; `load_run` reads
+    it. The same seed gives the same numbers on the same machine; times are in `results.json` and `tensorboard/` alone.
+    Of a language model it holds `adapter/` too, in PEFT's format with a model card, and `answers.jsonl`, what it
+    answered to the prompts of [generate].
 
     Args:
       job: the configuration.
@@ -104,7 +109,7 @@ def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, 
     if checkpoints.latest_step is None and show is not None:
         show(0, adapted.adapters)
     way = _Way("LoRA", forward, adapted.adapters, model.params, job.optimizer, evaluate)
-    state, result = _train(task, way, console, checkpoints, folder / "metrics.jsonl", show)
+    state, result = _train(task, way, console, checkpoints, folder, show)
     results.append(dataclasses.replace(result, metrics=result.metrics | _matches(task, state.trained)))
     changed_state = write_trained(folder, job, model, adapted.config, state, results)
     if job.full.enabled:
@@ -133,6 +138,7 @@ def _shower(
 
 def _load(job: JobConfig, console: Console) -> _Task:
     loss = FunctionConfig(function=job.train.loss).load("train.loss")
+    log = FunctionConfig(function=job.output.log).load("output.log") if job.output.log else None
     language = _language(job, console)
     train, test, questions = _data(job, language, console)
     Batches(train, job.train.batch_size, job.train.seed)
@@ -140,7 +146,7 @@ def _load(job: JobConfig, console: Console) -> _Task:
     one = train if isinstance(train, Mapping) else train[0]
     first = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array[:1].shape, array.dtype), one["inputs"])
     adapted = adapt(model.fn, job.lora, model.params, first, model.state, None)
-    task = _Task(job, model, adapted, train, test, loss, _asked(job, model, adapted, questions))
+    task = _Task(job, model, adapted, train, test, loss, _asked(job, model, adapted, questions), log)
     try:
         jax.eval_shape(lambda batch: loss(model.fn(model.params, batch["inputs"], model.state, None)[0], batch), test)
     except KeyError as error:
@@ -254,7 +260,7 @@ def _train(
     way: _Way,
     console: Console,
     checkpoints: Checkpoints | None = None,
-    log_file: Path | None = None,
+    folder: Path | None = None,
     on_eval: Callable[[int, Any], None] | None = None,
 ) -> tuple[TrainState, Result]:
     """Trains one tree over another that is frozen, from the last checkpoint where there is one."""
@@ -280,7 +286,7 @@ def _train(
         Batches(task.train, train.batch_size, train.seed),
         steps=train.steps,
         evaluate=way.evaluate,
-        log=None if log_file is None else MetricsLog(log_file, int(state.step)),
+        log=[] if folder is None else _logs(task, folder, int(state.step)),
         checkpoints=checkpoints,
         log_every=train.log_every,
         eval_every=train.eval_every,
@@ -294,6 +300,23 @@ def _train(
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     metrics = way.evaluate(state.trained, state.model_state)
     return state, Result(way.name, metrics, count_params(way.trained), size, seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Called:
+    """A function of each row of metrics as a logger."""
+
+    write: Callable[[dict[str, Any]], object]
+
+
+def _logs(task: _Task, folder: Path, step: int) -> list[Logger]:
+    """Where the metrics of a run that starts from a step go; to TensorBoard too where tensorboardX is installed."""
+    logs: list[Logger] = [MetricsLog(folder / "metrics.jsonl", step)]
+    if has_tensorboard():
+        logs.append(TensorBoardLog(folder / "tensorboard", step))
+    if task.log is not None:
+        logs.append(_Called(task.log))
+    return logs
 
 
 def _count_tokens(batch: Examples) -> int:

@@ -88,7 +88,9 @@ def data(
     else:
         rows, packing = bucket(examples, _lengths(examples, length, batch_size), pad=tokenizer.pad)
     test_rows, test_packing = pack(tests, length, seed=seed, pad=tokenizer.pad)
-    for line in (read, packing, tested, test_packing):
+    programs = 1 if packed else len(rows)
+    compiled = "once" if programs == 1 else f"{programs} times, once for each length of rows"
+    for line in (read, packing, f"the step of training is compiled {compiled}", tested, test_packing):
         console.out(str(line), highlight=False)
     return rows, test_rows, read_questions(Path(eval).expanduser(), template=template, completed=True)
 

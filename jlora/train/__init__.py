@@ -7,6 +7,7 @@ from jlora.train._loop import fit
 from jlora.train._loss import ExpMean, Mean, Sum
 from jlora.train._signals import Interrupted
 from jlora.train._step import Loss, Metrics, Step, TrainState, init_state, make_train_step
+from jlora.train._tensorboard import TensorBoardLog, has_tensorboard
 from jlora.train._watch import DivergedError
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "MetricsLog",
     "Step",
     "Sum",
+    "TensorBoardLog",
     "TrainState",
     "count_examples",
     "fit",
+    "has_tensorboard",
     "init_state",
     "make_train_step",
 ]

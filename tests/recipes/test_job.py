@@ -61,6 +61,10 @@ def no_inputs():
     return {"x": np.zeros(9)}, {"x": np.zeros(9)}
 
 NUMBER = 3
+ROWS = []
+
+def log(row):
+    ROWS.append(row)
 """
 TRAIN = {"steps": 8, "batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
 LORA_SCALARS = (5 * 2 + 2 * 7) + (7 * 2 + 2 * 3)
@@ -109,7 +113,8 @@ def users(tmp_path_factory):
     """A run of the user's model and data, with full fine-tuning to compare with."""
     folder = tmp_path_factory.mktemp("users") / "made" / "here"
     text = io.StringIO()
-    job, results = run(folder, Console(file=text, width=120), full={"enabled": True, "learning_rate": 0.02})
+    sections = {"full": {"enabled": True, "learning_rate": 0.02}, "output": {"log": "mine_of_test_job:log"}}
+    job, results = run(folder, Console(file=text, width=120), **sections)
     return Run(job, results, folder, text.getvalue())
 
 
@@ -137,7 +142,7 @@ def restored(run):
 
 class TestRun:
     def test_the_folder_holds_what_it_says(self, users):
-        wanted = {"adapters", "checkpoints", "config.toml", "curve.png", "metrics.jsonl", "results.json"}
+        wanted = {"adapters", "checkpoints", "config.toml", "curve.png", "metrics.jsonl", "results.json", "tensorboard"}
         assert {path.name for path in users.folder.iterdir()} == wanted
         assert (users.folder / "curve.png").read_bytes().startswith(b"\x89PNG\r\n")
         assert JobConfig.read(users.folder / "config.toml") == users.job
@@ -164,6 +169,9 @@ class TestRun:
             for tests in ((), ("test_loss", "test_accuracy"), (), ("test_loss", "test_accuracy"))
         ]
         assert {name: rows[-1][f"test_{name}"] for name in ("loss", "accuracy")} == users.results[1].metrics
+
+    def test_a_function_gets_the_same_rows(self, users, mine):
+        assert MetricsLog.read_file(users.folder / "metrics.jsonl") == mine.ROWS
 
     def test_the_adapters_say_of_what_they_are_and_how_they_do(self, users):
         wanted = {"model": "mine_of_test_job:model", "steps": 8, "metrics": users.results[1].metrics, "model_state": 0}
@@ -503,6 +511,7 @@ class TestJobConfig:
             ({"train": {"batch_size": 8, "accumulate": 3}}, "train.accumulate = 3: wanted a divisor of batch_size = 8"),
             ({"full": {"enabled": "no"}}, "full.enabled = 'no': wanted true or false"),
             ({"output": {"folder": ""}}, "output.folder = '': wanted the path of a folder"),
+            ({"output": {"log": 3}}, "output.log = 3: wanted 'module:function'"),
         ],
     )
     def test_what_it_may_not_say_is_refused(self, tmp_path, change, message):

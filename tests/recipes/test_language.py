@@ -69,7 +69,7 @@ class TestRun:
     def test_the_folder_holds_what_it_says(self, whole):
         written, job, _, _ = whole
         wanted = {"adapter", "adapters", "answers.jsonl", "checkpoints", "config.toml", "curve.png", "metrics.jsonl"}
-        assert {path.name for path in written.iterdir()} == wanted | {"results.json"}
+        assert {path.name for path in written.iterdir()} == wanted | {"results.json", "tensorboard"}
         assert JobConfig.read(written / "config.toml") == job
 
     def test_folder_and_train_are_short_for_functions_linear_layers_and_the_loss(self, whole):
@@ -100,6 +100,7 @@ class TestRun:
         assert json.loads((written / "results.json").read_text())[1]["metrics"] == adapted.metrics
         wanted = [
             r"train\.jsonl: 41 examples, [\d,]+ tokens, of which",
+            "the step of training is compiled once\n",
             r"LoRA .* 6/6 +loss \d+\.\d{3} +token accuracy \d\.\d{3} +[\d,]+ tokens/s",
             r"on the test set +perplexity +token accuracy +exact match +trained parameters",
             r"peak memory: \d+\.\d\d GB",
