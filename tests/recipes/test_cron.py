@@ -86,6 +86,14 @@ def test_what_it_may_not_be_asked_is_refused(tmp_path, options, message):
     assert not (tmp_path / "files").exists()
 
 
+def test_a_cache_that_is_no_folder_says_what_to_give(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file/cron: cannot be made: Not a directory; give another cache"):
+        cron.write_pairs(tmp_path / "file" / "cron", train=1, eval=1)
+    with pytest.raises(ConfigError, match="data.cache = 3: wanted the path of a folder"):
+        cron.data(None, cache=3)
+
+
 def test_more_pairs_than_there_are_is_an_error(monkeypatch):
     monkeypatch.setattr(cron, "_FORMS", {name: {"every": 1} for name in cron._BOUNDS})
     with pytest.raises(DataError, match="only 1 different expressions were found, wanted 2"):
@@ -106,6 +114,7 @@ def test_smollm2_begins_to_learn_it(tmp_path):
         "train.batch_size=4",
     ]
     changes += ["generate.exact_match=4", "generate.max_new_tokens=4", f"output.folder={tmp_path / 'run'}"]
+    changes.append(f"data.cache={tmp_path / 'cache'}")
     job = JobConfig.read("configs/cron.toml", [*changes, "optimizer.warmup_steps=2"])
     base, adapted = run_job(job, console=Console(quiet=True))
     assert adapted.metrics["loss"] < 0.7 * base.metrics["loss"]
