@@ -88,9 +88,9 @@ def test_what_it_may_not_be_asked_is_refused(tmp_path, options, message):
 
 def test_a_cache_that_is_no_folder_says_what_to_give(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(DataError, match="file/cron: cannot be made: Not a directory; give another cache"):
+    with pytest.raises(DataError, match=r"file/cron: cannot be made: Not a directory; give another cache"):
         cron.write_pairs(tmp_path / "file" / "cron", train=1, eval=1)
-    with pytest.raises(ConfigError, match="data.cache = 3: wanted the path of a folder"):
+    with pytest.raises(ConfigError, match=r"data\.cache = 3: wanted the path of a folder"):
         cron.data(None, cache=3)
 
 
