@@ -18,10 +18,11 @@ from jlora.errors import AdapterError, ConfigError, DataError, shortened
 from jlora.fields import check_keys, choice, integer, number, refusal
 from jlora.paths import PatternIndex
 
-__all__ = ["INITS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
+__all__ = ["INITS", "KINDS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
 
 SCALINGS = ("standard", "rslora")
 INITS = ("gaussian", "kaiming_uniform", "normal")
+KINDS = ("lora", "vera", "xs")
 
 Pairs = tuple[tuple[str, Any], ...]
 
@@ -41,6 +42,8 @@ class LoraConfig:
     """What is adapted and how; frozen, hashable, and so a static argument of jit.
 
     Attributes:
+      kind: "lora", an A and a B of each weight; "vera" or "xs", where a smaller tree is trained, of which A and B are
+        made (`jlora.variants`).
       rank: the rank r of every adapter, at least 1.
       alpha: the update is scaling * A@B with scaling = alpha / rank, or alpha / sqrt(rank) for "rslora".
       dropout: the share of the adapter's input that is dropped in training, 0 <= dropout < 1.
@@ -68,6 +71,7 @@ class LoraConfig:
       ConfigError: an unknown key, or a value that is not allowed.
     """
 
+    kind: str = "lora"
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -101,6 +105,7 @@ class LoraConfig:
         put("seed", integer("seed", self.seed, 0, 2**32))
         choice("scaling", self.scaling, SCALINGS)
         choice("init", self.init, INITS)
+        choice("kind", self.kind, KINDS)
         put("init_std", number("init_std", self.init_std, 0.0, wanted="a finite number of at least 0"))
         put("rank_pattern", _pairs("rank_pattern", self.rank_pattern, lambda name, value: integer(name, value, 1)))
         put("alpha_pattern", _pairs("alpha_pattern", self.alpha_pattern, number))

@@ -19,6 +19,7 @@ from jlora.config import INITS, SCALINGS, LoraConfig, effective_alpha, read_mapp
 from jlora.errors import ConfigError
 
 FULL = {
+    "kind": "xs",
     "rank": 3,
     "alpha": 2.5,
     "dropout": 0.25,
@@ -47,12 +48,15 @@ MAPPING = "a mapping from path patterns to values"
 FINITE = "a finite number"
 SCALING = "one of 'standard', 'rslora'"
 INIT = "one of 'gaussian', 'kaiming_uniform', 'normal'"
+KIND = "one of 'lora', 'vera', 'xs'"
 DTYPE = "a floating dtype such as 'float32' or 'bfloat16', or None for float32"
 ROLES = (
     "wanted one letter per axis of the weight, b (batch), i (in) or o (out), with at least one i and one o, "
     "such as 'io', 'ioo' or 'bio'"
 )
 WANTED = [  # field, what is wanted, values that are refused
+    ("kind", KIND, [None, 3]),
+    ("kind", f"{KIND} (did you mean 'vera'?)", ["Vera"]),
     ("rank", "a whole number of at least 1", [0, -1, 2.0, "8", True, None, np.float32(2)]),
     ("rank", "a whole number of at least 1", [np.array(2.5), np.array([3])]),
     ("alpha", FINITE, [math.nan, math.inf, -math.inf, "16", b"16", True, np.True_, None, 1j, [16]]),

@@ -16,7 +16,7 @@ from jlora.fields import choice
 from jlora.interop.diffusion import is_flat, lora_file, write_diffusers, write_kohya
 from jlora.interop.gguf import gguf_file, write_gguf
 from jlora.interop.mlx import write_mlx
-from jlora.interop.peft import FLAT, NESTED, with_kinds_of, write_peft
+from jlora.interop.peft import FLAT, NESTED, is_vera_folder, with_kinds_of, write_peft
 from jlora.interop.peft import Mapping as Table
 from jlora.paths import leaves_by_path, nest
 from jlora.storage import load_on_host, save_adapters
@@ -49,7 +49,7 @@ def read_adapters(
         transposed_experts=transposed_experts,
         shapes=None if base is None else shapes_of(base),
     )
-    return nest(entries), config, "own" if form == "file" else form
+    return nest(entries), config, "own" if form in ("file", "variant") else form
 
 
 def write_adapters(
@@ -151,9 +151,10 @@ def convert(
         "openpi" (`lora_a`, `lora_b` beside `w`) or "maxtext" (`lora_a.kernel`, or `kernel_lora_a` without weights).
       alpha: that qwix, openpi or MaxText was given; it is not in the params. Of openpi by default the rank, of MaxText
         what lies beside them.
-      base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, and its
-        config.json gives GGUF names and the order of rows. What is written as "kohya" has to be found there again. With
-        `names`, the weights that are not among the params, for their shapes; it may be Orbax's.
+      base: the checkpoint that the adapters are for: flattened names of sd-scripts are found among its own, the sizes
+        of its weights are those that a VeRA of PEFT's does not say, and its config.json gives GGUF names and the order
+        of rows. What is written as "kohya" has to be found there again. With `names`, the weights that are not among
+        the params, for their shapes; it may be Orbax's.
       component: of a diffusion model, as for `jlora.interop.diffusion.write_kohya`.
       force: whether to replace `out` where it is there.
     """
@@ -163,7 +164,7 @@ def convert(
     is_file = names is None and form_of(source) == "file"
     if names is None:
         table = NESTED if mapping is None else mapping
-        checkpoint = Checkpoint(base) if base and is_file else None
+        checkpoint = Checkpoint(base) if base and (is_file or is_vera_folder(source)) else None
         adapters, config, _ = read_adapters(
             source, table, to=to, transposed_experts=transposed_experts, base=checkpoint
         )

@@ -1,17 +1,19 @@
-"""In which format adapters lie on the disk: jlora's own, or that of another library."""
+"""In which format adapters lie on the disk: jlora's own, or that of another library; VeRA and LoRA-XS are expanded."""
 
 from collections.abc import Mapping as MappingType
 from pathlib import Path
 from typing import Any
 
+from jlora.checkpoints._vera import read_vera_entries
 from jlora.config import LoraConfig
 from jlora.disk import CONFIG, TENSORS, Checkpoint, Pair
 from jlora.errors import DataError, listed
 from jlora.interop.diffusion import is_lora_file, read_lora_file
 from jlora.interop.mlx import TENSORS as MLX_TENSORS
 from jlora.interop.mlx import is_mlx_folder, read_mlx_arrays
-from jlora.interop.peft import FLAT, Mapping, is_peft_folder, read_peft_arrays
+from jlora.interop.peft import FLAT, Mapping, is_peft_folder, is_vera_folder, read_peft_arrays
 from jlora.storage import is_adapters_folder, load_arrays
+from jlora.variants import is_variant_folder, load_expanded
 
 Entries = dict[str, dict[str, Any]]
 Shapes = MappingType[str, tuple[int, ...]]
@@ -20,9 +22,11 @@ _MOST_FILES = 20  # of adapters in a folder; those of a checkpoint are not looke
 
 
 def form_of(path: str | Path) -> str:
-    """The format that adapters are in: "own", "file", "mlx" or "peft"; "own" where it is not known."""
+    """The format that adapters are in: "own", "file", "mlx", "peft" or "variant"; "own" where it is not known."""
     if _file_in(path) is not None:
         return "file"
+    if is_variant_folder(path):
+        return "variant"
     if is_mlx_folder(path):
         return "mlx"
     return "peft" if is_peft_folder(path) else "own"
@@ -46,7 +50,7 @@ def read_entries(
     """The entries by path, lazy ones read when asked for, and the configuration.
 
     `mapping` is for other formats than jlora's own; how experts lie is a question to PEFT's alone. `shapes` are of the
-    tensors that the adapters are for, for flattened names.
+    tensors that the adapters are for, for flattened names, and for the vectors of PEFT's VeRA.
     """
     file = _file_in(path)
     if file is not None:
@@ -58,6 +62,10 @@ def read_entries(
         return load_arrays(path)
     if form == "mlx":
         return read_mlx_arrays(path, mapping, lazy=lazy)
+    if form == "variant":
+        return load_expanded(path)
+    if is_vera_folder(path):
+        return read_vera_entries(path, mapping, shapes)
     return read_peft_arrays(
         path, mapping, lazy=lazy, settled_experts=settled_experts, transposed_experts=transposed_experts
     )

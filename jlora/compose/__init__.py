@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jlora.compose._extract import extract, extract_weight
     from jlora.compose._report import Extracted, Extraction
     from jlora.compose._resize import resize
+    from jlora.compose._svd import leading_triples
 
 __all__ = [
     "MAGNITUDES",
@@ -24,6 +25,7 @@ __all__ = [
     "combine",
     "extract",
     "extract_weight",
+    "leading_triples",
     "resize",
 ]
 
@@ -35,5 +37,6 @@ __getattr__, __dir__ = lazy_face(
         "jlora.compose._extract": ("extract", "extract_weight"),
         "jlora.compose._report": ("Extracted", "Extraction"),
         "jlora.compose._resize": ("resize",),
+        "jlora.compose._svd": ("leading_triples",),
     },
 )

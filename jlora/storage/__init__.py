@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from jlora.faces import lazy_face
 from jlora.storage._folder import check_folder_to_write, folder_to_write, is_adapters_folder
+from jlora.storage._other_folders import VARIANT
 from jlora.storage._processes import in_first, unreachable, write_once
 from jlora.storage._read import load_arrays, load_on_host, read_metadata
 from jlora.storage._report import LoadReport, Misfit
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from jlora.storage._load import load_adapters, load_fitting_adapters
 
 __all__ = [
+    "VARIANT",
     "LoadReport",
     "Misfit",
     "check_folder_to_write",

@@ -37,7 +37,7 @@ from jlora.disk import (
     write_whole,
 )
 from jlora.errors import DataError, JloraError
-from jlora.storage._other_folders import PEFT, is_peft, what_it_is
+from jlora.storage._other_folders import OF_VARIANT, PEFT, VARIANT, is_peft, what_it_is
 
 FORMAT, VERSION = "jlora adapters", "1"
 NEW_CONFIG = f".{CONFIG}.new"
@@ -219,6 +219,8 @@ def _open_tensors(folder: Path) -> TensorFile:
     file.close()
     if is_peft(folder):
         raise DataError(f"{folder}: {PEFT}")
+    if found == VARIANT:
+        raise DataError(f"{folder}: {OF_VARIANT}")
     if found != FORMAT:
         missing = "" if os.path.lexists(folder / CONFIG) else f"; if it is PEFT's, {CONFIG} is missing beside it"
         raise DataError(f"{file.path}: found the format {str(found)[:40]!r}, wanted {FORMAT!r}{missing}")

@@ -7,6 +7,12 @@ from jlora.disk import CONFIG, TENSORS, Pair, format_of_file, found_instead, orb
 from jlora.errors import listed
 from jlora.paths import nearest
 
+VARIANT = "jlora variant"
+"""The format of the smaller trees that `jlora.variants.save` writes."""
+OF_VARIANT = (
+    "this is what VeRA or LoRA-XS trains, and no adapters yet: read it with jlora.variants.load, or expand it with "
+    "jlora convert"
+)
 PEFT = "this is a PEFT adapter: read it with jlora.interop.peft.read_peft"
 
 

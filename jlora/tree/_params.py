@@ -18,12 +18,12 @@ from jlora.adapter import (
 )
 from jlora.boxes import box_like, unboxed
 from jlora.config import LoraConfig
-from jlora.errors import AdapterError, DataError, TargetError, raise_all
+from jlora.errors import AdapterError, ConfigError, DataError, TargetError, raise_all
 from jlora.lazy import is_lazy
 from jlora.paths import is_param, leaves_by_path, path_number, path_string
 from jlora.residual import Residual, pack, unpack
 from jlora.tree._bind import bind
-from jlora.tree._targets import check_floating, survey
+from jlora.tree._targets import check_config, check_floating, survey
 
 
 def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, strict: bool = False) -> Any:
@@ -42,12 +42,19 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
       A pytree of the structure of `params`: an adapter where a weight is adapted, `None` elsewhere.
 
     Raises:
+      ConfigError: a configuration of kind "vera" or "xs".
       TargetError: the configuration does not fit the tree; every problem is named with its path.
 
     >>> params = {'up': {'kernel': jax.numpy.ones((5, 7)), 'bias': jax.numpy.ones(7)}}
     >>> jax.tree.map(jax.numpy.shape, init_lora(jax.random.key(0), params, LoraConfig(rank=2)))
     {'up': {'bias': None, 'kernel': {'A': (5, 2), 'B': (2, 7)}}}
     """
+    check_config(config)
+    if config.kind in ("vera", "xs"):
+        raise ConfigError(
+            f"kind = {config.kind!r}: a smaller tree is trained, which jlora.variants.init makes; of it "
+            "jlora.variants.adapters makes the adapters"
+        )
     targets = survey(params, config).checked(strict=strict).targets
     root = jax.random.key(config.seed) if key is None else key
 

@@ -198,7 +198,7 @@ def _read(
             return LeftOut(path, shape, f"{error}{_way_out(path, known.whole.get(path))}")
     assert factorization is not None
     rank, most = config.rank_of(path), factorization.max_rank(shape)
-    if rank > most:
+    if rank > most and config.kind != "vera":  # whose d has a use for more
         way_out = f"lower it, or give rank_pattern={{{literal_pattern(path)!r}: {most}}}"
         return LeftOut(path, shape, f"rank {rank} is larger than the smaller side {most}; {way_out}")
     return Target(path, shape, factorization, rank, config.alpha_of(path))

@@ -7,6 +7,7 @@ from jlora.interop.peft._manifest import differences, manifest_of
 from jlora.interop.peft._mapping import FLAT, NESTED, Mapping, Row, paths_of_name, read_rows
 from jlora.interop.peft._read import from_tensors, is_peft_folder, read_named, read_peft, read_peft_arrays
 from jlora.interop.peft._targeted import Targeted
+from jlora.interop.peft._vera import is_vera_folder, read_vera, read_vera_arrays, vera_weights, write_vera
 from jlora.interop.peft._write import ModelEntry, model_entries, peft_tensors, to_tensors, write_peft
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "differences",
     "from_tensors",
     "is_peft_folder",
+    "is_vera_folder",
     "kept_of",
     "kind_of_experts",
     "manifest_of",
@@ -35,9 +37,13 @@ __all__ = [
     "read_peft",
     "read_peft_arrays",
     "read_rows",
+    "read_vera",
+    "read_vera_arrays",
     "scales_in_peft",
     "to_tensors",
+    "vera_weights",
     "with_kinds_of",
     "without_defaults",
     "write_peft",
+    "write_vera",
 ]

@@ -36,6 +36,11 @@ def check_peft_config(data: Mapping[str, Any]) -> None:
         raise DataError(
             f"{CONFIG} has no peft_type, which is \"LORA\" in PEFT's; jlora's own are read by load_adapters"
         )
+    if kind == "VERA":
+        raise DataError(
+            "peft_type 'VERA': jlora.interop.peft.read_vera reads it; jlora convert FOLDER OUT --to peft --base MODEL "
+            "makes a LoRA of it, which acts the same"
+        )
     if kind != "LORA":
         raise DataError(f"peft_type {shortened(kind)}: jlora reads LORA")
     for key, name in _VARIANTS.items():

@@ -175,6 +175,7 @@ def read_named(
     names: list[Named],
     tensors: MappingType[str, Any],
     mapping: Mapping = FLAT,
+    params: Any = None,
 ) -> tuple[dict[str, Arrays], LoraConfig]:
     """`read_peft_arrays` of what another file holds, said in PEFT's words.
 
@@ -183,12 +184,12 @@ def read_named(
       data: PEFT's configuration, of a version since 0.19.1; experts are (experts, out, in).
       names: the entries, whose parts are names of `tensors`.
       tensors: with the axes that PEFT has; NumPy's arrays, or lazy ones.
-      mapping: as for `read_peft`.
+      mapping, params: as for `read_peft`.
     """
     arrays = {entry.name: {part: tensors[key] for part, key in entry.parts.items()} for entry in names}
     check_numbers(source, arrays)
     reader = _Reader(Path(source), {**data, "peft_version": LAYOUT}, mapping, False, True)
-    return reader.read(names, arrays, None)
+    return reader.read(names, arrays, params)
 
 
 def _taken(
