@@ -13,6 +13,7 @@ from jlora.config import LoraConfig, field_names, read_mapping, write_mapping
 from jlora.disk import parse_toml
 from jlora.errors import ConfigError
 from jlora.fields import check_keys, choice, integer, number, refusal
+from jlora.optim import lora_fa, lora_plus, riemannian
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
@@ -21,6 +22,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": lambda rate, decay: optax.sgd(rate, momentum=0.9),
 }
 SCHEDULES = ("constant", "cosine", "linear")
+PRECONDITIONERS = ("none", "riemannian")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,13 @@ class FunctionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """An optax optimizer and its learning rate over the steps, in a warm-up and a schedule."""
+    """An optax optimizer and its learning rate over the steps, in a warm-up and a schedule.
+
+    Attributes:
+      b_ratio: the rate of B over that of A, which is `learning_rate` (LoRA+; `jlora.optim.lora_plus`).
+      freeze_a: A stays as it began (LoRA-FA; `jlora.optim.lora_fa`).
+      preconditioner: "none", or "riemannian" (`jlora.optim.riemannian`).
+    """
 
     name: str = "adamw"
     learning_rate: float = 1e-3
@@ -79,6 +87,9 @@ class OptimizerConfig:
     schedule: str = "cosine"
     warmup_steps: int = 0
     clip_norm: float = 1.0  # 0 for none
+    b_ratio: float = 1.0
+    freeze_a: bool = False
+    preconditioner: str = "none"
 
     def __post_init__(self) -> None:
         choice("optimizer.name", self.name, tuple(OPTIMIZERS))
@@ -87,11 +98,20 @@ class OptimizerConfig:
         number("optimizer.weight_decay", self.weight_decay, 0.0, wanted="a finite number of at least 0")
         number("optimizer.clip_norm", self.clip_norm, 0.0, wanted="a finite number of at least 0")
         integer("optimizer.warmup_steps", self.warmup_steps, 0)
+        number("optimizer.b_ratio", self.b_ratio, 0.0, wanted="a finite number of at least 0")
+        if not isinstance(self.freeze_a, bool):
+            raise refusal("optimizer.freeze_a", self.freeze_a, "true or false")
+        choice("optimizer.preconditioner", self.preconditioner, PRECONDITIONERS)
+        if self.freeze_a and (self.b_ratio != 1 or self.preconditioner != "none"):
+            raise refusal("optimizer.freeze_a", True, "false beside b_ratio or a preconditioner, which are for A and B")
         if self.weight_decay and self.name in ("adam", "sgd"):
             raise refusal("optimizer.weight_decay", self.weight_decay, f"0, as {self.name} has none; adamw and lion do")
 
-    def make(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer for a run of this many steps."""
+    def make(self, steps: int, config: LoraConfig | None = None) -> optax.GradientTransformation:
+        """The optimizer for a run of this many steps, of adapters with this configuration; None for full fine-tuning.
+
+        What is for A and B does not change how a whole model is trained.
+        """
         rest = max(steps - self.warmup_steps, 1)
         after = {
             "constant": lambda: optax.constant_schedule(self.learning_rate),
@@ -101,7 +121,14 @@ class OptimizerConfig:
         if self.warmup_steps:
             warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
             after = optax.join_schedules([warmup, after], [self.warmup_steps])
-        return OPTIMIZERS[self.name](after, self.weight_decay)
+        optimizer = OPTIMIZERS[self.name](after, self.weight_decay)
+        if config is None:
+            return optimizer
+        if self.freeze_a:
+            return lora_fa(optimizer)
+        if self.b_ratio != 1:
+            optimizer = lora_plus(optimizer, self.b_ratio)
+        return riemannian(optimizer, config) if self.preconditioner == "riemannian" else optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
+from jlora.optim import freeze_parts
 from jlora.recipes._answers import AnswersLog, Asked
 from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
 from jlora.recipes._evaluator import Forward, evaluator, value_and_metrics
@@ -36,7 +38,7 @@ from jlora.train import (
     make_train_step,
 )
 from jlora.transform import Adapted, adapt
-from jlora.tree import count_params
+from jlora.tree import count_params, lora_labels
 
 _CHECKPOINTS = 3  # the two that are kept, and the one that is written
 
@@ -108,7 +110,7 @@ def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, 
     results = [Result("frozen base", base | _matches(task, adapted.adapters), 0, 0, 0.0)]
     if checkpoints.latest_step is None and show is not None:
         show(0, adapted.adapters)
-    way = _Way("LoRA", forward, adapted.adapters, model.params, job.optimizer, evaluate)
+    way = _Way("LoRA", forward, adapted.adapters, model.params, job.optimizer, evaluate, adapted.config)
     state, result = _train(task, way, console, checkpoints, folder, show)
     results.append(dataclasses.replace(result, metrics=result.metrics | _matches(task, state.trained)))
     changed_state = write_trained(folder, job, model, adapted.config, state, results)
@@ -223,7 +225,7 @@ def _asked(job: JobConfig, model: Model, adapted: Adapted, questions: Sequence[Q
 
 def _room(task: _Task) -> int:
     """The bytes of the checkpoints of a run, and of its adapters in two formats."""
-    optimizer = task.job.optimizer.make(task.job.train.steps)
+    optimizer = task.job.optimizer.make(task.job.train.steps, task.adapted.config)
     state = jax.eval_shape(lambda trained: (trained, optimizer.init(trained)), task.adapted.adapters)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, task.model.state))]
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(task.adapted.adapters))
@@ -238,6 +240,8 @@ def _base(task: _Task) -> Forward:
 def _adapted(task: _Task) -> Forward:
     def forward(adapters: Any, params: Any, inputs: Any, state: Any, key: Any) -> tuple[Any, Any]:
         own, dropout = (None, None) if key is None else jax.random.split(key)
+        if task.job.optimizer.freeze_a:
+            adapters = freeze_parts(adapters, "A")
         return task.adapted.model(params, adapters, inputs, state, own, dropout_key=dropout)
 
     return forward
@@ -245,7 +249,10 @@ def _adapted(task: _Task) -> Forward:
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """A way of adapting: what is trained over what is frozen, by which program and optimizer."""
+    """A way of adapting: what is trained over what is frozen, by which program and optimizer.
+
+    `config` is that of the adapters, where they are what is trained.
+    """
 
     name: str
     forward: Forward
@@ -253,6 +260,7 @@ class _Way:
     frozen: Any
     optimizer: OptimizerConfig
     evaluate: Callable[..., dict[str, float]]
+    config: LoraConfig | None = None
 
 
 def _train(
@@ -271,7 +279,7 @@ def _train(
         value, metrics = value_and_metrics(task.loss(outputs, batch))
         return (value, metrics, after) if state else (value, metrics)
 
-    gradient_transform = optimizer.make(train.steps)
+    gradient_transform = optimizer.make(train.steps, way.config)
     step = make_train_step(
         loss, gradient_transform, accumulate=train.accumulate, clip_norm=optimizer.clip_norm or None, seed=train.seed
     )
@@ -299,7 +307,7 @@ def _train(
     seconds = time.perf_counter() - began
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     metrics = way.evaluate(state.trained, state.model_state)
-    return state, Result(way.name, metrics, count_params(way.trained), size, seconds)
+    return state, Result(way.name, metrics, _count_trained(way), size, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +325,14 @@ def _logs(task: _Task, folder: Path, step: int) -> list[Logger]:
     if task.log is not None:
         logs.append(_Called(task.log))
     return logs
+
+
+def _count_trained(way: _Way) -> int:
+    """The numbers that are trained, without A where it stays as it began."""
+    if way.config is None or not way.optimizer.freeze_a:
+        return count_params(way.trained)
+    parts = zip(jax.tree.leaves(way.trained), jax.tree.leaves(lora_labels(way.trained, by="part")), strict=True)
+    return sum(array.size for array, part in parts if part != "A")
 
 
 def _count_tokens(batch: Examples) -> int:

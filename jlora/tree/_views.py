@@ -21,15 +21,16 @@ import numpy as np
 
 from jlora.adapter import is_adapter, is_entry
 from jlora.errors import JloraWarning, TargetError, listed
+from jlora.fields import choice
 from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_string
-from jlora.pytrees import leaves, map_leaves, map_with_path
+from jlora.pytrees import leaves, map_with_path
 
 _WEIGHTS = ("kernel", "embedding")
 _SAYS_SO = ("lora", "adapter")
 
 
-def lora_labels(tree: Any, base: Any = None) -> Any:
+def lora_labels(tree: Any, base: Any = None, *, by: str = "tree") -> Any:
     """`"lora"` at every part of the adapters in a tree, `"frozen"` elsewhere, for `optax.partition`.
 
     Args:
@@ -37,16 +38,22 @@ def lora_labels(tree: Any, base: Any = None) -> Any:
       base: the params without adapters, arrays or shapes. Given, whatever it has is frozen, and nothing else. Without
         it an entry counts in a tree of nothing else, under a name with "lora" or "adapter" in it (`lora`,
         `LoRADenseAdapter_0`), and at a `kernel` or an `embedding`.
+      by: "tree", or "part" for the names of the parts in place of "lora": "A", "B", "magnitude" and so on, so that
+        each can have an optimizer of its own.
 
     Raises:
       TargetError: a leaf is neither of the base nor of an adapter.
+      ConfigError: another `by`.
 
     A `JloraWarning` tells of weights named A and B that could be an adapter, and are frozen.
 
     >>> lora_labels({'kernel': np.ones((2, 3)), 'lora': {'A': np.ones((2, 1)), 'B': np.ones((1, 3))}})
     {'kernel': 'frozen', 'lora': {'A': 'lora', 'B': 'lora'}}
+    >>> lora_labels({'down': None, 'up': {'A': np.ones((2, 1)), 'B': np.ones((1, 3))}}, by="part")
+    {'down': None, 'up': {'A': 'A', 'B': 'B'}}
     """
-    return _mark(tree, base, "lora", "frozen")
+    choice("by", by, ("tree", "part"))
+    return _mark(tree, base, (lambda name: name) if by == "part" else (lambda _: "lora"), "frozen")
 
 
 def lora_mask(tree: Any, base: Any = None) -> Any:
@@ -55,10 +62,11 @@ def lora_mask(tree: Any, base: Any = None) -> Any:
     `optax.masked` alone does not freeze: it passes the gradients of the other leaves through. Use `lora_labels` with
     `optax.partition`, or take gradients of the adapters alone.
     """
-    return _mark(tree, base, True, False)
+    return _mark(tree, base, lambda _: True, False)
 
 
-def _mark(tree: Any, base: Any, adapter: Any, other: Any) -> Any:
+def _mark(tree: Any, base: Any, of_part: Callable[[str], Any], other: Any) -> Any:
+    """The tree with `of_part(name)` at each part of an entry of the adapters, and `other` elsewhere."""
     entries, doubtful = _find_entries(tree, base)
     if doubtful:
         warnings.warn(
@@ -69,8 +77,8 @@ def _mark(tree: Any, base: Any, adapter: Any, other: Any) -> Any:
         )
 
     def mark(key_path: Any, node: Any) -> Any:
-        found = adapter if path_string(key_path) in entries else other
-        return map_leaves(lambda _: found, node)
+        trained = path_string(key_path) in entries
+        return map_with_path(lambda within, _: of_part(path_string(within[:1])) if trained else other, node)
 
     return map_with_path(mark, tree, is_entry)
 

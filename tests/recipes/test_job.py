@@ -17,7 +17,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from jlora import ConfigError, DataError, TargetError, count_params, load_adapters, merge_params
+from jlora import ConfigError, DataError, TargetError, count_params, init_lora, load_adapters, merge_params
 from jlora.recipes import JobConfig, OptimizerConfig, cross_entropy, run_job
 from jlora.storage import read_metadata
 from jlora.train import MetricsLog
@@ -238,6 +238,42 @@ class TestRun:
 
     def test_a_quiet_console_gets_nothing_from_the_training_of_the_base_either(self, shifted):
         assert shifted.printed == ""
+
+
+class TestOptimizers:
+    """[optimizer] for adapters: what is trained, counted and kept differs, full fine-tuning does not."""
+
+    def test_a_that_is_frozen_stays_is_not_counted_and_has_no_moments(self, tmp_path):
+        job, (_, result) = run(tmp_path / "run", optimizer={"freeze_a": True})
+        _, params, _, config, adapters = restored(Run(job, [], tmp_path / "run"))
+        begun = init_lora(None, params, config)
+        for name in ("body", "head"):
+            np.testing.assert_array_equal(adapters[name]["kernel"]["A"], begun[name]["kernel"]["A"])
+            assert np.abs(adapters[name]["kernel"]["B"]).max() > 0
+        assert result.parameters == 2 * 7 + 2 * 3
+        assert result.optimizer_bytes == 8 * result.parameters + 8
+
+    def test_b_moves_by_its_own_rate(self, tmp_path):
+        found = {}
+        for ratio in (1.0, 4.0):
+            options = {"name": "sgd", "weight_decay": 0.0, "b_ratio": ratio, "learning_rate": 1e-3}
+            job, _ = run(tmp_path / str(ratio), optimizer=options, train={"steps": 1, "log_every": 1})
+            found[ratio] = restored(Run(job, [], tmp_path / str(ratio)))[4]["head"]["kernel"]["B"]
+        np.testing.assert_allclose(found[4.0], 4 * np.asarray(found[1.0]), rtol=1e-5)
+
+    def test_a_preconditioned_run_goes_on_bitwise(self, tmp_path):
+        options = {"preconditioner": "riemannian", "b_ratio": 2.0, "learning_rate": 0.01, "schedule": "constant"}
+        run(tmp_path / "whole", optimizer=options)
+        run(tmp_path / "parts", optimizer=options, train={"steps": 4})
+        run(tmp_path / "parts", optimizer=options, extend=True)
+        whole, parts = (load_adapters(tmp_path / name / "adapters")[0] for name in ("whole", "parts"))
+        jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+    def test_full_fine_tuning_has_the_plain_optimizer(self):
+        config = OptimizerConfig(name="sgd", b_ratio=4.0, freeze_a=False, preconditioner="riemannian")
+        params = {"kernel": jnp.ones((2, 3))}
+        plain, made = OptimizerConfig(name="sgd").make(9), config.make(9)
+        assert jax.tree.structure(plain.init(params)) == jax.tree.structure(made.init(params))
 
 
 class TestFolder:
@@ -501,6 +537,10 @@ class TestJobConfig:
             ({"lora": {"rank": 0}}, "[lora]: rank = 0: wanted a whole number of at least 1"),
             ({"optimizer": {"lr": 1}}, "[optimizer]: unknown key 'lr'"),
             ({"optimizer": {"name": "adamW"}}, "optimizer.name = 'adamW': wanted one of 'adamw'"),
+            ({"optimizer": {"b_ratio": -1}}, "optimizer.b_ratio = -1: wanted a finite number of at least 0"),
+            ({"optimizer": {"freeze_a": "A"}}, "optimizer.freeze_a = 'A': wanted true or false"),
+            ({"optimizer": {"preconditioner": "k"}}, "preconditioner = 'k': wanted one of 'none', 'riemannian'"),
+            ({"optimizer": {"freeze_a": True, "b_ratio": 2}}, "wanted false beside b_ratio or a preconditioner"),
             ({"optimizer": {"schedule": "cos"}}, "optimizer.schedule = 'cos': wanted one of 'constant', 'cosine'"),
             ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate = -1: wanted"),
             ({"optimizer": {"clip_norm": "no"}}, "optimizer.clip_norm = 'no': wanted"),

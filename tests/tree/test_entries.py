@@ -12,7 +12,16 @@ import pytest
 from flax.core import freeze
 
 import jlora
-from jlora import JloraWarning, LoraConfig, TargetError, combine_params, lora_labels, lora_mask, split_params
+from jlora import (
+    ConfigError,
+    JloraWarning,
+    LoraConfig,
+    TargetError,
+    combine_params,
+    lora_labels,
+    lora_mask,
+    split_params,
+)
 from jlora.interop.peft import NESTED, read_peft
 from tests.interop.files import embedding_pair, pair, write_folder
 from tests.reference import random_adapter, random_array
@@ -71,6 +80,14 @@ def test_every_part_of_every_entry_is_trained(rng, make):
     for tree in (adapters, both):
         same(lora_labels(tree, params), lora_labels(tree))
         assert jax.tree.structure(lora_labels(tree)) == jax.tree.structure(tree)
+        parts = leaves(lora_labels(tree, by="part"))
+        assert {path: mark for path, mark in parts.items() if mark == "frozen"} == {
+            path: mark for path, mark in leaves(lora_labels(tree)).items() if mark == "frozen"
+        }
+        assert all(path.endswith(f"/{mark}") for path, mark in parts.items() if mark != "frozen")
+        assert set(parts.values()) - {"frozen"} == {"A", "B", "magnitude", "offset", "value"}
+    with pytest.raises(ConfigError, match="by = 'parts': wanted one of 'tree', 'part'"):
+        lora_labels(adapters, by="parts")
 
 
 @pytest.mark.parametrize("make", [dict, freeze], ids=["dict", "frozen"])
