@@ -9,12 +9,13 @@ import numpy as np
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.errors import DataError, listed
-from jlora.interop.peft import Row, kept_of, of_model, read_peft, to_tensors, write_peft
+from jlora.interop.peft import Row, is_vera_folder, kept_of, of_model, read_peft, read_vera, to_tensors, write_peft
 from jlora.models._config import DecoderConfig
 from jlora.models._names import EMBEDDING_PATH, HEAD, HEAD_PATH, factorizations, mapping
 from jlora.models._shapes import param_shapes
 from jlora.paths import leaves_by_path, literal_pattern, nest
 from jlora.tree import bind
+from jlora.variants import vera
 
 _HEAD_ROW = Row(HEAD, HEAD_PATH)
 
@@ -84,6 +85,8 @@ def _as_peft(
 def read_adapter(folder: str | Path, model: DecoderConfig) -> tuple[Any, LoraConfig]:
     """The adapters of a decoder and their configuration, from a folder that PEFT or `write_adapter` wrote.
 
+    A VeRA of PEFT's is expanded to ordinary adapters.
+
     Args:
       folder: as for `jlora.interop.peft.read_peft`.
       model: the configuration of the model.
@@ -95,6 +98,9 @@ def read_adapter(folder: str | Path, model: DecoderConfig) -> tuple[Any, LoraCon
       DataError: as of `read_peft`; an adapter of another model; layers that differ in rank or alpha, which one array
         cannot hold; one of an embedding that is the head too which changes only one of them, or both differently.
     """
+    if is_vera_folder(folder):
+        trained, frozen, config = read_vera(folder, param_shapes(model), mapping(model))
+        return vera.adapters(trained, frozen, param_shapes(model), config), config.replace(kind="lora")
     if not model.tied:
         return read_peft(folder, mapping(model), params=param_shapes(model), transposed_experts=False)
     shapes = param_shapes(model)

@@ -253,6 +253,15 @@ class JobConfig:
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
 
+    def __post_init__(self) -> None:
+        found = self.optimizer
+        is_for_parts = found.freeze_a or found.b_ratio != 1 or found.preconditioner != "none"
+        if is_for_parts and self.lora.kind in ("vera", "xs"):
+            raise ConfigError(
+                f"lora.kind = {self.lora.kind!r}: trains neither A nor B, for which optimizer.freeze_a, b_ratio and "
+                "preconditioner are: leave them out"
+            )
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The job of a mapping of sections.

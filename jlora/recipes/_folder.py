@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jlora import variants
 from jlora.adapter import is_entry
 from jlora.config import LoraConfig
 from jlora.disk import remove_leftovers, write_whole
@@ -21,6 +22,7 @@ from jlora.models import write_adapter
 from jlora.paths import leaves_by_path
 from jlora.recipes._card import model_card
 from jlora.recipes._config import JobConfig
+from jlora.recipes._learned import Learned
 from jlora.recipes._model import Model, call_model
 from jlora.recipes._plot import write_curve
 from jlora.recipes._results import Result, peak_memory, results_table
@@ -38,6 +40,7 @@ _WRITTEN = (  # beside config.toml
     "model_state",
     "results.json",
     "tensorboard",
+    "variant",
 )
 _SPARE = 1 << 24
 EXTENDED = ("train.steps", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
@@ -135,9 +138,11 @@ def _check_disk(folder: Path, room: int) -> None:
 
 
 def write_trained(
-    folder: Path, job: JobConfig, model: Model, config: LoraConfig, state: TrainState, results: list[Result]
+    folder: Path, job: JobConfig, model: Model, learned: Learned, state: TrainState, results: list[Result]
 ) -> list[str]:
     """Writes the adapters, and what the model changed of its state beside them; returns the paths of that.
+
+    Of VeRA and LoRA-XS the smaller tree is written too, in `variant/`.
 
     Those of a language model are written in PEFT's format too, in `adapter/`, with a model card.
     """
@@ -147,12 +152,15 @@ def write_trained(
     metadata = {"model": job.model.function, "steps": int(state.step), "metrics": metrics, "model_state": len(paths)}
     if model.language is not None:
         metadata["base"] = str(model.language.folder)
-    save_adapters(folder / "adapters", state.trained, config, metadata=metadata)
+    config, adapters = learned.config_of_adapters, learned.adapters(state.trained, learned.frozen, model.params)
+    if learned.frozen is not None:
+        variants.save(folder / "variant", state.trained, learned.frozen, model.params, learned.config)
+    save_adapters(folder / "adapters", adapters, config, metadata=metadata)
     if paths:
         save_adapters(folder / "model_state", changed, LoraConfig(), metadata={"steps": int(state.step)})
     if model.language is not None:
         language, peft = model.language, folder / "adapter"
-        write_adapter(peft, state.trained, config, language.config, base=str(language.folder))
+        write_adapter(peft, adapters, config, language.config, base=str(language.folder))
         write_whole(peft / "README.md", model_card(job, language, config, results).encode())
     return paths
 

@@ -19,6 +19,7 @@ from jlora.recipes._config import FunctionConfig, JobConfig, OptimizerConfig
 from jlora.recipes._evaluator import Forward, evaluator, value_and_metrics
 from jlora.recipes._folder import Result, check_folder, prepare_folder, report, write_trained
 from jlora.recipes._language import LanguageModel
+from jlora.recipes._learned import Learned, learned
 from jlora.recipes._model import Model, call_model, read_model
 from jlora.text import Question
 from jlora.train import (
@@ -37,7 +38,6 @@ from jlora.train import (
     init_state,
     make_train_step,
 )
-from jlora.transform import Adapted, adapt
 from jlora.tree import count_params, lora_labels
 
 _CHECKPOINTS = 3  # the two that are kept, and the one that is written
@@ -49,7 +49,7 @@ class _Task:
 
     job: JobConfig
     model: Model
-    adapted: Adapted
+    learned: Learned
     train: Examples | Sequence[Examples]
     test: Examples
     loss: Callable[[Any, Examples], tuple[jax.Array, Metrics]]
@@ -67,7 +67,8 @@ def run_job(
     `metrics.jsonl`, `curve.png`, `results.json`, and `tensorboard/` where tensorboardX is installed; `load_run` reads
     it. The same seed gives the same numbers on the same machine; times are in `results.json` and `tensorboard/` alone.
     Of a language model it holds `adapter/` too, in PEFT's format with a model card, and `answers.jsonl`, what it
-    answered to the prompts of [generate].
+    answered to the prompts of [generate]; with `kind = "vera"` or "xs" in [lora] `variant/`, the smaller tree that was
+    trained, which `jlora.variants.load` reads.
 
     Args:
       job: the configuration.
@@ -100,20 +101,21 @@ def run_job(
 
 
 def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, resume: bool) -> list[Result]:
-    job, model, adapted = task.job, task.model, task.adapted
-    console.out(str(adapted.report), highlight=False)
-    forward = _adapted(task)
-    evaluate = evaluator(forward, task.loss, task.test, model.params)
+    job, model, start = task.job, task.model, task.learned.trained
+    console.out(str(task.learned.report), highlight=False)
+    forward, frozen = _adapted(task), (model.params, task.learned.frozen)
+    evaluate = evaluator(forward, task.loss, task.test, frozen)
     show = _shower(task, folder, checkpoints, console, resume)
 
-    base = evaluate(adapted.adapters, model.state)  # B is zero: bitwise the base, by the program that trains
-    results = [Result("frozen base", base | _matches(task, adapted.adapters), 0, 0, 0.0)]
+    base = evaluate(start, model.state)  # B is zero: bitwise the base, by the program that trains
+    results = [Result("frozen base", base | _matches(task, start), 0, 0, 0.0)]
     if checkpoints.latest_step is None and show is not None:
-        show(0, adapted.adapters)
-    way = _Way("LoRA", forward, adapted.adapters, model.params, job.optimizer, evaluate, adapted.config)
+        show(0, start)
+    config = task.learned.config
+    way = _Way(task.learned.name, forward, start, frozen, job.optimizer, evaluate, config)
     state, result = _train(task, way, console, checkpoints, folder, show)
     results.append(dataclasses.replace(result, metrics=result.metrics | _matches(task, state.trained)))
-    changed_state = write_trained(folder, job, model, adapted.config, state, results)
+    changed_state = write_trained(folder, job, model, task.learned, state, results)
     if job.full.enabled:
         optimizer = dataclasses.replace(job.optimizer, learning_rate=job.full.learning_rate)
         full = _base(task)
@@ -123,19 +125,23 @@ def _run(task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, 
     return results
 
 
-def _matches(task: _Task, adapters: Any) -> dict[str, float]:
-    return {} if task.asked is None else task.asked.exact_match(adapters)
+def _adapters(task: _Task, trained: Any) -> Any:
+    return task.learned.adapters(trained, task.learned.frozen, task.model.params)
+
+
+def _matches(task: _Task, trained: Any) -> dict[str, float]:
+    return {} if task.asked is None else task.asked.exact_match(_adapters(task, trained))
 
 
 def _shower(
     task: _Task, folder: Path, checkpoints: Checkpoints, console: Console, resume: bool
 ) -> Callable[[int, Any], None] | None:
-    """A function of (step, adapters) that shows what the model answers; None where it is asked nothing."""
+    """A function of (step, trained) that shows what the model answers; None where it is asked nothing."""
     asked = task.asked
     if asked is None or not asked.has_prompts:
         return None
     log = AnswersLog(folder / "answers.jsonl", (checkpoints.latest_step or 0) if resume else 0)
-    return lambda step, adapters: asked.show(step, adapters, log, console)
+    return lambda step, trained: asked.show(step, _adapters(task, trained), log, console)
 
 
 def _load(job: JobConfig, console: Console) -> _Task:
@@ -147,8 +153,8 @@ def _load(job: JobConfig, console: Console) -> _Task:
     model = call_model(job, console) if language is None else read_model(language, _where(job))
     one = train if isinstance(train, Mapping) else train[0]
     first = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array[:1].shape, array.dtype), one["inputs"])
-    adapted = adapt(model.fn, job.lora, model.params, first, model.state, None)
-    task = _Task(job, model, adapted, train, test, loss, _asked(job, model, adapted, questions), log)
+    found = learned(model.fn, job.lora, model.params, first, model.state, None)
+    task = _Task(job, model, found, train, test, loss, _asked(job, model, found, questions), log)
     try:
         jax.eval_shape(lambda batch: loss(model.fn(model.params, batch["inputs"], model.state, None)[0], batch), test)
     except KeyError as error:
@@ -204,7 +210,7 @@ def _checked(job: JobConfig, part: Any, name: str) -> Examples:
     return jax.tree.map(np.asarray, dict(part))
 
 
-def _asked(job: JobConfig, model: Model, adapted: Adapted, questions: Sequence[Question]) -> Asked | None:
+def _asked(job: JobConfig, model: Model, found: Learned, questions: Sequence[Question]) -> Asked | None:
     """What the job asks its model.
 
     Raises:
@@ -220,16 +226,21 @@ def _asked(job: JobConfig, model: Model, adapted: Adapted, questions: Sequence[Q
             f"generate.exact_match = {generate.exact_match}: the evaluation data have no prompts with completions to "
             "compare with; 0 asks for none"
         )
-    return Asked(generate, model.language, adapted.config, model.params, questions)
+    return Asked(generate, model.language, found.config, model.params, questions)
 
 
 def _room(task: _Task) -> int:
     """The bytes of the checkpoints of a run, and of its adapters in two formats."""
-    optimizer = task.job.optimizer.make(task.job.train.steps, task.adapted.config)
-    state = jax.eval_shape(lambda trained: (trained, optimizer.init(trained)), task.adapted.adapters)
-    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, task.model.state))]
-    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(task.adapted.adapters))
-    return _CHECKPOINTS * sum(sizes) + 2 * trained
+    trained, frozen, config = task.learned.trained, task.learned.frozen, task.learned.config
+    optimizer = task.job.optimizer.make(task.job.train.steps, config)
+    state = jax.eval_shape(lambda trained: (trained, optimizer.init(trained)), trained)
+    adapters = jax.eval_shape(task.learned.adapters, trained, frozen, task.model.params)
+    written = _bytes(adapters) + (0 if frozen is None else _bytes((trained, frozen)))
+    return _CHECKPOINTS * _bytes((state, task.model.state)) + 2 * written
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _base(task: _Task) -> Forward:
@@ -238,11 +249,13 @@ def _base(task: _Task) -> Forward:
 
 
 def _adapted(task: _Task) -> Forward:
-    def forward(adapters: Any, params: Any, inputs: Any, state: Any, key: Any) -> tuple[Any, Any]:
+    def forward(trained: Any, given: tuple[Any, Any], inputs: Any, state: Any, key: Any) -> tuple[Any, Any]:
+        params, frozen = given
         own, dropout = (None, None) if key is None else jax.random.split(key)
+        adapters = task.learned.adapters(trained, frozen, params)
         if task.job.optimizer.freeze_a:
             adapters = freeze_parts(adapters, "A")
-        return task.adapted.model(params, adapters, inputs, state, own, dropout_key=dropout)
+        return task.learned.model(params, adapters, inputs, state, own, dropout_key=dropout)
 
     return forward
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jlora import variants
 from jlora.config import LoraConfig
 from jlora.disk import read_json
 from jlora.errors import DataError, JloraError, JloraWarning
@@ -105,6 +106,10 @@ def read_adapter_folder(path: str | Path, language: LanguageModel) -> FolderAdap
         if is_peft_folder(folder):
             adapters, config = read_adapter(folder, language.config)
             base = base_model_of(config)
+        elif variants.is_variant_folder(folder):
+            trained, frozen, config = variants.load(folder)
+            adapters = variants.adapters(trained, frozen, language.shapes(), config)
+            base = None
         else:
             adapters, config = load_adapters(folder, params=language.shapes())
             base = read_metadata(folder).get("base")

@@ -8,7 +8,7 @@ from jlora.transform._adapt import Adapted, adapt
 from jlora.transform._explain import Explanation, explain
 from jlora.transform._lora import lora
 from jlora.transform._register import Moves, Multiplies, register
-from jlora.transform._uses import check_args, init_lora, resolve_config, survey_uses
+from jlora.transform._uses import check_args, init_lora, resolve, resolve_config, survey_uses
 
 __all__ = [
     "Adapted",
@@ -22,6 +22,7 @@ __all__ = [
     "init_lora",
     "lora",
     "register",
+    "resolve",
     "resolve_config",
     "survey_uses",
 ]

@@ -222,3 +222,19 @@ def test_layers_of_other_ranks_and_adapters_of_another_model(tmp_path: Path) -> 
     with pytest.raises(TargetError, match="model/layers/self_attn/q_proj/weight"):
         write_adapter(tmp_path / "wrong", adapters, lora_config, read_config(tmp_path / "other"))
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_vera_of_pefts_is_expanded(tmp_path: Path, rng: np.random.Generator) -> None:
+    model, config, params = saved(tmp_path / "model", "llama")
+    with quiet():
+        live = peft.get_peft_model(model, peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+        with torch.no_grad():
+            for name, array in live.named_parameters():
+                if "vera_lambda_" in name:
+                    array.copy_(torch.from_numpy(rng.standard_normal(array.shape).astype(np.float32)))
+        live.save_pretrained(tmp_path / "adapter")
+    adapters, lora_config = read_adapter(tmp_path / "adapter", config)
+    found = jlora.lora(decoder(config), lora_config)(params, adapters, jnp.asarray(TOKENS))
+    wanted = torch_logits(live, TOKENS)
+    assert np.abs(wanted - np.asarray(decoder(config)(params, jnp.asarray(TOKENS)))).max() > 1e-3
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1, np.abs(wanted).max()))
