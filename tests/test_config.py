@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jlora.config import INITS, SCALINGS, LoraConfig, effective_alpha, read_mapping, write_mapping
+from jlora.config import INITS, KINDS, SCALINGS, LoraConfig, effective_alpha, read_mapping, write_mapping
 from jlora.errors import ConfigError
 
 FULL = {
@@ -183,6 +183,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 roles = st.text("bio", max_size=3).flatmap(lambda extra: st.permutations("io" + extra)).map("".join)
 configs = st.builds(
     LoraConfig,
+    kind=st.sampled_from(KINDS),
     rank=st.integers(1, 2**40),
     alpha=finite,
     dropout=st.floats(0, 1, exclude_max=True),
