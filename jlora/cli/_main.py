@@ -35,7 +35,8 @@ The file has the sections
   [lora]       kind (lora, vera, xs), rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init,
                init_std, rank_pattern, alpha_pattern, dtype, factorizations, extras
   [optimizer]  name (adamw, adam, lion, sgd), learning_rate, weight_decay, schedule (constant, cosine, linear),
-               warmup_steps, clip_norm (0 for none)
+               warmup_steps, clip_norm (0 for none), b_ratio (1; LoRA+), freeze_a (false; LoRA-FA),
+               preconditioner (none, riemannian)
   [train]      steps, batch_size, accumulate, seed, loss = "module:function", log_every, eval_every, checkpoint_every
   [full]       enabled (false), learning_rate: the full fine-tuning to compare with
   [generate]   of a language model: prompts, answered before, while and after it is trained; chat (false), whether they

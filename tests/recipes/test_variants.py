@@ -111,7 +111,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(kind, mine, tmp_path, monke
 def test_settings_for_a_and_b_are_refused(setting, tmp_path):
     plan = job_of(tmp_path, "vera").to_dict()
     plan["optimizer"] |= setting
-    with pytest.raises(ConfigError, match="lora.kind = 'vera': trains neither A nor B, for which optimizer.freeze_a"):
+    with pytest.raises(ConfigError, match=r"lora.kind = 'vera': trains neither A nor B, for which optimizer.freeze_a"):
         JobConfig.from_dict(plan)
 
 
