@@ -22,7 +22,7 @@ __all__ = ["INITS", "KINDS", "SCALINGS", "LoraConfig", "effective_alpha", "read_
 
 SCALINGS = ("standard", "rslora")
 INITS = ("gaussian", "kaiming_uniform", "normal")
-KINDS = ("lora", "vera", "xs")
+KINDS = ("lora", "dora", "vera", "xs")
 
 Pairs = tuple[tuple[str, Any], ...]
 
@@ -42,8 +42,9 @@ class LoraConfig:
     """What is adapted and how; frozen, hashable, and so a static argument of jit.
 
     Attributes:
-      kind: "lora", an A and a B of each weight; "vera" or "xs", where a smaller tree is trained, of which A and B are
-        made (`jlora.variants`).
+      kind: "lora", an A and a B of each weight; "dora", a magnitude for each of its outputs too, which begins at the
+        norm of the weight (Liu et al. 2024, arXiv 2402.09353); "vera" or "xs", where a smaller tree is trained, of
+        which A and B are made (`jlora.variants`).
       rank: the rank r of every adapter, at least 1.
       alpha: the update is scaling * A@B with scaling = alpha / rank, or alpha / sqrt(rank) for "rslora".
       dropout: the share of the adapter's input that is dropped in training, 0 <= dropout < 1.

@@ -48,7 +48,7 @@ MAPPING = "a mapping from path patterns to values"
 FINITE = "a finite number"
 SCALING = "one of 'standard', 'rslora'"
 INIT = "one of 'gaussian', 'kaiming_uniform', 'normal'"
-KIND = "one of 'lora', 'vera', 'xs'"
+KIND = "one of 'lora', 'dora', 'vera', 'xs'"
 DTYPE = "a floating dtype such as 'float32' or 'bfloat16', or None for float32"
 ROLES = (
     "wanted one letter per axis of the weight, b (batch), i (in) or o (out), with at least one i and one o, "

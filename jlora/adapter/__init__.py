@@ -6,7 +6,7 @@ from jlora.adapter._entry import PARTS, Adapter, Entry, boxed_entry, is_adapter,
 from jlora.faces import lazy_face
 
 if TYPE_CHECKING:
-    from jlora.adapter._applied import base_weight, gain_of, merged_weight, unmerged_weight
+    from jlora.adapter._applied import base_weight, gain_of, init_magnitude, merged_weight, unmerged_weight
     from jlora.adapter._functions import (
         adapter_dtype,
         draw_a,
@@ -34,6 +34,7 @@ __all__ = [
     "draw_a",
     "gain_of",
     "init_lora_adapter",
+    "init_magnitude",
     "is_adapter",
     "is_entry",
     "lora_delta",
@@ -53,7 +54,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
-        "jlora.adapter._applied": ("base_weight", "gain_of", "merged_weight", "unmerged_weight"),
+        "jlora.adapter._applied": ("base_weight", "gain_of", "init_magnitude", "merged_weight", "unmerged_weight"),
         "jlora.adapter._functions": (
             "adapter_dtype",
             "draw_a",

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.adapter._entry import Entry
+from jlora.adapter._entry import Entry, part_axes
 from jlora.adapter._functions import with_delta
+from jlora.adapter._sharding import placed
+from jlora.contraction import Factorization
 from jlora.errors import AdapterError
 from jlora.products import common_dtype, spec_of
 
@@ -43,6 +45,34 @@ def unmerged_weight(entry: Entry, weight: Any) -> jax.Array:
         return _plus_delta(entry, weight, -1)
     total = _plus_delta(entry, jnp.asarray(weight).astype(_wide(weight)), -1)
     return _plus_offset(entry, total, -1).astype(weight.dtype)
+
+
+def init_magnitude(weight: Any, split: Factorization) -> jax.Array:
+    """The magnitude with which DoRA begins: the norm of the weight over its in axes, so that the gain is 1.
+
+    Args:
+      weight: an array of the dtype of a parameter.
+      split: how its axes split.
+
+    Returns:
+      (*batch, *out), in float32 at least, on the weight's devices as its axes lie there.
+
+    Raises:
+      AdapterError: a shape, which has no norms.
+
+    >>> init_magnitude(jnp.array([[3.0, 1.0], [4.0, 0.0]]), Factorization("io")).tolist()
+    [5.0, 1.0]
+    """
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise AdapterError(
+            "kind = 'dora': the magnitude begins at the norms of the weight, and this is a shape: give arrays; for the "
+            "shapes of the adapters, jax.eval_shape(lambda params: init_lora(key, params, config), params)"
+        )
+    wide = jnp.asarray(weight).astype(_wide(weight))
+    ins, axes = split.axes("i"), part_axes(wide.ndim, split)["magnitude"]
+    norms = jnp.sqrt(jnp.sum(wide * wide, ins))  # the batch and out axes in the order of the weight's
+    kept = [axis for axis in range(wide.ndim) if axis not in ins]
+    return placed(norms.transpose([kept.index(axis) for axis in axes if axis is not None]), weight, axes)
 
 
 def gain_of(entry: Entry, base: jax.Array) -> jax.Array | None:

@@ -32,7 +32,7 @@ The file has the sections
   [data]       function = "module:function" that returns (train, test), each a mapping of arrays with "inputs"
                or train and eval = "files of JSON lines" (prompt and completion, messages, or text) for a language
                model, with length (512), packed (true), long ("cut", "drop"), template (false), seed
-  [lora]       kind (lora, vera, xs), rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init,
+  [lora]       kind (lora, dora, vera, xs), rank, alpha, dropout, target_modules, exclude_modules, seed, scaling, init,
                init_std, rank_pattern, alpha_pattern, dtype, factorizations, extras
   [optimizer]  name (adamw, adam, lion, sgd), learning_rate, weight_decay, schedule (constant, cosine, linear),
                warmup_steps, clip_norm (0 for none), b_ratio (1; LoRA+), freeze_a (false; LoRA-FA),

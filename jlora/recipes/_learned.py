@@ -12,7 +12,7 @@ from jlora.config import LoraConfig
 from jlora.transform import adapt, lora, resolve
 from jlora.tree import Summary, count_params, summary
 
-_NAMES = {"vera": "VeRA", "xs": "LoRA-XS"}
+_NAMES = {"dora": "DoRA", "vera": "VeRA", "xs": "LoRA-XS"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,7 @@ def explain(
     resolved, left_out = resolve(fn, config, params, args, kwargs)
     adapters = entries
     if adapters is None:
-        adapters = jax.eval_shape(lambda: tree.init_lora(None, params, resolved))
+        adapters = tree.adapter_shapes(params, resolved)
     settings = Settings(registry(), cost_model or CostModel(), dropout=config.dropout)
     uses, unpacked = adapted_uses(fn, resolved, params, adapters, args, kwargs, settings)
     shapes = leaves_by_path(params)

@@ -21,7 +21,7 @@ from jlora.tree._targets import (
 from jlora.tree._views import combine_params, count_params, lora_labels, lora_mask, split_params
 
 if TYPE_CHECKING:
-    from jlora.tree._params import init_lora, merge_params, merge_params_with_residual, unmerge_params
+    from jlora.tree._params import adapter_shapes, init_lora, merge_params, merge_params_with_residual, unmerge_params
     from jlora.tree._shardings import adapter_shardings
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Summary",
     "Survey",
     "Target",
+    "adapter_shapes",
     "adapter_shardings",
     "batch_dims_of",
     "bind",
@@ -59,7 +60,13 @@ __all__ = [
 __getattr__, __dir__ = lazy_face(
     __name__,
     {
-        "jlora.tree._params": ("init_lora", "merge_params", "merge_params_with_residual", "unmerge_params"),
+        "jlora.tree._params": (
+            "adapter_shapes",
+            "init_lora",
+            "merge_params",
+            "merge_params_with_residual",
+            "unmerge_params",
+        ),
         "jlora.tree._shardings": ("adapter_shardings",),
     },
 )

@@ -12,6 +12,7 @@ from jlora.adapter import (
     boxed_entry,
     count_lost,
     init_lora_adapter,
+    init_magnitude,
     merged_weight,
     range_problem,
     unmerged_weight,
@@ -39,7 +40,8 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
         `summary` says why.
 
     Returns:
-      A pytree of the structure of `params`: an adapter where a weight is adapted, `None` elsewhere.
+      A pytree of the structure of `params`: an adapter where a weight is adapted, `None` elsewhere. Of kind "dora" it
+      has a magnitude too, the norm of the weight for each of its outputs, which needs arrays.
 
     Raises:
       ConfigError: a configuration of kind "vera" or "xs".
@@ -73,9 +75,28 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
             factorization=target.factorization,
             init=config.init,
         )
+        if config.kind == "dora":
+            try:
+                adapter["magnitude"] = init_magnitude(array.dense() if is_lazy(array) else array, target.factorization)
+            except AdapterError as error:
+                raise TargetError(f"{path}: {error}") from None
         return boxed_entry(weight, adapter, target.factorization)
 
     return jax.tree_util.tree_map_with_path(adapter_at, params, is_leaf=is_param)
+
+
+def adapter_shapes(params: Any, config: LoraConfig) -> Any:
+    """The shapes and dtypes of what `init_lora` makes of params, arrays or shapes; nothing is computed."""
+    targets = survey(params, config).targets
+    weights = {path: weight for path, weight in leaves_by_path(params, is_leaf=is_param).items() if path in targets}
+
+    def made(weights: Any) -> Any:
+        def traced(key_path: Any, leaf: Any) -> Any:
+            return weights.get(path_string(key_path), leaf)
+
+        return init_lora(None, jax.tree_util.tree_map_with_path(traced, params, is_leaf=is_param), config)
+
+    return jax.eval_shape(made, weights)
 
 
 def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:

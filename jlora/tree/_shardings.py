@@ -11,7 +11,7 @@ from jlora.errors import JloraError, TargetError
 from jlora.lazy import is_lazy
 from jlora.paths import leaves_by_path, path_string
 from jlora.tree._bind import split_of
-from jlora.tree._params import init_lora
+from jlora.tree._params import adapter_shapes
 from jlora.tree._targets import shapes_by_path
 
 
@@ -42,12 +42,13 @@ def adapter_shardings(params: Any, config: LoraConfig, *, adapters: Any = None, 
     >>> found = adapter_shardings(params, config, shardings=rows)
     >>> found['kernel']['A'].spec == rows.spec, found['kernel']['B'].is_fully_replicated
     (True, True)
+    >>> from jlora import init_lora
     >>> init = jax.jit(lambda key: init_lora(key, params, config), out_shardings=found)
     >>> init(jax.random.key(0))['kernel']['A'].shape
     (5, 2)
     """
     if adapters is None:
-        adapters = jax.eval_shape(lambda: init_lora(jax.random.key(0), params, config))
+        adapters = adapter_shapes(params, config)
     weights = leaves_by_path(params if shardings is None else _with(params, shardings))
     shapes = shapes_by_path(params)
 

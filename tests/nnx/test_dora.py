@@ -36,3 +36,13 @@ def test_it_is_the_merged_model_and_trains_every_part(rng):
     for new, old in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         assert_close(new, as64(old), factor=20)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(found))
+
+
+def test_it_begins_unchanged_with_the_norms_of_the_weights(rng):
+    model = nnx.Sequential(nnx.Linear(5, 7, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(7, 3, rngs=nnx.Rngs(1)))
+    x = random_array(rng, (2, 5))
+    lora = LoRA(model, jlora.LoraConfig(kind="dora", rank=2, target_modules="layers/*"), args=(x,))
+    magnitudes = [lora.adapters["layers"][number]["kernel"]["magnitude"] for number in (0, 2)]
+    for layer, magnitude in zip((model.layers[0], model.layers[2]), magnitudes, strict=True):
+        np.testing.assert_allclose(magnitude, np.linalg.norm(layer.kernel[...], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(lora(x), model(x), rtol=1e-5, atol=1e-6)

@@ -276,6 +276,24 @@ class TestOptimizers:
         assert jax.tree.structure(plain.init(params)) == jax.tree.structure(made.init(params))
 
 
+@pytest.mark.parametrize("how", ["plain", "interrupted"])
+def test_a_job_of_dora_trains_saves_and_goes_on(tmp_path, how):
+    lora = {"rank": 2, "alpha": 4.0, "kind": "dora"}
+    options = {"lora": lora, "optimizer": {"schedule": "constant"}}
+    if how == "interrupted":
+        run(tmp_path / "run", train={"steps": 4}, **options)
+    job, results = run(tmp_path / "run", extend=how == "interrupted", **options)
+    assert results[1].parameters == LORA_SCALARS + 7 + 3
+    assert results[1].metrics["loss"] < results[0].metrics["loss"]
+    module, params, test, config, adapters = restored(Run(job, results, tmp_path / "run"))
+    assert config.kind == "dora"
+    merged = merge_params(params, adapters, config)
+    loss, _ = cross_entropy(module.apply({"params": merged}, test["inputs"]), test)
+    assert float(getattr(loss, "total", loss)) / float(getattr(loss, "weight", 1)) == pytest.approx(
+        results[1].metrics["loss"], rel=1e-4
+    )
+
+
 class TestFolder:
     def test_a_finished_run_is_resumed_bitwise_without_a_step(self, users, tmp_path):
         folder = shutil.copytree(users.folder, tmp_path / "run")

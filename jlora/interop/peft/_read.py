@@ -374,6 +374,7 @@ class _Reader:
             ranks = {path: self.scales.rank_of(module) for path, module in self.matched.items()}
             alphas = {path: self.scales.alpha_of(module) for path, module in self.matched.items()}
             return LoraConfig(
+                kind="dora" if self.data.get("use_dora") else "lora",
                 rank=self.scales.rank,
                 alpha=self.scales.alpha,
                 dropout=self.data.get("lora_dropout") or 0.0,
