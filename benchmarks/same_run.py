@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-RANK, RATE, ROWS, LENGTH = 8, 1e-3, 16, 64
+RANK, RATE, ROWS, LENGTH = 8, 5e-4, 16, 64
 
 
 def batches_of(language: Any, folder: Path, steps: int) -> list[dict[str, np.ndarray]]:
@@ -109,7 +109,7 @@ def draw(file: Path, losses: dict[str, list[float]]) -> None:
 def main() -> None:
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.same_run", description=summary, epilog=details)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("same_run.png"), help="the picture")
     arguments = parser.parse_args()
     from jlora.recipes.cron import model
