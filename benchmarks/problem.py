@@ -46,9 +46,9 @@ class Case:
     labels: jax.Array
 
     @classmethod
-    def make(cls, workload: Workload) -> "Case":
+    def make(cls, workload: Workload, rank: int = products.RANK) -> "Case":
         """Random params, data and adapters; B is not zero, or a wrong update could not be seen."""
-        config = jlora.LoraConfig(rank=products.RANK, alpha=products.ALPHA, target_modules=workload.targets)
+        config = jlora.LoraConfig(rank=rank, alpha=products.ALPHA, target_modules=workload.targets)
         keys = jax.random.split(jax.random.key(0), 4)
         params, inputs = workload.init(keys[0]), workload.data(keys[1])
         fn = partial(workload.apply, products.PLAIN)
