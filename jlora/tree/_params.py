@@ -5,6 +5,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from jlora.adapter import (
     Entry,
@@ -19,6 +20,7 @@ from jlora.adapter import (
 )
 from jlora.boxes import box_like, unboxed
 from jlora.config import LoraConfig
+from jlora.contraction import Factorization
 from jlora.errors import AdapterError, ConfigError, DataError, TargetError, raise_all
 from jlora.lazy import is_lazy
 from jlora.paths import is_param, leaves_by_path, path_number, path_string
@@ -57,6 +59,16 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
             f"kind = {config.kind!r}: a smaller tree is trained, which jlora.variants.init makes; of it "
             "jlora.variants.adapters makes the adapters"
         )
+    return _made(key, params, config, strict)
+
+
+def _made(
+    key: chex.PRNGKey | None,
+    params: Any,
+    config: LoraConfig,
+    strict: bool = False,
+    make: Callable[..., dict[str, Any]] = init_lora_adapter,
+) -> Any:
     targets = survey(params, config).checked(strict=strict).targets
     root = jax.random.key(config.seed) if key is None else key
 
@@ -66,7 +78,7 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
         if target is None:
             return None
         array = unboxed(weight)
-        adapter = init_lora_adapter(
+        adapter = make(
             jax.random.fold_in(root, path_number(path)),
             array,
             target.rank,
@@ -86,7 +98,10 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
 
 
 def adapter_shapes(params: Any, config: LoraConfig) -> Any:
-    """The shapes and dtypes of what `init_lora` makes of params, arrays or shapes; nothing is computed."""
+    """The shapes and dtypes of what `init_lora` makes of params, arrays or shapes; nothing is computed.
+
+    Of the kinds "vera" and "xs" they are those of the adapters that `jlora.variants` makes.
+    """
     targets = survey(params, config).targets
     weights = {path: weight for path, weight in leaves_by_path(params, is_leaf=is_param).items() if path in targets}
 
@@ -94,9 +109,16 @@ def adapter_shapes(params: Any, config: LoraConfig) -> Any:
         def traced(key_path: Any, leaf: Any) -> Any:
             return weights.get(path_string(key_path), leaf)
 
-        return init_lora(None, jax.tree_util.tree_map_with_path(traced, params, is_leaf=is_param), config)
+        tree = jax.tree_util.tree_map_with_path(traced, params, is_leaf=is_param)
+        return _made(None, tree, config, make=_zeros if config.kind in ("vera", "xs") else init_lora_adapter)
 
     return jax.eval_shape(made, weights)
+
+
+def _zeros(_: Any, weight: Any, rank: int, *, dtype: Any, factorization: Factorization, **__: Any) -> dict[str, Any]:
+    """An A and a B of any rank; that of VeRA may be larger than the sides of the weight."""
+    shapes = factorization.adapter_shapes(weight.shape, rank)
+    return {name: jnp.zeros(shape, dtype) for name, shape in zip("AB", shapes, strict=True)}
 
 
 def merge_params(params: Any, adapters: Any, config: LoraConfig, *, return_residual: bool = False) -> Any:

@@ -101,6 +101,15 @@ def test_a_rank_above_the_sides_of_a_weight(rng):
     assert_close(merged["up"], 1 + vera_update(trained["up"], frozen, 5, 7)[0])
 
 
+def test_explain_and_shardings_know_the_adapters(rng):
+    params = random_params(rng)
+    config = VERA.replace(rank=17)  # above some sides
+    explained = str(jlora.explain(apply, config, params, TOKENS))
+    assert all(path in explained for path in params)
+    found = jlora.adapter_shardings(params, config)
+    assert {path: sorted(entry) for path, entry in found.items()} == {path: ["A", "B"] for path in params}
+
+
 def test_no_gradient_of_a_is_computed(rng):
     params = {"up": random_params(rng)["dense"]}
     plain = LoraConfig(rank=3, factorizations={"up": "io"})
