@@ -7,7 +7,7 @@ block is unmerged by the same arithmetic.
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,52 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     count = shape[0] if shape else 1
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
     yield from ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+class Moved(NamedTuple):
+    """How an update d of some numbers would move them, and the difference k that is kept when the sums are rounded.
+
+    Attributes:
+      wanted: how many numbers of d are not zero.
+      numbers: of k.
+      squares: the sum of d^2.
+      kept: of k^2.
+      both: of d k.
+    """
+
+    wanted: int = 0
+    numbers: int = 0
+    squares: float = 0.0
+    kept: float = 0.0
+    both: float = 0.0
+
+    def plus(self, other: "Moved") -> "Moved":
+        """The same of the numbers of both."""
+        return Moved(
+            self.wanted + other.wanted,
+            self.numbers + other.numbers,
+            self.squares + other.squares,
+            self.kept + other.kept,
+            self.both + other.both,
+        )
+
+    @property
+    def share(self) -> float:
+        """The share of the numbers that are moved, of those that the update moves; 1 where it moves none."""
+        return min(1.0, self.numbers / self.wanted) if self.wanted else 1.0
+
+    @property
+    def error(self) -> float:
+        """||k - d|| / ||d||: 1 for an update that is lost as a whole, 0 for one of zeros."""
+        lost = max(0.0, self.kept - 2 * self.both + self.squares)
+        return math.sqrt(lost / self.squares) if self.squares else 0.0
+
+    @property
+    def cosine(self) -> float:
+        """The cosine between d and k; 1 where the update is zero, 0 where nothing of it is kept."""
+        if not self.squares:
+            return 1.0
+        return min(1.0, self.both / math.sqrt(self.squares * self.kept)) if self.kept else 0.0
 
 
 class Scratch(threading.local):
@@ -83,15 +129,27 @@ class Weight:
     def merged(self, block: Array, start: int, stop: int) -> Array:
         """Rows start to stop of the merged tensor, from those of the base; until this thread's next block."""
         with np.errstate(over="ignore", invalid="ignore"):
-            if not (self._offsets or self._products):  # a value as it is, which may be of integers
+            if self._is_value:  # which may be of integers
                 return SCRATCH.cast("merged", self.source(block, start, stop), self.dtype)
-            total = self._sum(block, start, stop)
-            if self._magnitude is not None:
-                rows = self._rows(self._norms, start, stop)
-                squares = np.where(self._norms[rows] == 0, 1, self._norms[rows])  # what is zero stays zero
-                squares = np.where(np.isfinite(squares), squares, np.nan)  # an infinite norm would make zeros
-                total *= (self._magnitude[rows] / np.sqrt(squares)).astype(self.wide)
-            return SCRATCH.cast("merged", total, self.dtype)
+            return SCRATCH.cast("merged", self._exact(block, start, stop), self.dtype)
+
+    def moved(self, block: Array, merged: Array, start: int, stop: int) -> Moved:
+        """How rows start to stop were moved to the merged ones, and how the update would have moved them."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self._is_value:
+                return Moved()
+            source = self.source(block, start, stop)
+            if self._magnitude is None:  # the update alone, which a sum in float32 could have lost already
+                update = SCRATCH.array("update", merged.shape, self.wide)
+                update[...] = 0
+                _plus(update, self._addends(start, stop))
+            else:
+                update = np.subtract(self._exact(block, start, stop), source, dtype=self.wide)
+            kept = SCRATCH.cast("kept", merged, self.wide)
+            kept -= source
+            wanted, found = update.reshape(-1), kept.reshape(-1)
+            numbers = int(np.count_nonzero(wanted)), int(np.count_nonzero(found))
+            return Moved(*numbers, float(wanted @ wanted), float(found @ found), float(wanted @ found))
 
     def unmerged(self, block: Array, start: int, stop: int) -> Array:
         """Rows of what arithmetic makes of the merged tensor: the base up to rounding where all is reversible."""
@@ -129,6 +187,21 @@ class Weight:
         if self._value is None:
             return block
         return self._value[start:stop] if self.shape else self._value
+
+    @property
+    def _is_value(self) -> bool:
+        """Whether a value takes the tensor's place as it is."""
+        return not (self._offsets or self._products)
+
+    def _exact(self, block: Array, start: int, stop: int) -> Array:
+        """The sum, times the gain of a magnitude, before it is rounded."""
+        total = self._sum(block, start, stop)
+        if self._magnitude is not None:
+            rows = self._rows(self._norms, start, stop)
+            squares = np.where(self._norms[rows] == 0, 1, self._norms[rows])  # what is zero stays zero
+            squares = np.where(np.isfinite(squares), squares, np.nan)  # an infinite norm would make zeros
+            total *= (self._magnitude[rows] / np.sqrt(squares)).astype(self.wide)
+        return total
 
     def _sum(self, block: Array, start: int, stop: int) -> Array:
         total = SCRATCH.cast("total", self.source(block, start, stop), self.wide)

@@ -12,6 +12,7 @@ from jlora.checkpoints._memory import settings_of
 from jlora.checkpoints._record import check_last_merged, check_not_merged, merges_in, record_of
 from jlora.checkpoints._residuals import ResidualReader, check_names, residual_file
 from jlora.checkpoints._rewrite import Progress, rewrite_checkpoint
+from jlora.checkpoints._rounding import Rounding, roundings, warnings_of_rounding
 from jlora.checkpoints._shards import ShardWriter
 from jlora.checkpoints._tensors import Tally, is_tally, merge_tensor, restore_tensor, unmerge_tensor
 from jlora.checkpoints._tied import bytes_apart, check_apart, parted, ties_of, write_apart
@@ -36,6 +37,7 @@ class Merged:
       same: the tensors that the adapters are for and that came out as they were: the update is zero, or is lost to
         rounding.
       copied: how many tensors in all are the same, byte by byte.
+      rounding: of each tensor, what rounding to its dtype leaves of the update; see `Rounding`. None in a dry run.
       size: of the checkpoint, in bytes.
       left_out: what lies beside the checkpoint and was not copied, such as weights in other formats.
       resumed: how many shards an earlier run had written.
@@ -47,6 +49,7 @@ class Merged:
     numbers: int | None
     same: tuple[str, ...]
     copied: int
+    rounding: tuple[Rounding, ...] | None
     size: int
     left_out: tuple[str, ...]
     resumed: int
@@ -57,7 +60,8 @@ class Merged:
         numbers = "" if self.numbers is None else f" ({self.numbers:,} numbers)"
         tensors = f"{len(self.changed):,} tensors changed{numbers} and {self.copied:,} copied"
         text = f"{tensors}, {self.size / 1e9:.2f} GB{resumed}: {self.out}"
-        lines = [text, *_not_copied(self.left_out), *(f"warning: {line}" for line in self.warnings)]
+        kept = [str(whole) for whole in (self.rounding or ())[:1] if whole.is_worth_telling]
+        lines = [text, *kept, *_not_copied(self.left_out), *(f"warning: {line}" for line in self.warnings)]
         return "\n".join(lines)
 
 
@@ -211,18 +215,21 @@ def merge(
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
     counts = None if written.notes is None else _counts(written.notes)
     changed, same = _parted(changes, counts)
+    rounding = None if written.notes is None else roundings(note[3] for note in written.notes)
     return Merged(
         out=Path(out),
         changed=changed,
         numbers=None if counts is None else sum(counts.values()),
         same=same,
         copied=len(source.entries.keys() - set(changed)),
+        rounding=rounding,
         size=size,
         left_out=written.left_out,
         resumed=written.resumed,
         warnings=(
             *warnings_of(source, _listed(adapters), changes, apart),
             *warnings_of_the_same(changed, same),
+            *warnings_of_rounding(rounding or (), same, source),
         ),
     )
 
@@ -311,7 +318,7 @@ def _not_copied(left_out: Sequence[str]) -> list[str]:
 
 def _counts(notes: Sequence[Any]) -> dict[str, int]:
     """How many numbers of each tensor are others, from the notes of all shards."""
-    return {name: count for changed, _, _ in notes for name, count in changed.items()}
+    return {name: count for changed, *_ in notes for name, count in changed.items()}
 
 
 def _parted(changes: Iterable[str], counts: dict[str, int] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -9,11 +9,14 @@ import ml_dtypes
 import numpy as np
 
 from jlora.adapter import Entry
-from jlora.checkpoints._arithmetic import SCRATCH, Array, Weight, row_blocks
+from jlora.checkpoints._arithmetic import SCRATCH, Array, Moved, Weight, row_blocks
 from jlora.checkpoints._residuals import ResidualReader, ResidualWriter, residual_file
 from jlora.checkpoints._shards import ShardWriter, blocks_of
 from jlora.disk import TensorEntry, TensorFile, bytes_of
 from jlora.errors import DataError
+
+SAMPLE = 16
+"""How much rounding leaves of an update is asked of every so manieth block of a tensor, the first one among them."""
 
 
 class Tally:
@@ -22,7 +25,13 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed: dict[str, int] = {}
+        self._moved: dict[str, Moved] = {}
         self._uncertain, self._largest = 0, 0.0
+
+    def moved(self, name: str, moved: Moved) -> None:
+        """Adds how a block of a tensor was moved."""
+        with self._lock:
+            self._moved[name] = self._moved.get(name, Moved()).plus(moved)
 
     def changed(self, name: str, before: Array, after: Array) -> None:
         """Counts the numbers of a block of a tensor whose bits are others afterwards."""
@@ -35,25 +44,36 @@ class Tally:
         with self._lock:
             self._uncertain, self._largest = self._uncertain + count, max(self._largest, largest)
 
-    def take(self) -> tuple[dict[str, int], int, float]:
-        """What was added since it was taken before: changed numbers by tensor, uncertain ones, by how much."""
-        taken = self._changed, self._uncertain, self._largest
-        self._changed, self._uncertain, self._largest = {}, 0, 0.0
+    def take(self) -> tuple[dict[str, int], int, float, dict[str, Moved]]:
+        """What was added since it was taken before.
+
+        Changed numbers by tensor, uncertain ones, by how much, and how the numbers of a sample were moved by tensor.
+        """
+        taken = self._changed, self._uncertain, self._largest, self._moved
+        self._changed, self._uncertain, self._largest, self._moved = {}, 0, 0.0, {}
         return taken
 
 
 def is_tally(found: Any) -> bool:
     """Whether what a journal says can come from `Tally.take`."""
-    if not isinstance(found, list) or len(found) != 3:
+    if not isinstance(found, list) or len(found) != 4:
         return False
-    changed, uncertain, largest = found
+    changed, uncertain, largest, moved = found
     if not isinstance(changed, dict) or not all(map(_is_count, [*changed.values(), uncertain])):
+        return False
+    if not isinstance(moved, dict) or not all(map(_is_moved, moved.values())):
         return False
     return type(largest) in (int, float) and 0 <= largest < math.inf
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def _is_moved(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != len(Moved._fields) or not all(map(_is_count, value[:2])):
+        return False
+    return all(type(number) in (int, float) and math.isfinite(number) for number in value[2:])
 
 
 def merge_tensor(
@@ -76,12 +96,16 @@ def merge_tensor(
         for start, stop, at, size in blocks:
             weight.add_norms(_read(file, at, size, entry, end), start, stop)
 
+    sample = {start for start, *_ in blocks[::SAMPLE]}
+
     def one(start: int, stop: int, at: int, size: tuple[int, ...]) -> tuple[Array, Array]:
         block = _read(file, at, size, entry, end)
         merged = weight.merged(block, start, stop)
         _check_range(name, weight.source(block, start, stop), merged)
         tally.changed(name, block, merged)
         writer.put(at, merged)
+        if start in sample:
+            tally.moved(name, weight.moved(block, merged, start, stop))
         return block, merged
 
     def some(part: list[Any]) -> None:

@@ -27,7 +27,10 @@ def warnings_of(
 
 def warnings_of_the_same(changed: Sequence[str], same: Sequence[str]) -> tuple[str, ...]:
     """A warning where an adapter changed nothing."""
-    why = "the updates are zero, as of a B or an alpha that is zero, or are lost to rounding"
+    why = (
+        "the updates are zero, as of a B or an alpha that is zero, or are lost to rounding: then keep the adapter "
+        "beside the base, or merge it into the base in float32"
+    )
     if not changed:
         return (f"nothing changed: {why}",)
     text = f"{len(same):,} of {len(changed) + len(same):,} tensors are as they were, {listed(same, _MOST)}: {why}"

@@ -15,7 +15,7 @@ from jlora.interop.peft import write_peft
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 CONFIG = LoraConfig(rank=3, alpha=6, factorizations={"**": "oi"})
 COMMANDS = {  # a command, its exit code, and the fields that it says beside "command" and "exit_code"
-    "merge base adapter --out merged": (0, "out changed numbers same copied size left_out resumed warnings"),
+    "merge base adapter --out merged": (0, "out changed numbers same copied rounding size left_out resumed warnings"),
     "unmerge merged adapter --out back": (0, "out changed same left_out exact uncertain numbers largest"),
     "extract base tuned --rank 2 --out found": (0, "out error_left weights unchanged left_out whole why"),
     "resize adapter --rank 2 --out small": (0, "out config"),
