@@ -55,7 +55,7 @@ def test_inits_that_change_the_base(init: Any, tmp_path: Path, rng: Rng) -> None
     refused(folder, rf"init_lora_weights = {re.escape(repr(init))} changes the base.*not portable.*plain LoRA")
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "mica", "orthogonal"])
 def test_inits_that_do_not(init: Any, tmp_path: Path, rng: Rng) -> None:
     read_peft(write_folder(tmp_path / "a", pair(rng, "q", 3, 5), init_lora_weights=init))
 

@@ -25,7 +25,7 @@ _VARIANTS = {
     "layer_replication": "layer replication",
     "trainable_token_indices": "trainable tokens",
 }
-_PORTABLE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PORTABLE_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 _TRANSPOSED_EXPERTS = ("gpt_oss", "gptoss", "aria", "openai_privacy_filter")
 
 
