@@ -30,14 +30,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora import JloraError, LoraConfig
+from jlora import JloraError, LoraConfig, variants
 from jlora.checkpoints import merge, unmerge
 from jlora.checkpoints._params import read_params
 from jlora.config import write_mapping
 from jlora.disk import RECORD, Checkpoint, dump_json, file_written_whole, write_tensors
 from jlora.interop.diffusion import read_lora_file
 from jlora.interop.mlx import read_mlx
-from jlora.interop.peft import read_peft, read_rows, write_peft
+from jlora.interop.peft import read_peft, read_rows, read_vera, write_peft
 from jlora.recipes import JobConfig
 from jlora.storage import load_adapters, save_adapters
 from jlora.text import pack, read_examples, read_tokenizer
@@ -366,6 +366,47 @@ def load_peft(folder: Path) -> str:
     return "read"
 
 
+VERA = {"up.weight": np.zeros((5, 7), np.float32), "wide.down.weight": np.zeros((3, 5), np.float32)}
+
+
+def make_vera(folder: Path, number: int) -> None:
+    """A VeRA in PEFT's format."""
+    rng = np.random.default_rng(number)
+    shapes = {"base_model.vera_A": (2, 7), "base_model.vera_B": (5, 2)}
+    for name, weight in VERA.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        shapes |= {f"{module}.vera_lambda_b": weight.shape[:1], f"{module}.vera_lambda_d": (2,)}
+    config = {"peft_type": "VERA", "r": 2, "vera_dropout": 0.1, "target_modules": ["up", "down"]}
+    folder.mkdir(exist_ok=True)
+    with file_written_whole(folder / "adapter_model.safetensors") as file:
+        write_tensors(file, {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()})
+    (folder / "adapter_config.json").write_bytes(
+        dump_json(config | {"save_projection": True, "d_initial": 0.1 * number})
+    )
+
+
+def load_vera(folder: Path) -> str:
+    """That the folder could be read."""
+    read_vera(folder, VERA)
+    return "read"
+
+
+def make_variant(folder: Path, number: int) -> None:
+    """What VeRA or LoRA-XS trains, in jlora's format."""
+    config = LoraConfig(rank=2, kind=variants.KINDS[number % 2], seed=number, factorizations={"**": "oi"})
+    variants.save(folder, *variants.init(None, VARIED, config), VARIED, config)
+
+
+VARIED = {name: np.random.default_rng(0).standard_normal(weight.shape, np.float32) for name, weight in VERA.items()}
+
+
+def load_variant(folder: Path) -> str:
+    """That the folder could be read, and its adapters made."""
+    variants.load(folder)
+    variants.load_expanded(folder)
+    return "read"
+
+
 def make_mlx(folder: Path, number: int) -> None:
     """A folder of mlx-lm: a linear layer, experts and an embedding, or DoRA."""
     rng = np.random.default_rng(number)
@@ -609,6 +650,8 @@ def load_examples(folder: Path) -> str:
 FORMATS: dict[str, Any] = {
     "own": (make_own, load_own, seal_own),
     "peft": (make_peft, load_peft, None),
+    "vera": (make_vera, load_vera, None),
+    "variant": (make_variant, load_variant, None),
     "mlx": (make_mlx, load_mlx, None),
     "diffusion": (make_diffusion, load_diffusion, None),
     "maxtext": (make_maxtext, load_maxtext, None),

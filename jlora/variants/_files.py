@@ -1,6 +1,6 @@
 """The small tree of a variant in a folder: what is trained, and what is frozen or only its digest.
 
-adapter_config.json         the configuration, the shapes of the weights, the digest of what is frozen
+adapter_config.json         the configuration, the shapes of the weights, the digests of both
 adapter_model.safetensors   trained/PATH/d, trained/PATH/b, frozen/A, ... (VeRA); trained/PATH/R, ... (LoRA-XS)
 """
 
@@ -22,7 +22,8 @@ from jlora.tree import find_targets
 from jlora.variants._kinds import KINDS, adapters, variant_of
 
 Tensors = dict[str, Any]
-_OWN = ("format", "shapes", "frozen_sha256")
+_DIGESTS = ("trained_sha256", "frozen_sha256")
+_OWN = ("format", "shapes", *_DIGESTS)
 
 
 def save(
@@ -57,17 +58,17 @@ def save(
     adapters(trained, frozen, params, config)  # which checks that all fit
     tensors = _named(trained, frozen)
     _check_finite(path, tensors)
-    digest = _digest(tensors)
+    digests = {f"{group}_sha256": _digest(tensors, group) for group in ("trained", "frozen")}
     if not with_frozen:
         made = _named({}, variant_of(config).init(None, params, config)[1])
-        if _digest(made) != digest:
+        if _digest(made, "frozen") != digests["frozen_sha256"]:
             raise DataError(
                 f"{path}: what is frozen does not follow from config.seed = {config.seed}, with which it would be made "
                 "again: pass with_frozen=True, or None as the key of init"
             )
         tensors = {name: array for name, array in tensors.items() if name.startswith("trained/")}
     settled, shapes = _settled(trained, params, config)
-    data = {"format": VARIANT, **settled.to_dict(), "shapes": shapes, "frozen_sha256": digest}
+    data = {"format": VARIANT, **settled.to_dict(), "shapes": shapes, **digests}
     folder, text = Path(path), dump_json(data, sort_keys=False)
 
     def write() -> None:
@@ -157,11 +158,11 @@ def _check_finite(path: str | Path, tensors: Tensors) -> None:
     raise_all((f"{name}: holds a NaN or an infinity" for name in wrong), DataError, str(path))
 
 
-def _digest(tensors: Tensors) -> str:
-    """The SHA-256 of what is frozen: its names, shapes, dtypes and bytes."""
+def _digest(tensors: Tensors, group: str) -> str:
+    """The SHA-256 of what is trained or frozen: names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, array in sorted(tensors.items()):
-        if name.startswith("frozen/"):
+        if name.startswith(f"{group}/"):
             digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
             digest.update(tensor_bytes(array))
     return digest.hexdigest()
@@ -197,8 +198,10 @@ def _read(path: str | Path) -> tuple[Tensors, LoraConfig, dict[str, tuple[int, .
         raise DataError(f"{folder / CONFIG}: {error}") from None
     if config.kind not in KINDS:
         raise DataError(f"{folder / CONFIG}: kind = {config.kind!r}: wanted {' or '.join(KINDS)}")
-    if any(name.startswith("frozen/") for name in tensors) and _digest(tensors) != digest:
-        raise DataError(f"{file.path}: what is frozen is not what it was when it was saved: damaged, or changed")
+    for group in ("trained", "frozen"):
+        left_out = group == "frozen" and not any(name.startswith("frozen/") for name in tensors)
+        if not left_out and _digest(tensors, group) != data[f"{group}_sha256"]:
+            raise DataError(f"{file.path}: what is {group} is not what it was when it was saved: damaged, or changed")
     _check_finite(folder, tensors)
     return tensors, config, shapes, digest
 
@@ -213,8 +216,8 @@ def _parsed(folder: Path, text: bytes) -> dict[str, Any]:
     shapes = data.get("shapes")
     if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
         raise DataError(f"{folder / CONFIG}: shapes: wanted the shape of each weight by its path")
-    if not isinstance(data.get("frozen_sha256"), str):
-        raise DataError(f"{folder / CONFIG}: frozen_sha256: wanted the digest of what is frozen")
+    if wrong := [name for name in _DIGESTS if not isinstance(data.get(name), str)]:
+        raise DataError(f"{folder / CONFIG}: {wrong[0]}: wanted the digest of what was saved")
     return data | {"shapes": {path: tuple(shape) for path, shape in shapes.items()}}
 
 
@@ -249,7 +252,7 @@ def _frozen(tensors: Tensors, config: LoraConfig) -> Any:
 
 def _made_again(path: str | Path, params: Any, config: LoraConfig, digest: str) -> Any:
     frozen = variant_of(config).init(None, params, config)[1]
-    if _digest(_named({}, frozen)) != digest:
+    if _digest(_named({}, frozen), "frozen") != digest:
         made_of = f"config.seed = {config.seed}" if config.kind == "vera" else "these weights"
         raise DataError(
             f"{path}: what is made again of {made_of} is not what it was trained with: other weights, or another "

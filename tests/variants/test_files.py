@@ -131,6 +131,7 @@ def _changed(path, change):
 
 DAMAGES = {
     "the pair": (None, "what is frozen is not what it was when it was saved"),
+    "a vector": (None, "what is trained is not what it was when it was saved"),
     "a name": (None, "the tensor 'other': wanted trained/... and frozen/..."),
     "shapes": (lambda data: data.update(shapes={"dense": [0]}), "shapes: wanted the shape of each weight"),
     "digest": (lambda data: data.pop("frozen_sha256"), "frozen_sha256: wanted the digest"),
@@ -150,7 +151,8 @@ def test_damaged_folders(damage, rng, tmp_path):
     else:
         with TensorFile(tmp_path / TENSORS) as file:
             tensors = {name: file.read(name) for name in file.entries}
-        tensors |= {"other": np.ones(3)} if damage == "a name" else {"frozen/A": tensors["frozen/A"] + 1}
+        name = {"a name": "other", "a vector": "trained/dense/b", "the pair": "frozen/A"}[damage]
+        tensors[name] = tensors.get(name, np.ones(3)) + 1
         with (tmp_path / TENSORS).open("wb") as file:
             write_tensors(file, tensors, {"format": "jlora variant"})
     with pytest.raises(DataError, match=message):

@@ -239,5 +239,13 @@ def test_init_lora_names_what_makes_them(kind):
     params = {"up": {"kernel": np.ones((5, 7), np.float32)}}
     with pytest.raises(ConfigError, match=rf"kind = '{kind}'.*jlora.variants.init makes"):
         jlora.init_lora(None, params, LoraConfig(rank=2, kind=kind))
+    with pytest.raises(ConfigError, match=r"jlora\.variants\.init makes"):
+        jlora.linen.LoRA(nn.Dense(3), LoraConfig(rank=2, kind=kind)).init(jax.random.key(0), jnp.ones((2, 5)))
+    with pytest.raises(ConfigError, match=r"jlora\.variants\.init makes"):
+        jlora.nnx.LoRA(nnx.Linear(5, 7, rngs=nnx.Rngs(0)), LoraConfig(rank=2, kind=kind))
+    with pytest.raises(ConfigError, match=r"jlora\.variants\.init makes"):
+        jlora.adapt(
+            lambda params, x: x @ params["up"]["kernel"], LoraConfig(rank=2, kind=kind), params, np.ones((2, 5))
+        )
     with pytest.raises(ConfigError, match="kind = 'lora': has no smaller tree"):
         variants.init(None, params, LoraConfig(rank=2))
