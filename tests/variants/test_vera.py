@@ -11,7 +11,8 @@ from flax import nnx
 import jlora
 from jlora import ConfigError, LoraConfig, TargetError, variants
 from jlora.variants import vera
-from tests.reference import as64, assert_close, randomize, x64
+from tests.lazy_bases import densified, packed
+from tests.reference import as64, assert_close, random_array, randomize, x64
 from tests.variants.weights import CONFIG, ROLES, apply, as_matrices, random_params, vera_update
 
 VERA = CONFIG.replace(kind="vera")
@@ -150,6 +151,19 @@ def test_several_sets_of_vectors_side_by_side(rng):
     for place in range(2):
         one = run(jax.tree.map(lambda leaf, place=place: leaf[place], two))
         assert_close(both[place], as64(one), factor=4)
+
+
+@pytest.mark.parametrize("kind", variants.KINDS)
+def test_lazy_bases_are_adapted_as_the_dense_ones(kind, rng):
+    params = {"up": packed(0, 5, 7)}
+    config = LoraConfig(rank=3, kind=kind, factorizations={"up": "io"})
+    trained, frozen = variants.init(None, params, config)
+    trained = randomize(rng, trained)
+    model, x = jlora.lora(lambda params, x: x @ params["up"], config), random_array(rng, (4, 5))
+    found = model(params, variants.adapters(trained, frozen, params, config), x)
+    dense = densified(params)
+    wanted = jlora.merge_params(dense, variants.adapters(trained, frozen, dense, config), config)
+    assert_close(found, as64(x) @ as64(wanted["up"]))
 
 
 class Net(nn.Module):
