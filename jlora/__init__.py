@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jlora.contraction import Factorization
     from jlora.cost import CostModel
     from jlora.errors import AdapterError, ConfigError, DataError, JloraError, JloraWarning, TargetError
+    from jlora.starts import Started, start
     from jlora.storage import LoadReport, load_adapters, load_fitting_adapters, save_adapters
     from jlora.transform import Adapted, Explanation, adapt, explain, init_lora, lora, resolve_config
     from jlora.tree import (
@@ -50,6 +51,7 @@ __all__ = [
     "LoRALayer",
     "LoadReport",
     "LoraConfig",
+    "Started",
     "TargetError",
     "adapt",
     "adapter_shardings",
@@ -73,6 +75,7 @@ __all__ = [
     "resolve_config",
     "save_adapters",
     "split_params",
+    "start",
     "summary",
     "tree_lora_delta",
     "unmerge_lora_weight",
@@ -97,6 +100,7 @@ __getattr__, __dir__ = lazy_face(
         "jlora.contraction": ("Factorization",),
         "jlora.cost": ("CostModel",),
         "jlora.errors": ("AdapterError", "ConfigError", "DataError", "JloraError", "JloraWarning", "TargetError"),
+        "jlora.starts": ("Started", "start"),
         "jlora.storage": ("LoadReport", "load_adapters", "load_fitting_adapters", "save_adapters"),
         "jlora.transform": ("Adapted", "Explanation", "adapt", "explain", "init_lora", "lora", "resolve_config"),
         "jlora.tree": (

@@ -18,10 +18,24 @@ from jlora.errors import AdapterError, ConfigError, DataError, shortened
 from jlora.fields import check_keys, choice, integer, number, refusal
 from jlora.paths import PatternIndex
 
-__all__ = ["INITS", "KINDS", "SCALINGS", "LoraConfig", "effective_alpha", "read_mapping", "write_mapping"]
+__all__ = [
+    "CUSTOM_INIT",
+    "INITS",
+    "KINDS",
+    "MATRIX_INITS",
+    "RANDOM_INITS",
+    "SCALINGS",
+    "LoraConfig",
+    "effective_alpha",
+    "read_mapping",
+    "write_mapping",
+]
 
 SCALINGS = ("standard", "rslora")
-INITS = ("gaussian", "kaiming_uniform", "normal")
+RANDOM_INITS = ("gaussian", "kaiming_uniform", "normal")
+MATRIX_INITS = ("pissa", "olora", "mica", "orthogonal")  # of the weights themselves: `jlora.start`
+CUSTOM_INIT = "custom"  # a user's own that changed the base
+INITS = (*RANDOM_INITS, *MATRIX_INITS, CUSTOM_INIT)
 KINDS = ("lora", "dora", "vera", "xs")
 
 Pairs = tuple[tuple[str, Any], ...]
@@ -54,7 +68,8 @@ class LoraConfig:
       seed: gives the key of `init_lora` when none is passed, 0 <= seed < 2^32.
       scaling: "standard" or "rslora".
       init: how A begins; B begins at zero. "gaussian" is N(0, init_std^2), "kaiming_uniform" U(-b, b) with
-        b = 1/sqrt(in) (PEFT's default), "normal" N(0, 1/rank^2) (PEFT's "gaussian").
+        b = 1/sqrt(in) (PEFT's default), "normal" N(0, 1/rank^2) (PEFT's "gaussian"). "pissa", "olora", "mica" and
+        "orthogonal" begin at the weights (`jlora.start`); "custom" says that a start of a user's own changed the base.
       init_std: the standard deviation of the "gaussian" init.
       rank_pattern: pattern -> rank, alpha_pattern: pattern -> alpha, for paths that differ; the first that matches
         wins.
@@ -130,6 +145,20 @@ class LoraConfig:
         """A copy with these fields changed."""
         check_keys(changes, field_names(type(self)), "LoraConfig.replace")
         return dataclasses.replace(self, **changes)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapters began with a part of the base, which is not in it any more."""
+        return self.init in ("pissa", "olora", CUSTOM_INIT)
+
+    def check_portable(self) -> None:
+        """Raises a ConfigError for adapters that are of no use without the base that their start changed."""
+        if self.changes_base:
+            raise ConfigError(
+                f"init = {self.init!r}: the start took a part out of the base, so that these adapters are wrong over "
+                "any other: write what started.plain(adapters) returns, plain LoRA over the original base "
+                "(started = jlora.start(...))"
+            )
 
     def matches(self, field: str, path: str) -> list[tuple[str, Any]]:
         """The patterns of a field that match the leaf at `path`, or a module that holds it, with their values."""

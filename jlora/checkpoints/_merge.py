@@ -215,7 +215,7 @@ def merge(
     size = sum((source.folder / shard).stat().st_size for shard in source.shards)
     counts = None if written.notes is None else _counts(written.notes)
     changed, same = _parted(changes, counts)
-    rounding = None if written.notes is None else roundings(note[3] for note in written.notes)
+    rounding = None if written.notes is None else roundings(note[3] for note in written.notes if len(note) > 3)
     return Merged(
         out=Path(out),
         changed=changed,

@@ -56,9 +56,10 @@ class Tally:
 
 def is_tally(found: Any) -> bool:
     """Whether what a journal says can come from `Tally.take`."""
-    if not isinstance(found, list) or len(found) != 4:
+    if not isinstance(found, list) or len(found) not in (3, 4):
         return False
-    changed, uncertain, largest, moved = found
+    changed, uncertain, largest = found[:3]
+    moved = found[3] if len(found) > 3 else {}  # an earlier version's note has none
     if not isinstance(changed, dict) or not all(map(_is_count, [*changed.values(), uncertain])):
         return False
     if not isinstance(moved, dict) or not all(map(_is_moved, moved.values())):

@@ -37,7 +37,7 @@ def save_adapters(
       AdapterError: with every problem at once: a leaf that is no entry, an array that is not at hand or not finite, a
         rank that is not the configuration's.
       TargetError: a pattern of the configuration that matches no entry.
-      ConfigError: no LoraConfig.
+      ConfigError: no LoraConfig, or one of adapters whose start changed the base.
       DataError: metadata that JSON cannot hold, or a folder that cannot be written.
 
     >>> import tempfile, jax.numpy as jnp
@@ -48,6 +48,7 @@ def save_adapters(
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_config(config)
+    config.check_portable()
     structure, entries = take_apart(adapters)
     check_arrays(entries)
     check_fit(entries, config)

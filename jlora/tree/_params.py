@@ -19,7 +19,7 @@ from jlora.adapter import (
     unmerged_weight,
 )
 from jlora.boxes import box_like, unboxed
-from jlora.config import LoraConfig
+from jlora.config import RANDOM_INITS, LoraConfig
 from jlora.contraction import Factorization
 from jlora.errors import AdapterError, ConfigError, DataError, TargetError, raise_all
 from jlora.lazy import is_lazy
@@ -58,6 +58,11 @@ def init_lora(key: chex.PRNGKey | None, params: Any, config: LoraConfig, *, stri
         raise ConfigError(
             f"kind = {config.kind!r}: a smaller tree is trained, which jlora.variants.init makes; of it "
             "jlora.variants.adapters makes the adapters"
+        )
+    if config.init not in RANDOM_INITS:
+        raise ConfigError(
+            f"init = {config.init!r}: begins at the weights, and may change them: jlora.start(key, params, config) "
+            "returns the params, the adapters and the configuration"
         )
     return _made(key, params, config, strict)
 
@@ -107,10 +112,12 @@ def adapter_shapes(params: Any, config: LoraConfig) -> Any:
 
     def made(weights: Any) -> Any:
         def traced(key_path: Any, leaf: Any) -> Any:
-            return weights.get(path_string(key_path), leaf)
+            path = path_string(key_path)
+            return box_like(leaf, weights[path]) if path in weights else leaf
 
         tree = jax.tree_util.tree_map_with_path(traced, params, is_leaf=is_param)
-        return _made(None, tree, config, make=_zeros if config.kind in ("vera", "xs") else init_lora_adapter)
+        drawn = config.kind in ("lora", "dora") and config.init in RANDOM_INITS
+        return _made(None, tree, config, make=init_lora_adapter if drawn else _zeros)
 
     return jax.eval_shape(made, weights)
 

@@ -136,6 +136,7 @@ def peft_tensors(
 
 def _writer(path: str | Path, adapters: Any, config: LoraConfig, mapping: Mapping) -> "_Writer":
     check_config(config)
+    config.check_portable()
     entries = _entries(adapters)
     check_numbers(path, entries)
     places = [place for found in places_of_paths(mapping, entries).values() for place in found]
