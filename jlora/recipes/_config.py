@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import optax
 
-from jlora.config import LoraConfig, field_names, read_mapping, write_mapping
+from jlora.config import RANDOM_INITS, LoraConfig, field_names, read_mapping, write_mapping
 from jlora.disk import parse_toml
 from jlora.errors import ConfigError
 from jlora.fields import check_keys, choice, integer, number, refusal
@@ -260,6 +260,12 @@ class JobConfig:
             raise ConfigError(
                 f"lora.kind = {self.lora.kind!r}: trains neither A nor B, for which optimizer.freeze_a, b_ratio and "
                 "preconditioner are: leave them out"
+            )
+        if self.lora.init not in RANDOM_INITS:
+            raise refusal(
+                "lora.init",
+                self.lora.init,
+                f"one of {', '.join(map(repr, RANDOM_INITS))} in a job; in Python jlora.start begins at the weights",
             )
 
     @classmethod

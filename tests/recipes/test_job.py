@@ -555,6 +555,10 @@ class TestJobConfig:
             ({"lora": {"rank": 0}}, "[lora]: rank = 0: wanted a whole number of at least 1"),
             ({"optimizer": {"lr": 1}}, "[optimizer]: unknown key 'lr'"),
             ({"optimizer": {"name": "adamW"}}, "optimizer.name = 'adamW': wanted one of 'adamw'"),
+            (
+                {"lora": {"init": "pissa"}},
+                "lora.init = 'pissa': wanted one of 'gaussian', 'kaiming_uniform', 'normal' in a job",
+            ),
             ({"optimizer": {"b_ratio": -1}}, "optimizer.b_ratio = -1: wanted a finite number of at least 0"),
             ({"optimizer": {"freeze_a": "A"}}, "optimizer.freeze_a = 'A': wanted true or false"),
             ({"optimizer": {"preconditioner": "k"}}, "preconditioner = 'k': wanted one of 'none', 'riemannian'"),
