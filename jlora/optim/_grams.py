@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.adapter import is_entry
+from jlora.boxes import box_like, unboxed
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError
 from jlora.paths import path_string
@@ -32,19 +33,19 @@ def divided_by_gram(
     if adapters is None:
         raise ConfigError("the optimizer needs what it trains: optimizer.update(grads, state, adapters)")
 
-    def divided(key_path: Any, grad: Any, entry: Any) -> Any:
-        if not is_entry(entry) or "A" not in entry:
+    def divided(key_path: Any, grad: Any, boxed: Any) -> Any:
+        if not is_entry(boxed) or "A" not in boxed:
             return grad
-        path = path_string(key_path)
+        path, entry = path_string(key_path), unboxed(boxed)
         n = batch_dims_of(path, entry, config)
         factor = config.scaling_of(path) ** -2 if by_scaling else 1.0
         a, b = _columns(entry["A"], n), _rows(entry["B"], n)  # (*batch, in, r), (*batch, r, out)
         found = dict(grad)
         if "A" in parts:
-            turned = _solve(b @ b.mT, _columns(grad["A"], n).mT, damping)  # (*batch, r, in): the matrix is symmetric
+            turned = _solve(b @ b.mT, _columns(unboxed(grad["A"]), n).mT, damping)  # (*batch, r, in): it is symmetric
             found["A"] = _like(factor * turned.mT, grad["A"])
         if "B" in parts:
-            found["B"] = _like(factor * _solve(a.mT @ a, _rows(grad["B"], n), damping), grad["B"])
+            found["B"] = _like(factor * _solve(a.mT @ a, _rows(unboxed(grad["B"]), n), damping), grad["B"])
         return found
 
     with jax.default_matmul_precision("highest"):
@@ -68,5 +69,7 @@ def _solve(gram: jax.Array, right: jax.Array, damping: float) -> jax.Array:
     return jnp.linalg.solve(gram + damping * jnp.eye(gram.shape[-1], dtype=gram.dtype), right)
 
 
-def _like(found: jax.Array, grad: jax.Array) -> jax.Array:
-    return lax.reshape(found, grad.shape).astype(grad.dtype)
+def _like(found: jax.Array, grad: Any) -> Any:
+    """In the shape and the dtype of the gradient, and in a box as it is."""
+    array = unboxed(grad)
+    return box_like(grad, lax.reshape(found, array.shape).astype(array.dtype))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import jlora
 from jlora import ConfigError, LoraConfig
@@ -117,6 +118,16 @@ class TestRiemannian:
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=8e-3), found, wanted)
 
+    def test_parts_in_boxes_stay_in_them(self, rng):
+        adapters, grads = (tree["up"] for tree in adapters_and_gradients(rng))
+        boxes = [{name: nn.Partitioned(tree[name], (name, None)) for name in "AB"} for tree in (adapters, grads)]
+        for optimizer in (riemannian(optax.sgd(1.0), CONFIG), lora_fa(optax.sgd(1.0), CONFIG)):
+            wanted = one_step(optimizer, {"up": grads}, {"up": adapters})["up"]
+            found = one_step(optimizer, {"up": boxes[1]}, {"up": boxes[0]})["up"]
+            for name in "AB":
+                assert found[name].names == (name, None)
+                np.testing.assert_array_equal(found[name].value, wanted[name])
+
     def test_an_update_without_the_adapters_says_so(self, rng):
         adapters, grads = adapters_and_gradients(rng)
         optimizer = riemannian(optax.sgd(1.0), CONFIG)
@@ -170,6 +181,28 @@ class TestLoraFa:
 
         inputs = 4 * layers * rows * width
         assert kept(True) < kept(False) - 0.9 * inputs
+
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_a_whole_step_keeps_less_than_a_plain_one(self, accumulate):
+        """Of a part of the batch, x (rows, in) of every layer, and both moments of A."""
+        layers, rows, width, rank = 6, 512, 64, 2
+        config = LoraConfig(rank=rank, factorizations={"w": "bio"})
+        params = {"w": jnp.ones((layers, width, width)) / width}
+        adapters = jlora.init_lora(jax.random.key(0), params, config)
+        adapted = jlora.lora(lambda params, x: jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0], config)
+
+        def compiled(optimizer, parts):
+            def loss(adapters, params, x, key):
+                return adapted(params, freeze_parts(adapters, parts), x).mean()
+
+            step = make_train_step(loss, optimizer, accumulate=accumulate, clip_norm=1.0)
+            x = jax.ShapeDtypeStruct((rows, width), jnp.float32)
+            return step.lower(init_state(adapters, optimizer), params, x).compile().memory_analysis()
+
+        plain, frozen = compiled(optax.adamw(0.1), ()), compiled(lora_fa(optax.adamw(0.1)), "A")
+        inputs, moments = 4 * layers * rows * width // accumulate, 2 * 4 * layers * width * rank
+        assert frozen.temp_size_in_bytes < plain.temp_size_in_bytes - 0.9 * inputs
+        assert frozen.output_size_in_bytes <= plain.output_size_in_bytes - moments
 
     def test_a_frozen_part_is_named_as_parts_are(self, rng):
         with pytest.raises(ConfigError, match=re.escape("parts = ['a']: wanted of value, offset, A, B, magnitude")):

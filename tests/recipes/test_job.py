@@ -261,8 +261,9 @@ class TestOptimizers:
             found[ratio] = restored(Run(job, [], tmp_path / str(ratio)))[4]["head"]["kernel"]["B"]
         np.testing.assert_allclose(found[4.0], 4 * np.asarray(found[1.0]), rtol=1e-5)
 
-    def test_a_preconditioned_run_goes_on_bitwise(self, tmp_path):
-        options = {"preconditioner": "riemannian", "b_ratio": 2.0, "learning_rate": 0.01, "schedule": "constant"}
+    @pytest.mark.parametrize("own", [{"preconditioner": "riemannian", "b_ratio": 2.0}, {"freeze_a": True}])
+    def test_a_run_goes_on_bitwise(self, own, tmp_path):
+        options = {**own, "learning_rate": 0.01, "schedule": "constant"}
         run(tmp_path / "whole", optimizer=options)
         run(tmp_path / "parts", optimizer=options, train={"steps": 4})
         run(tmp_path / "parts", optimizer=options, extend=True)
