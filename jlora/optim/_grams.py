@@ -1,7 +1,7 @@
 """Gradients of A and B, divided by the Gram matrix of the other factor."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ from jax import lax
 from jlora.adapter import is_entry
 from jlora.boxes import box_like, unboxed
 from jlora.config import LoraConfig
-from jlora.errors import ConfigError
-from jlora.paths import path_string
+from jlora.errors import ConfigError, listed
+from jlora.paths import leaves_by_path, path_string
 from jlora.products import common_dtype
 from jlora.tree import batch_dims_of
 
@@ -32,6 +32,8 @@ def divided_by_gram(
     """
     if adapters is None:
         raise ConfigError("the optimizer needs what it trains: optimizer.update(grads, state, adapters)")
+    if by_scaling:
+        _check_patterns(config, list(leaves_by_path(adapters, is_leaf=is_entry)))
 
     def divided(key_path: Any, grad: Any, boxed: Any) -> Any:
         if not is_entry(boxed) or "A" not in boxed:
@@ -50,6 +52,17 @@ def divided_by_gram(
 
     with jax.default_matmul_precision("highest"):
         return jax.tree_util.tree_map_with_path(divided, grads, adapters, is_leaf=is_entry)
+
+
+def _check_patterns(config: LoraConfig, paths: Sequence[str]) -> None:
+    """Refuses ranks and alphas that are given for other paths: the scaling would be another one, and nothing tell."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(config, field):
+            if not any(pattern in dict(config.matches(field, path)) for path in paths):
+                raise ConfigError(
+                    f"{field}: {pattern!r} matches nothing that the optimizer trains ({listed(paths, 3)}): give the "
+                    "configuration the paths that it sees, as an nnx.Optimizer sees lora/... before each"
+                )
 
 
 def _columns(a: jax.Array, batch_dims: int) -> jax.Array:

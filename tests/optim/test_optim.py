@@ -204,6 +204,15 @@ class TestLoraFa:
         assert frozen.temp_size_in_bytes < plain.temp_size_in_bytes - 0.9 * inputs
         assert frozen.output_size_in_bytes <= plain.output_size_in_bytes - moments
 
+    def test_scalings_of_other_paths_are_refused(self, rng):
+        adapters, grads = adapters_and_gradients(rng)
+        config = CONFIG.replace(alpha_pattern={"up": 5.0})
+        one_step(lora_fa(optax.sgd(1.0), config), grads, adapters)
+        with pytest.raises(
+            ConfigError, match=re.escape("alpha_pattern: 'up' matches nothing that the optimizer trains")
+        ):
+            one_step(lora_fa(optax.sgd(1.0), config), {"lora": grads}, {"lora": adapters})
+
     def test_a_frozen_part_is_named_as_parts_are(self, rng):
         with pytest.raises(ConfigError, match=re.escape("parts = ['a']: wanted of value, offset, A, B, magnitude")):
             freeze_parts(adapters_and_gradients(rng)[0], "a")
