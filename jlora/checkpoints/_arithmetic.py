@@ -29,6 +29,8 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 class Moved(NamedTuple):
     """How an update d of some numbers would move them, and the difference k that is kept when the sums are rounded.
 
+    Numbers that are not finite before or after are left out: one of them would hide what becomes of all others.
+
     Attributes:
       wanted: how many numbers of d are not zero.
       numbers: of k.
@@ -147,9 +149,7 @@ class Weight:
                 update = np.subtract(self._exact(block, start, stop), source, dtype=self.wide)
             kept = SCRATCH.cast("kept", merged, self.wide)
             kept -= source
-            wanted, found = update.reshape(-1), kept.reshape(-1)
-            numbers = int(np.count_nonzero(wanted)), int(np.count_nonzero(found))
-            return Moved(*numbers, float(wanted @ wanted), float(found @ found), float(wanted @ found))
+            return _moved(update.reshape(-1), kept.reshape(-1))
 
     def unmerged(self, block: Array, start: int, stop: int) -> Array:
         """Rows of what arithmetic makes of the merged tensor: the base up to rounding where all is reversible."""
@@ -222,6 +222,28 @@ def _plus(total: Array, addends: Iterable[Array]) -> Array:
     for addend in addends:
         total += addend
     return total
+
+
+def _moved(wanted: Array, found: Array) -> Moved:
+    """The sums over an update (numbers,) and what is kept of it (numbers,), all of them finite.
+
+    They are in the arrays' dtype; where its range is too small, in float64, without the numbers that are not finite.
+    """
+    sums = _sums(wanted, found)
+    if np.finfo(wanted.dtype).tiny <= sums.squares and _is_finite(sums):
+        return sums
+    there = np.isfinite(wanted) & np.isfinite(found)
+    sums = _sums(wanted[there].astype(np.float64), found[there].astype(np.float64))
+    return sums if _is_finite(sums) else Moved()
+
+
+def _sums(wanted: Array, found: Array) -> Moved:
+    numbers = int(np.count_nonzero(wanted)), int(np.count_nonzero(found))
+    return Moved(*numbers, float(wanted @ wanted), float(found @ found), float(wanted @ found))
+
+
+def _is_finite(sums: Moved) -> bool:
+    return all(map(math.isfinite, sums))
 
 
 def _less(total: Array, addends: Iterable[Array]) -> Array:

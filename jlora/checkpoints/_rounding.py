@@ -19,6 +19,7 @@ class Rounding:
     """What rounding leaves of an update d: the difference k between the merged tensor and the base.
 
     It is asked of the first of every sixteen blocks of a quarter of a million numbers; of a small tensor so of all.
+    Numbers that are not finite are left out.
 
     Attributes:
       tensor: its name; "" of all together.

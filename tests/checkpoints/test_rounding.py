@@ -106,6 +106,41 @@ def test_an_update_that_is_lost_is_told_with_the_way_out(tmp_path, rng, capsys, 
     assert whole["error"] == tensor["error"] > 0.5
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_hides_nothing_and_stops_no_merge(tmp_path, rng, odd):
+    names = ("down.weight", "up.weight")  # of which the first one's shard is in the journal
+    tensors = {name: random(rng, (37, 29), ml_dtypes.bfloat16, 1.0) for name in names}
+    entries = {name.replace(".", "/"): factors(rng, (37, 29), "oi", 2) for name in names}
+    for entry in entries.values():
+        entry["B"] = (5e-3 * entry["B"]).astype(np.float32)
+    adapter = write_own(tmp_path / "adapter", entries, CONFIG)
+    sound = merge(write_checkpoint(tmp_path / "sound", tensors, 2), adapter, tmp_path / "all").rounding
+    for tensor in tensors.values():
+        tensor[3, 5] = odd
+    done = merge(write_checkpoint(tmp_path / "base", tensors, 2), adapter, tmp_path / "out")
+    for found, like in zip(done.rounding, sound, strict=True):
+        assert (found.share, found.error, found.cosine) == pytest.approx(
+            (like.share, like.error, like.cosine), abs=0.05
+        )
+        assert found.error > 0.5
+    assert "more than half of the update of 2 of 2 tensors" in "".join(done.warnings)
+
+
+@pytest.mark.parametrize(("dtype", "size", "error"), [(np.float32, 1e25, 0), (ml_dtypes.bfloat16, 1e-25, 1)])
+def test_squares_beyond_the_range_of_float32_are_summed_in_float64(tmp_path, rng, dtype, size, error):
+    base, adapter, _ = made(tmp_path, rng, dtype, size)
+    for found in merge(base, adapter, tmp_path / "out").rounding:
+        assert found.error == pytest.approx(error, abs=1e-6)
+        assert found.cosine == pytest.approx(1 - error, abs=1e-6)
+
+
+def test_an_update_of_zeros_loses_nothing(tmp_path, rng):
+    base, adapter, _ = made(tmp_path, rng, ml_dtypes.bfloat16, 0.0)
+    done = merge(base, adapter, tmp_path / "out")
+    assert [(one.share, one.error, one.cosine) for one in done.rounding] == [(1, 0, 1)] * 2
+    assert not [line for line in done.warnings if line.startswith("rounding")]
+
+
 def test_a_run_that_goes_on_has_that_of_all_shards(tmp_path, rng):
     names = [f"{letter}.weight" for letter in "abc"]
     base = write_checkpoint(
